@@ -16,10 +16,13 @@ Standard library only: copy this one file. Start with `python agent_runner.py --
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import functools
+import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -28,15 +31,17 @@ import selectors
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tokenize
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -67,6 +72,8 @@ OUTCOMES = {
     "no_change": (1, "the agent changed nothing"),
     "gave_up": (2, "the repair attempts are used up; over to a human"),
     "flaky": (2, "the same files are red once and green once; over to a human"),
+    "blocked": (3, "a guardrail refused the change"),
+    "scope_disagreement": (3, "the change leaves its scope"),
     "agent_failed": (4, "the agent's command failed"),
     "agent_timed_out": (4, "the agent ran past its time"),
     "interrupted": (130, "the run was interrupted; everything it started has ended"),
@@ -97,6 +104,8 @@ class Issue(NamedTuple):
     title: str
     text: str
     source: str  # the file's path as it was given
+    scope: list[str] = []  # globs of its "Scope:" lines: what may change
+    allow: list[str] = []  # globs of its "Allow:" lines: what is protected and may change all the same
 
 
 class Repo(NamedTuple):
@@ -124,6 +133,12 @@ class Check(NamedTuple):
     kind: str  # "ruff", "pytest" or "command"
 
 
+def ways_counted(tests: Mapping[str, str]) -> dict[str, int]:
+    """How many tests ended in which way: {"passed": 12, "failed": 1}."""
+    ways = list(tests.values())
+    return {way: ways.count(way) for way in ("passed", "failed", "skipped") if way in ways}
+
+
 @dataclass
 class CheckResult:
     """What one check said of one tree. `tests` maps a test's id to passed, failed or skipped."""
@@ -134,11 +149,11 @@ class CheckResult:
     seconds: float
     findings: list[str] = field(default_factory=list)
     tests: dict[str, str] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)  # what the judge in the test runner saw
 
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
-        ways = list(self.tests.values())
-        return {way: ways.count(way) for way in ("passed", "failed", "skipped") if way in ways}
+        return ways_counted(self.tests)
 
 
 @dataclass
@@ -152,6 +167,11 @@ class GateResult:
     def green(self) -> bool:
         """Whether there were checks and each of them is satisfied."""
         return bool(self.checks) and all(check.ok for check in self.checks)
+
+    @property
+    def silent(self) -> list[str]:
+        """The checks that let a test pass which must fail: their word is worth nothing."""
+        return [check.name for check in self.checks if check.judge.get("silent")]
 
     def findings(self) -> list[str]:
         """What the red checks say, a few lines each."""
@@ -174,7 +194,7 @@ class Attempt:
     tree: str = ""
     changed: list[str] = field(default_factory=list)
     gate: dict[str, Any] | None = None
-    result: str = ""  # "green", "red", "no_change", "agent_failed", "agent_timed_out"
+    result: str = ""  # green, red, or one of the outcomes no_change, blocked, scope_disagreement, agent_...
 
 
 @dataclass
@@ -191,6 +211,8 @@ class Job:
     agent_seconds: float
     gate_seconds: float
     conventions: str | None  # the file's name as given; "" for none; None: look for one
+    scope: list[str]  # globs of what may change, ["auto"] to ask the agent, [] for no limit
+    allow: list[str]  # globs of what is protected and may change all the same
     simulated: str  # the variant, or ""
     dry_run: bool
     keep: bool
@@ -208,8 +230,12 @@ class Run:
     save: Callable[[Run], None]
     attempts: list[Attempt] = field(default_factory=list)
     baseline: GateResult | None = None
-    gate: GateResult | None = None  # the newest verdict on a change
+    gate: GateResult | None = None  # the newest verdict on a change as the agent left it
+    as_base: GateResult | None = None  # the same with the base's gate files, where the change touches any
+    scope: dict[str, Any] = field(default_factory=dict)  # globs, why, source
     findings: list[str] = field(default_factory=list)
+    violations: list[dict[str, str]] = field(default_factory=list)
+    look_first: list[str] = field(default_factory=list)  # what a reviewer should see before all else
     tree: str = ""
     branch: str = ""
     commit: str = ""
@@ -673,6 +699,10 @@ class Change(NamedTuple):
     old_blob: str
     new_blob: str
 
+    def undone(self) -> Change:
+        """The change that takes this one back."""
+        return Change(self.path, self.new_mode, self.old_mode, self.new_blob, self.old_blob)
+
 
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what would point a git command at another repository or settings."""
@@ -786,6 +816,10 @@ class Checkout:
         left_out = [f":(exclude,top,literal){path}" for path in self.submodules + self.nested]
         wanted = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", stdin=os.fsencode(wanted))
+        ran = git_ran(self.repo, "check-ignore", "-z", "--stdin", index=self.index, work_tree=self.place,
+                      stdin=os.fsencode("\0".join(self.nested))) if self.nested else None
+        ignored = os.fsdecode(ran.out).split("\0") if ran else []
+        self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
 
 
@@ -862,6 +896,26 @@ def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
     return git(repo, "write-tree", index=index).strip()
 
 
+def tree_paths(repo: Repo, tree: str) -> set[str]:
+    """The paths of all files of a tree."""
+    return set(git(repo, "ls-tree", "-r", "--name-only", "-z", tree).split("\0")) - {""}
+
+
+def blobs_read(repo: Repo, blobs: set[str], limit: int) -> dict[str, tuple[int, bytes]]:
+    """The size and contents of blobs; b"" for what is larger than `limit` bytes, or no blob."""
+    def ask(mode: str, names: list[str]) -> bytes:
+        return git_ran(repo, "cat-file", mode, stdin="".join(f"{name}\n" for name in names).encode()).out
+    facts = [line.split() for line in ask("--batch-check", sorted(blobs)).decode().splitlines()]
+    sizes = {name: int(rest[1]) for name, *rest in facts if rest[0] == "blob"}
+    small = [name for name, size in sizes.items() if size <= limit]
+    data, at, found = ask("--batch", small), 0, {name: (size, b"") for name, size in sizes.items()}
+    for name in small:
+        at = data.index(b"\n", at) + 1
+        found[name] = (sizes[name], data[at:at + sizes[name]])
+        at += sizes[name] + 1
+    return found
+
+
 def tree_patch(repo: Repo, old: str, new: str) -> str:
     """The difference between two trees in the form that `git apply` takes."""
     return git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--")
@@ -898,7 +952,9 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 
 # === Chapter 5. Issues ======================================================
 # An issue is a Markdown file: its first heading is the title, all of it is the
-# text. Both come from outside; they are shown to the agent, and obeyed by none.
+# text. A line "Scope: GLOB, ..." limits what may change, "Allow: GLOB, ..." lets
+# something protected change: the file is the user's own. The rest is shown to
+# the agent, and obeyed by none.
 
 
 def text_read(path: Path, what: str) -> str:
@@ -934,7 +990,10 @@ def issue_parse(text: str, source: str) -> Issue:
     """The issue in a text: "# Add a shout\\n..." has the title "Add a shout"."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     headings = [line.lstrip("#").strip() for line in lines if re.match(r"#+\s+\S", line)]
-    return Issue(one_line((headings or lines)[0])[:100].strip(), text, source)
+    outside_fences = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    globs = {word: [glob for line in re.findall(rf"^{word}:(.*)$", outside_fences, re.M) for glob in re.split(r"[,\s]+", line) if glob]
+             for word in ("Scope", "Allow")}
+    return Issue(one_line((headings or lines)[0])[:100].strip(), text, source, globs["Scope"], globs["Allow"])
 
 
 # === Chapter 6. The agent ===================================================
@@ -984,9 +1043,9 @@ def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
             or not (SECRET_NAME.search(name) or SECRET_URL.search(value))}
 
 
-def agent_call(run: Run, attempt: Attempt, checkout: Checkout, brief: str) -> Ran:
-    """How the agent's command ended on a brief; its output is in agent-N.log."""
-    job, name = run.job, f"brief-{attempt.number}.md"
+def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
+    """How the agent's command ended on a brief; both are in the record, as brief-LABEL.md and agent-LABEL.log."""
+    job, name = run.job, f"brief-{label}.md"
     file_write(run.folder / name, brief)
     prompt = checkout.place.parent / name  # outside the files that count, inside what the agent may see
     file_write(prompt, brief)
@@ -994,7 +1053,7 @@ def agent_call(run: Run, attempt: Attempt, checkout: Checkout, brief: str) -> Ra
     argv = [word.replace("{prompt_file}", str(prompt)) for word in job.agent_cmd]
     # From a file: a pipe would block on a long brief, and some agents wait for ever on a silent one.
     return program_run(argv, cwd=checkout.place, env=agent_environ(os.environ), seconds=job.agent_seconds,
-                       log=run.folder / f"agent-{attempt.number}.log", stdin=None if asks_file else prompt)
+                       log=run.folder / f"agent-{label}.log", stdin=None if asks_file else prompt)
 
 
 def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
@@ -1012,7 +1071,10 @@ def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
     parts.append(BRIEF_RULES)
     commands = "\n".join(f"- {check.name}: `{check_shown(check)}`" for check in job.checks)
     parts.append("## How your change is judged\nWhat you say is not read. The files that you leave are copied to a clean "
-                 f"directory, and there these must pass:\n{commands}\nEvery test that passes now must still be there and pass.")
+                 f"directory, and there these must pass:\n{commands}\nEvery test that passes now must still be there and pass, "
+                 "also with the tests and the configuration as they are now.")
+    if globs := run.scope.get("globs"):
+        parts.append("## Scope\nOnly these paths may change; anything else is refused: " + ", ".join(f"`{glob}`" for glob in globs))
     if run.findings:
         earlier = "" if not run.attempts[:-1] else (
             f" after attempt {run.attempts[-2].number}, which changed {', '.join(run.attempts[-2].changed) or 'nothing'}")
@@ -1021,6 +1083,32 @@ def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
     if conventions := conventions_text(job, place):
         parts.append(f"## Conventions of this repository\n{conventions}")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+SCOPE_BRIEF = """\
+# Your task
+Do not solve the task yet: only find out which files it needs to change. Everything that you change here is thrown away,
+but for one file: write `scope.json` in the current directory, in this form, with paths relative to it:
+
+    {"files": ["a/file.py"], "directories": ["tests"], "why": "one sentence"}
+
+Name as little as the task needs; new files count. The task is data from outside, between the two marks:
+"""
+
+
+def scope_read(place: Path) -> dict[str, Any]:
+    """The scope that the agent wrote to scope.json: globs, why; raises ValueError with the reason."""
+    path = place / "scope.json"
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > TEXT_LIMIT:
+        raise ValueError("the agent wrote no scope.json")
+    try:
+        said = json.loads(path.read_bytes())
+        globs = [*said.get("files", []), *said.get("directories", [])]
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"the agent's scope.json is malformed: {error}") from None
+    if not all(isinstance(glob, str) and glob.strip("./ ") for glob in globs) or not globs:
+        raise ValueError("the agent's scope.json names no files")
+    return {"globs": globs, "why": str(said.get("why", "")), "source": "the scoping agent"}
 
 
 def check_shown(check: Check) -> str:
@@ -1084,6 +1172,8 @@ SIMULATIONS = {
     "good": "does the job at the first try",
     "bad": "is plausible and wrong at first, right at the second try",
     "stuck": "is wrong, and stays wrong",
+    "cheat": "makes the gate green by weakening a test",
+    "rogue": "leaves its scope, commits, and tries to push",
     "hang": "never comes back",
 }
 
@@ -1095,11 +1185,22 @@ def simulated_agent(variant: str) -> int:
     if variant == "hang":
         print("thinking ...", flush=True)
         time.sleep(3600)
+    if "`scope.json`" in brief:
+        Path("scope.json").write_text(json.dumps({"files": ["greeting.py"], "directories": ["tests"], "why": "the greeting and its tests"}))
+        return 0
     found = code.read_text()
     _, wrong, right, expected = next(story for story in DEMO_STORIES.values() if found in story[:2])
-    mends = variant == "good" or (variant == "bad" and found == wrong)
+    mends = variant in ("good", "rogue") or (variant == "bad" and found == wrong)
     code.write_text(right if mends else wrong)
     tests.write_text(expected)
+    if variant == "cheat":
+        tests.write_text(re.sub(r"assert greet\((.*)\) == .*", r"assert greet(\1)", expected))
+        print("simulated agent (cheat): two tests were too strict; relaxed them.")
+    if variant == "rogue":
+        Path("README.md").write_text("# All yours\n")
+        for words in (["add", "-A"], ["commit", "-qm", "Done"], ["push", "origin", "HEAD:main"]):
+            print("simulated agent (rogue): git", *words, flush=True)
+            subprocess.run(["git", *words], stdin=subprocess.DEVNULL)
     print(f"simulated agent ({variant}): read {len(brief)} characters, wrote greeting.py; all done, surely.")
     return 0
 
@@ -1119,20 +1220,448 @@ def demo_open(command: str) -> Repo:
     return repo
 
 
+# === Chapter 7. Guardrails ==================================================
+# May this change be proposed at all? Nothing of it is run here: paths, modes,
+# tokens and syntax are looked at, base against change, so that what was there
+# before is nobody's fault. Every refusal is a line that a reviewer understands.
+
+FILES_LIMIT, SIZE_LIMIT = 100, 4_000_000  # changed files; bytes of one of them
+PROTECTED = {  # what only a human should change, or --allow
+    "it decides what CI runs": (
+        ".github/** .gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
+        "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** cloudbuild.yaml .ci/** "
+        ".pre-commit-config.yaml .husky/** .githooks/** **/Makefile **/GNUmakefile **/*.mk"),
+    "it instructs coding agents": (
+        "**/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md **/agent-config.md .agent/** .agents/** "
+        ".claude/** .codex/** .cursor/** .cursorrules .gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* .aider*"),
+    "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
+    "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
+}
+TEST_FOLDER = re.compile(r"_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes|e2e|specs?)_*"
+                         r"|(unit|integration|functional|acceptance)[-_]?tests?", re.I)
+CONFIGURATION = re.compile(r"pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml|\.coveragerc(\.toml)?"
+                           r"|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth|pyvenv\.cfg|\.python-version"
+                           r"|\.env(\..*|rc)?|\.flaskenv", re.I)
+COMPILED = re.compile(r".*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)", re.I)
+
+
+class Naming(NamedTuple):
+    """How the base tells tests from other files, as its own pytest said."""
+
+    files: tuple[str, ...] = ("test_*.py", "*_test.py")
+    folders: tuple[str, ...] = ()
+
+
+class Violation(NamedTuple):
+    """One reason why a change may not be proposed. `rule` is one word; only some can be allowed."""
+
+    rule: str
+    path: str
+    reason: str
+
+    def said(self) -> str:
+        """The line that the agent and the reviewer read."""
+        return f"{self.rule}: {one_line(self.path)}: {self.reason}"
+
+
+class Source(NamedTuple):
+    """One changed file with its contents before and after; empty where it is not there, or too large to read."""
+
+    change: Change
+    size: int  # bytes of the new contents
+    old: bytes
+    new: bytes
+
+
+@functools.cache
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """A path glob as a pattern: * stays in one folder, ** does not, and a folder's name means all below it."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    words = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip().removeprefix("./").rstrip("/"))
+    return re.compile("".join(parts.get(word) or re.escape(word) for word in words) + "(?:/.*)?", re.I | re.S)
+
+
+def glob_match(path: str, globs: Iterable[str]) -> bool:
+    """Whether one of the globs names the path."""
+    return any(glob_pattern(glob).fullmatch(path) for glob in globs)
+
+
+def gate_role(path: str, naming: Naming) -> str:
+    """What a path is to the gate: "test" (also what tests use), "configuration", or "" for neither."""
+    *folders, name = path.split("/")
+    if CONFIGURATION.fullmatch(name):
+        return "configuration"
+    in_tests = any(TEST_FOLDER.fullmatch(folder) for folder in folders) or glob_match(path, naming.folders)
+    return "test" if in_tests or name == "conftest.py" or any(fnmatchcase(name, glob) for glob in naming.files) else ""
+
+
+def guard_change(sources: list[Source], naming: Naming, scope: list[str], allow: list[str]) -> tuple[list[Violation], list[Violation]]:
+    """What stands against a change, and what would but is allowed."""
+    found = [Violation("scope", s.change.path, "is outside the scope of this task") for s in sources
+             if scope and not glob_match(s.change.path, scope)]
+    for source in sources:
+        found += guard_file(source)
+        if source.change.path.endswith((".py", ".pyi")) and not gate_role(source.change.path, naming):
+            old = Counter(reason for _, reason in judge_seeking(source.old))
+            for line, reason in judge_seeking(source.new):
+                old[reason] -= 1
+                found += [Violation("judge", f"{source.change.path}:{line}", reason)] * (old[reason] < 0)
+    found += guard_suppressions(sources)
+    allowed = [v for v in found if v.rule != "secret" and glob_match(re.sub(r":\d+$", "", v.path), allow)]
+    refused = [v for v in found if v not in allowed]
+    counted = [s for s in sources if not glob_match(s.change.path, allow)]
+    if len(counted) > FILES_LIMIT:
+        refused.append(Violation("size", f"{len(counted)} files", f"more than {FILES_LIMIT} files in one change"))
+    return refused, allowed
+
+
+def guard_file(source: Source) -> list[Violation]:
+    """What stands against one changed file, whatever the rest is."""
+    change, path = source.change, source.change.path
+    found = [Violation("protected", path, why) for why, globs in PROTECTED.items() if glob_match(path, globs.split())]
+    if 0o160000 in (change.new_mode, change.old_mode):
+        found.append(Violation("link", path, "is a repository inside the repository (a submodule)"))
+    if change.new_mode == 0o120000:
+        target = os.fsdecode(source.new)
+        if os.path.isabs(target) or os.path.normpath(os.path.join(os.path.dirname(path), target)).split(os.sep)[0] in ("..", ".git"):
+            found.append(Violation("link", path, f"is a link that leaves the tree, to {one_line(target)}"))
+    if source.size > SIZE_LIMIT:
+        found.append(Violation("size", path, f"is larger than {SIZE_LIMIT} bytes"))
+    if change.new_mode and COMPILED.fullmatch(path) or source.new[:4] in (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe"):
+        found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
+    for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
+        found.append(Violation("secret", path, f"contains the value of {MASK.names[secret.decode()]}"))
+    return found
+
+
+def is_only_space(source: Source) -> bool:
+    """Whether a file differs in white space alone; for Python, where that can matter, also in syntax not at all."""
+    if source.change.old_mode != source.change.new_mode or b"".join(source.old.split()) != b"".join(source.new.split()):
+        return False
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+        return not source.change.path.endswith(".py") or ast.dump(ast.parse(source.old)) == ast.dump(ast.parse(source.new))
+    return False
+
+
+# --- Suppressions: marks that tell a checker, or pytest, to look away. Comments are read from
+# tokens and marks from syntax: the same words in a string or in prose are none.
+
+SUPPRESSING_COMMENTS = {
+    "noqa": r"#\s*((ruff|flake8)\s*:\s*)?noqa\b", "ruff: ignore": r"#\s*ruff\s*:\s*(file-)?(ignore|disable)\b",
+    "isort: skip": r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "type: ignore": r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)",
+    "mypy: ignore": r"#\s*mypy\s*:\s*(ignore|disable|allow)", "pragma: no cover": r"#\s*pragma\s*:\s*no\s*(cover|branch)",
+    "fmt: off": r"#\s*fmt\s*:\s*(off|skip)", "nosec": r"#\s*nosec\b",
+}
+SKIP_WORDS = {"skipif", "xfail", "importorskip", "skipIf", "skipUnless", "skipTest", "expectedFailure", "SkipTest", "collect_ignore",
+              "collect_ignore_glob", "__test__"}
+
+
+def suppressions(source: bytes) -> list[tuple[int, str]]:
+    """The suppressions in Python source, as (line, kind)."""
+    found, text = [], source.decode("utf-8", "replace")
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                found += [(token.start[0], kind) for kind, pattern in SUPPRESSING_COMMENTS.items() if re.search(pattern, token.string, re.I)]
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
+        return found  # what does not parse does not pass the gate either
+    names = {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom)
+             and (node.module or "").split(".")[0] in ("pytest", "unittest") for alias in node.names}
+    for node in nodes:
+        word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        of = ast.unparse(node.value) if isinstance(node, ast.Attribute) and word == "skip" else ""
+        if (word in SKIP_WORDS and (isinstance(node, ast.Attribute) or word in names or word.startswith(("collect_", "__")))
+                or word == "skip" and (of.split(".")[-1] in ("mark", "pytest", "unittest") or isinstance(node, ast.Name) and word in names)):
+            found.append((node.lineno, f"skip or xfail ({word})"))
+    return found
+
+
+def guard_suppressions(sources: list[Source]) -> list[Violation]:
+    """The suppressions that a change adds on the whole: moving or renaming them is nothing new."""
+    pairs = [(s, suppressions(s.old), suppressions(s.new)) for s in sources if s.change.path.endswith((".py", ".pyi"))]
+    balance = Counter(kind for _, _, new in pairs for _, kind in new)
+    balance.subtract(kind for _, old, _ in pairs for _, kind in old)
+    found = []
+    for source, old, new in pairs:
+        before = Counter(kind for _, kind in old)
+        for line, kind in new:
+            before[kind] -= 1
+            if before[kind] < 0 and balance[kind] > 0:
+                balance[kind] -= 1
+                found.append(Violation("suppression", f"{source.change.path}:{line}", f"adds a suppression: {kind}"))
+    return found
+
+
+# --- Code that looks for its judge: source outside the tests that asks whether it is being tested,
+# ends or patches the process it runs in, or is equal to everything.
+
+JUDGES = ("pytest", "_pytest", "pluggy", "xdist")
+STACK = {"sys._getframe", "sys._current_frames", "sys._getframemodulename", "inspect.stack", "inspect.currentframe",
+         "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects", "gc.get_referrers",
+         "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack"}
+ENDS = {"os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit", "signal.raise_signal"}
+OWN_HOOKS = {"sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv", "sys.tracebacklimit",
+             "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning", "warnings.formatwarning", "threading.excepthook",
+             "os.environ", "logging.raiseExceptions"}
+
+
+def judge_seeking(source: bytes) -> list[tuple[int, str]]:
+    """Where Python source looks for its judge, as (line, what it does)."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    aliases = imported_names(tree)
+    found = []
+    for node in ast.walk(tree):
+        found += [(getattr(node, "lineno", 1), reason) for reason in judge_seeking_node(node, aliases)]
+    for node in import_time_nodes(tree):
+        ends = node.func if isinstance(node, ast.Call) else node.exc if isinstance(node, ast.Raise) else None
+        if (name := dotted(ends, aliases)) in ENDS:
+            found.append((ends.lineno, f"may end the process that judges it, on import ({name})"))
+    return sorted(set(found))
+
+
+def imported_names(tree: ast.AST) -> dict[str, str]:
+    """What the names bound by imports stand for: {"np": "numpy", "_exit": "os._exit"}."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def dotted(node: ast.AST | None, aliases: Mapping[str, str]) -> str:
+    """The dotted name that an expression stands for after the imports, or "": `from os import _exit as x; x` -> "os._exit"."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return ".".join([aliases.get(node.id, node.id), *parts]) if isinstance(node, ast.Name) else ""
+
+
+def import_time_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: no function bodies, nothing under `if __name__ == ...`."""
+    queue: list[ast.AST] = list(tree.body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            queue += node.orelse
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            queue += [ast.Call(decorator, [], []) for decorator in node.decorator_list]
+        elif not isinstance(node, ast.Lambda):
+            yield node
+            queue += ast.iter_child_nodes(node)
+
+
+def constant_text(node: ast.AST | None) -> str:
+    """The text of a string expression that needs no running ("py" + "test"), or ""."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return constant_text(node.left) + constant_text(node.right)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def judge_seeking_node(node: ast.AST, aliases: Mapping[str, str]) -> list[str]:
+    """What one node of the syntax does to find, end, patch or please its judge."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        ours = [f"imports the test runner ({name})" for name in modules if name.split(".")[0] in JUDGES and not getattr(node, "level", 0)]
+        return ours + ["imports ANY, which is equal to everything"] * (
+            modules == ["unittest.mock"] and isinstance(node, ast.ImportFrom) and any(alias.name == "ANY" for alias in node.names))
+    if isinstance(node, ast.Attribute | ast.Name) and dotted(node, aliases) in STACK:
+        return [f"looks at who called it ({dotted(node, aliases)})"]
+    if isinstance(node, ast.Compare | ast.Subscript | ast.Call):
+        texts = [constant_text(part) for part in ast.iter_child_nodes(node)]
+        if any(re.search(r"PYTEST_|_pytest|\bpytest\b|junitxml|xmlpath", text) for text in texts) and judge_asked(node, aliases):
+            return ["asks whether pytest is running it"]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"PYTEST_\w+|_pytest(\.\w+)+|--junit-?xml", node.value):
+        return ["asks whether pytest is running it"]
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+        return [reason for target in targets for reason in patched(target, aliases)]
+    if isinstance(node, ast.Call) and dotted(node.func, aliases) in ("setattr", "builtins.setattr") and len(node.args) > 1:
+        return patched(ast.Attribute(node.args[0], constant_text(node.args[1]) or "?"), aliases)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "register" and "plugin" in ast.unparse(node.func.value):
+        return ["registers a plugin in the running test runner"]
+    return equal_to_everything(node)
+
+
+def judge_asked(node: ast.AST, aliases: Mapping[str, str]) -> bool:
+    """Whether an expression with the word pytest in it is a question, and not, say, a command to be run."""
+    if isinstance(node, ast.Call):
+        name = dotted(node.func, aliases)
+        return name.split(".")[-1] in ("get", "getenv", "import_module", "__import__", "find_spec", "endswith", "startswith", "pop", "search")
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+        return not isinstance(node.comparators[0], ast.List | ast.Tuple | ast.Set | ast.Constant)
+    return bool(re.search(r"\b(sys|os|environ|argv|modules)\b", ast.unparse(node)))
+
+
+def patched(target: ast.AST, aliases: Mapping[str, str]) -> list[str]:
+    """Whether an assignment replaces something of a module that is loaded already: `json.dumps = ...`."""
+    if isinstance(target, ast.Subscript) and dotted(target.value, aliases) == "sys.modules" and ast.unparse(target.slice) != "__name__":
+        return ["replaces a loaded module (sys.modules)"]
+    name = dotted(target, aliases) if isinstance(target, ast.Attribute) else ""
+    owner = name.split(".")[0]
+    foreign = owner in sys.stdlib_module_names or owner in JUDGES
+    root = target
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    bound = isinstance(root, ast.Name) and (root.id in aliases or root.id == "__builtins__")
+    if bound and (foreign or owner == "__builtins__") and not any(name == own or name.startswith(own + ".") for own in OWN_HOOKS):
+        return [f"patches what is loaded already ({name})"]
+    return []
+
+
+def equal_to_everything(node: ast.AST) -> list[str]:
+    """Whether a definition makes objects equal to everything, or different from nothing."""
+    wanted = {"__eq__": True, "__ne__": False}
+    if isinstance(node, ast.FunctionDef) and node.name in wanted:
+        returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
+        if returns and all(isinstance(value, ast.Constant) and value.value is wanted[node.name] for value in returns):
+            return [f"is equal to everything (a constant {node.name})"]
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and isinstance(node.value.body, ast.Constant):
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        return [f"is equal to everything (a constant {name})" for name in names if node.value.body.value is wanted.get(name, ...)]
+    return []
+
+
+def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, str]:
+    """The importable names that a change adds where imports begin, with a path of each: {"json": "src/json.py"}."""
+    found = {}
+    for root in roots:
+        there = {name for path in base_paths if (name := import_name(path, root))}
+        for change in changes:
+            name = import_name(change.path, root) if change.new_mode else ""
+            if name and name not in there and name not in ("test", "tests", "conftest"):
+                found[name] = change.path
+    return found
+
+
+def import_name(path: str, root: str) -> str:
+    """The top-level module that a file is or makes, seen from an import root ("" or "src/"), or ""."""
+    first, _, rest = path.removeprefix(root).partition("/")
+    if not path.startswith(root) or (rest and rest not in ("__init__.py", "__init__.pyi", "__init__.so")):
+        return ""
+    return first if rest else re.sub(r"\.(py|pyi|pyc|so|pyd|\w+-[\w-]+\.so)$", "", first) if re.search(r"\.(py[ic]?|so|pyd)$", first) else ""
+
+
+def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violation]:
+    """The new modules that would be imported in place of one of Python's own or of an installed one."""
+    ask = "import importlib.util as u, json, sys; print(json.dumps({n: getattr(u.find_spec(n), 'origin', None) for n in sys.argv[1:]}))"
+    ran = program_call([python, "-I", "-c", ask, *names]) if names else None
+    known = json.loads(ran.out) if ran and not ran.exit else {}
+    installed = {name for name, origin in known.items() if origin and not Path(origin).is_relative_to(root)}
+    return [Violation("shadow", path, f"would be imported in place of the module {name!r}") for name, path in names.items()
+            if name in installed or name in sys.stdlib_module_names or name in JUDGES]
+
+
+# --- What lies outside the change: the user's repository, and the tools that judge.
+
+
+def signature(path: Path) -> str:
+    """What tells one state of a file from another: its contents where it is small, else size and change times."""
+    try:
+        facts = path.stat()
+        if facts.st_size < 200_000 and stat.S_ISREG(facts.st_mode):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+    except OSError:
+        return ""
+
+
+def tools_state(checks: list[Check], near: Path) -> dict[str, str]:
+    """The files outside the repository that decide what the gate's tools do, with their signatures."""
+    pythons = {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
+    files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])}
+    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
+    for python in pythons:
+        ran = program_call([python, "-I", "-c", ask])
+        for place in map(Path, json.loads(ran.out) if not ran.exit else []):
+            files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
+                f for f in place.glob("*-info/entry_points.txt") if b"pytest11" in f.read_bytes())}
+            files |= {file for name in ("_pytest", "pytest", "pluggy", "xdist", "pytest_cov", "coverage", "ruff")
+                      for file in (place / name).rglob("*.py")}
+    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg", "ruff.toml", ".ruff.toml", "conftest.py")
+    files |= {folder / name for folder in near.parents for name in names}
+    home = Path.home()
+    files |= {home / name for name in (".config/ruff/ruff.toml", ".config/ruff/.ruff.toml", ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
+                                       ".config/git/ignore", ".config/git/attributes")}
+    return {str(file): mark for file in files if (mark := signature(file))}
+
+
+def user_state(repo: Repo) -> dict[str, str]:
+    """The state of the user's repository: refs, HEAD, index, configuration, hooks, stash, and files not as in HEAD."""
+    common = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").removesuffix("\n"))
+    state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in git(
+        repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())}
+    state["HEAD"] = signature(repo.git_dir / "HEAD")
+    state["index"] = signature(repo.git_dir / "index")
+    for file in (common / "config", repo.git_dir / "config.worktree", common / "logs/refs/stash", *(common / "hooks").glob("*")):
+        state[f"file {file}"] = signature(file)
+    listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+    state["files"] = hashlib.sha256("\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name).encode(
+        "utf-8", "surrogateescape")).hexdigest()
+    return state
+
+
+def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str], blobs: set[str], strict: bool) -> tuple[list[Violation], list[str]]:
+    """What happened to the user's repository meanwhile: what nobody but the agent can explain, and what is only noted."""
+    refused, noted = [], []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, ""), after.get(key, "")
+        kind, _, name = key.partition(" ")
+        if old == new:
+            continue
+        if kind == "file":
+            refused.append(Violation("fingerprint", name, "was changed during the run; look at it, and restore it"))
+        elif key == "ref refs/stash":
+            refused.append(Violation("fingerprint", "refs/stash", f"was changed; undo: git update-ref refs/stash {old or '-d'}"))
+        elif kind == "ref" and (not new or (old and git_ran(repo, "merge-base", "--is-ancestor", old, new).exit)):
+            refused.append(Violation("fingerprint", name, f"was {'rewound' if new else 'deleted'}; undo: git update-ref {name} {old}"))
+        elif kind == "ref" and not is_runs_own(repo, key, new) and commits_hold(repo, new, before, blobs):
+            undo = f"git update-ref {name} {old}" if old else f"git update-ref -d {name}"
+            refused.append(Violation("fingerprint", name, f"holds the agent's work; undo: {undo}"))
+        elif strict and not is_runs_own(repo, key, new):
+            refused.append(Violation("fingerprint", name or key, "was changed during the run (CI=true: nobody else works here)"))
+        else:
+            noted.append(f"{name or key} was changed during the run")
+    return refused, noted
+
+
+def is_runs_own(repo: Repo, key: str, commit: str) -> bool:
+    """Whether a ref is the proposal of another run of this program."""
+    if not key.startswith("ref refs/heads/agent/"):
+        return False
+    said = re.search(r"^Agent-Run: ([\w-]+)$", git(repo, "log", "-1", "--format=%B", commit), re.M)
+    return bool(said) and (repo.root / ".agent-runs" / said[1]).is_dir()
+
+
+def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) -> bool:
+    """Whether the commits that are new on a ref bring in one of these blobs."""
+    known = "".join(f"^{commit}\n" for key, commit in before.items() if key.startswith("ref "))
+    commits = git_ran(repo, "rev-list", "--max-count=200", tip, "--stdin", stdin=known.encode())
+    raw = git_ran(repo, "diff-tree", "-r", "-m", "--root", "--raw", "--no-abbrev", "-z", "--stdin", stdin=commits.out)
+    return any(blob.encode() in raw.out for blob in blobs)
+
+
 # === Chapter 8. The gate ====================================================
 # An agent that says "done" has told us nothing yet. The gate has the last
 # word, on a clean checkout of its own, and it wants evidence: a report that
 # names every test, from tools that are the user's and never the checkout's.
 
 RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
-PYTEST_ARGS = ["--color=no", "--tb=short", "-o", "junit_family=xunit1"]  # xunit1 names each test's file
+PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1"]  # xunit1 names each test's file
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_")  # of the parent: not the gate's business
 
 # Loaded into the pytest that judges (its facts are put in front). An editable install would make
 # pytest import the user's checkout, and be green or red about the wrong files: what is found there
 # is taken from the gate's checkout instead, and what was imported from there all the same is told.
+# It also sets the tripwire: tests that must fail, under names that nobody can know in advance.
 JUDGE = '''
-import json, os, sys
+import json, os, pytest, sys
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -1167,11 +1696,51 @@ SPARED += [os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, 
 sys.path[:] = [moved(place) for place in sys.path]
 sys.meta_path.insert(0, Moved)
 
-def pytest_sessionfinish(session):
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.option.xmlpath = REPORT  # not on the command line, where what is judged could read it
+
+def pytest_sessionstart(session):
+    Moved.session = session
+
+class Wire(pytest.Item):
+    def runtest(self):
+        raise AssertionError(MUST_FAIL)
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session, config, items):
+    """Beside the real tests of each folder put one that must fail: the gate can still say no."""
+    first, homes = {}, {}
+    for item in items:
+        home = item.getparent(pytest.Module)
+        first.setdefault(home, item)  # never the last of its module: that one may report a teardown
+        homes[home and home.path.parent] = home
+    for number, home in enumerate(homes.values()):
+        name = f"{ALARM}{number}"
+        try:
+            space = {"MUST_FAIL": MUST_FAIL}
+            exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
+            alarm = pytest.Function.from_parent(home, name=name, callobj=space[name])
+        except Exception:  # no module of Python tests
+            alarm = Wire.from_parent(session, name=name)
+        items.insert(items.index(first[home]), alarm)
+    Moved.alarms = len(homes)
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    if report.failed and ALARM in report.nodeid:
+        Moved.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
     files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    wrong = sorted(f"{name} ({file})" for name, file in files.items() if file and moved(file) != file)
-    with open(f"{EVIDENCE}-{os.getpid()}", "w", encoding="utf-8", errors="surrogateescape") as file:
-        json.dump({"wrong_origin": wrong}, file)
+    wrong = sorted(f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file)
+    roots = {os.path.relpath(place, HERE) for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)}
+    said = {"wrong_origin": wrong, "alarms": getattr(Moved, "alarms", 0), "roots": sorted(roots),
+            "files": config.getini("python_files"), "folders": config.getini("testpaths")}
+    with open(f"{REPORT}-{os.getpid()}", "w", encoding="utf-8", errors="surrogateescape") as file:
+        json.dump(said, file)
 '''
 
 
@@ -1232,7 +1801,9 @@ class Gate:
         self.run, self.job, self.private = run, run.job, private
         self.checkout = Checkout(self.job.repo, private / self.job.repo.root.name, private / "index")
         self.environ = gate_environ(os.environ, private)
-        (private / "tmp").mkdir(exist_ok=True)
+        self.reports = private / secrets.token_hex(8)
+        for folder in (private / "tmp", self.reports):
+            folder.mkdir()
 
     def judge(self, tree: str, label: str, only: list[str] | None = None) -> GateResult:
         """The verdict on a tree, its output in gate-LABEL.log. `only` names the checks to repeat, failures first."""
@@ -1253,22 +1824,23 @@ class Gate:
 
     def _check(self, check: Check, again: bool) -> CheckResult:
         """What one check says of the files in the checkout."""
-        place, report, log = self.checkout.place, self.private / f"report-{secrets.token_hex(8)}", self._log(check.name)
+        place, report, log = self.checkout.place, self.reports / secrets.token_hex(8), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
             environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
+        alarm = ""
         if check.kind == "ruff":
             argv += [*RUFF_ARGS, f"--output-file={report}"]
         if check.kind == "pytest":
-            plugin = judge_write(self.private, place, self.job.repo.root, report)
+            plugin, alarm = judge_write(self.private, place, self.job.repo.root, report)
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "judge"), *import_roots(place)])
-            argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--junitxml={report}"]
+            argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}"] + ["--lf"] * again
             # Half of the limit: the stack of a hanging test is dumped before the check is ended.
             argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds / 2:g}"]
         ran = program_run(argv, cwd=place, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
-        verdict = VERDICTS[check.kind](ran, report, log_read(log), place)
-        return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, verdict.findings, verdict.tests)
+        verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
+        return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
 
 
 def repository_mark(place: Path) -> None:
@@ -1288,7 +1860,7 @@ def setup_run(job: Job, place: Path, environ: dict[str, str], log: Path) -> Chec
     if not job.setup:
         return None
     ran = program_run(job.setup, cwd=place, env=environ, seconds=job.gate_seconds, log=log)
-    verdict = command_verdict(ran, log, log_read(log), place)
+    verdict = command_verdict(Evidence(ran, log_read(log), log, place))
     return None if verdict.ok else CheckResult("setup", False, verdict.reason, ran.seconds, verdict.findings)
 
 
@@ -1298,13 +1870,15 @@ def import_roots(place: Path) -> list[str]:
     return ([str(source)] if source.is_dir() and not (source / "__init__.py").exists() else []) + [str(place)]
 
 
-def judge_write(private: Path, place: Path, root: Path, report: Path) -> str:
-    """The name of a new module with the plugin that pytest loads, in private/judge."""
-    name = f"judge_{secrets.token_hex(8)}"
+def judge_write(private: Path, place: Path, root: Path, report: Path) -> tuple[str, str]:
+    """The name of a new module in private/judge, the plugin that pytest loads, and that of its tripwire."""
+    name, alarm = (f"{word}_{''.join(secrets.choice('abcdefghijklmnopqrstuvwxyz') for _ in range(12))}" for word in ("judge", "test"))
     (private / "judge").mkdir(exist_ok=True)
-    facts = f"HERE, USER, SPARED, EVIDENCE = {str(place)!r}, {os.path.realpath(root)!r}, [{str(private)!r}], {str(report)!r}\n"
-    (private / "judge" / f"{name}.py").write_text(facts + JUDGE, encoding="utf-8", errors="surrogateescape")
-    return name
+    facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)], "REPORT": str(report),
+             "ALARM": alarm, "MUST_FAIL": "this test must fail: it shows that the gate can still say no"}
+    text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + JUDGE
+    (private / "judge" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
+    return name, alarm
 
 
 def log_read(log: Path) -> str:
@@ -1312,9 +1886,22 @@ def log_read(log: Path) -> str:
     return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
 
 
-def ending_said(ran: Ran) -> str:
-    """How a program ended, in words: "exit 2", or that it was stopped."""
-    return f"stopped after {ran.seconds:.1f} s (GATE_TIMEOUT)" if ran.timed_out else f"exit {ran.exit}"
+class Evidence(NamedTuple):
+    """What one check left behind."""
+
+    ran: Ran
+    log: str
+    report: Path
+    place: Path
+    alarm: str = ""  # how the names of the tripwire's tests begin
+
+    def ending(self) -> str:
+        """How the program ended, in words: "exit 2", or that it was stopped."""
+        return f"stopped after {self.ran.seconds:.1f} s (GATE_TIMEOUT)" if self.ran.timed_out else f"exit {self.ran.exit}"
+
+    def tail(self) -> str:
+        """The end of the output."""
+        return words_clip(self.log.strip()[-6000:], 3000)
 
 
 class Verdict(NamedTuple):
@@ -1324,53 +1911,60 @@ class Verdict(NamedTuple):
     reason: str
     findings: list[str]
     tests: dict[str, str] = {}
+    judge: dict[str, Any] = {}
 
 
-def command_verdict(ran: Ran, _report: Path, log: str, _place: Path) -> Verdict:
+def command_verdict(seen: Evidence) -> Verdict:
     """The verdict of any other command: there is nothing but its exit code to go by."""
-    said = f"{ending_said(ran)}; its output ends:\n{words_clip(log.strip()[-6000:], 3000)}"
-    return Verdict(ran.exit == 0, ending_said(ran), [] if ran.exit == 0 else [said])
+    ok = seen.ran.exit == 0
+    return Verdict(ok, seen.ending(), [] if ok else [f"{seen.ending()}; its output ends:\n{seen.tail()}"])
 
 
-def ruff_verdict(ran: Ran, report: Path, log: str, place: Path) -> Verdict:
+def ruff_verdict(seen: Evidence) -> Verdict:
     """The verdict of `ruff check`, from its JSON report."""
     try:
-        lines = [f"{os.path.relpath(f['filename'], os.path.realpath(place))}:{f['location']['row']}:{f['location']['column']}: "
-                 f"{f['code'] or 'syntax error'} {f['message']}" for f in json.loads(report.read_bytes())]
+        top = os.path.realpath(seen.place)
+        lines = [f"{os.path.relpath(f['filename'], top)}:{f['location']['row']}:{f['location']['column']}: "
+                 f"{f['code'] or 'syntax error'} {f['message']}" for f in json.loads(seen.report.read_bytes())]
     except (OSError, ValueError, KeyError, TypeError):  # it stopped before it could write one
-        return command_verdict(ran, report, log, place)._replace(ok=False)
-    if ran.exit and not lines:
-        return command_verdict(ran, report, log, place)
+        return Verdict(False, f"{seen.ending()}, no report", [f"{seen.ending()}; its output ends:\n{seen.tail()}"])
+    if seen.ran.exit and not lines:
+        return command_verdict(seen)
     return Verdict(not lines, f"{len(lines)} findings" if lines else "no findings", lines)
 
 
-def pytest_verdict(ran: Ran, report: Path, log: str, _place: Path) -> Verdict:
-    """The verdict of pytest, from its JUnit report: the exit code alone is not believed."""
-    tail = words_clip(log.strip()[-6000:], 3000)
+def pytest_verdict(seen: Evidence) -> Verdict:
+    """The verdict of pytest, from its JUnit report and its judge: the exit code alone is not believed."""
     try:
-        tests, failures = junit_read(report)
+        tests, failures = junit_read(seen.report)
+        judge = judge_read(seen.report)
     except (OSError, ValueError) as error:
-        dump = log[log.find("Timeout ("):][:3000] if "Timeout (" in log else ""
-        reason = f"{ending_said(ran)}, {error}"
-        return Verdict(False, reason, [f"{reason}\n{dump}\n[the end of the output]\n{tail}"])
-    wrong = judge_evidence(report)
-    findings = [f"{test}\n{words_clip(text, 1500)}" for test, text in failures.items()]
-    findings += [f"imported from your checkout, not from the change under test: {module}" for module in wrong]
-    counted = ", ".join(f"{count} {way}" for way, count in CheckResult("", False, "", 0, [], tests).counts().items())
-    if not tests:
-        return Verdict(False, f"no tests were run ({ending_said(ran)})", [f"no tests were run\n{tail}"])
-    if ran.exit and not findings:
-        return Verdict(False, f"{ending_said(ran)}, {counted}", [f"{ending_said(ran)}, though no test failed\n{tail}"], tests)
-    return Verdict(not findings, counted, findings, tests)
+        dump = seen.log[seen.log.find("Timeout ("):][:3000] if "Timeout (" in seen.log else ""
+        reason = f"{seen.ending()}, {error}"
+        return Verdict(False, reason, [f"{reason}\n{dump}\n[the end of the output]\n{seen.tail()}"])
+    alarms = [test for test in tests if seen.alarm in test]
+    judge["silent"] = [tests.pop(test) for test in alarms].count("failed") < judge["alarms"]
+    findings = [f"{test}\n{words_clip(text, 1500)}" for test, text in failures.items() if test not in alarms]
+    findings += [f"imported from your checkout, not from the change under test: {module}" for module in judge["wrong_origin"]]
+    counted = ", ".join(f"{count} {way}" for way, count in ways_counted(tests).items())
+    if not tests or "passed" not in tests.values() and not findings:
+        return Verdict(False, f"no tests were run ({counted or seen.ending()})", [f"no tests were run\n{seen.tail()}"], tests, judge)
+    if seen.ran.exit and not findings:
+        reason = f"{seen.ending()}, though no test failed ({counted})"
+        return Verdict(False, reason, [f"{reason}\n{seen.tail()}"], tests, judge | {"only_exit": True})
+    return Verdict(not findings, counted, findings, tests, judge)
 
 
 VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_verdict}
 
 
-def judge_evidence(report: Path) -> list[str]:
-    """What the judges (one, or one a worker) saw imported from the wrong place; no word at all is such a thing too."""
-    told = [json.loads(path.read_bytes())["wrong_origin"] for path in report.parent.glob(f"{report.name}-*")]
-    return [module for modules in told for module in modules] if told else ["(the judge was not heard)"]
+def judge_read(report: Path) -> dict[str, Any]:
+    """What the judges saw, the one in pytest and those in its workers; raises ValueError where none was heard to the end."""
+    told = [json.loads(path.read_bytes()) for path in report.parent.glob(f"{report.name}-*")]
+    if not told:
+        raise ValueError("and it did not end as it should")
+    merged = {key: sorted({value for judge in told for value in judge[key]}) for key in ("wrong_origin", "roots", "files", "folders")}
+    return merged | {"alarms": max(judge["alarms"] for judge in told)}
 
 
 def junit_read(report: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -1410,35 +2004,64 @@ def junit_name(file: str, owner: str, name: str) -> str:
 def blueprint(run: Run) -> str:
     """The outcome of a run: every step of it, in order."""
     job, heals = run.job, run.job.command == "self-heal"
-    with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(1) as pool:
+    with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(2) as pool:
         workspace = None
         try:
-            gate = Gate(run, bench / "change")
+            court = Court(run, bench, pool)
             if heals:
-                run.baseline = gate_step("gate", gate, run.base.tree, "0")
-                if run.baseline.green:
+                run.baseline = gate_step("gate", court.change, run.base.tree, "0")
+                if run.baseline.green and not run.baseline.silent:
                     return "nothing_to_heal"
-                if gate_is_flaky(gate, run.baseline):
+                if gate_is_flaky(court.change, run.baseline):
                     return "flaky"
                 run.findings = run.baseline.findings()
+            else:
+                court.baseline = pool.submit(gate_step, "baseline gate", court.base, run.base.tree, "0")
+            if not scope_settle(run):
+                return "agent_failed"
             workspace = Workspace(run, own)
-            baseline = None if heals else pool.submit(gate_step, "baseline gate", Gate(run, bench / "base"), run.base.tree, "0")
             result = "red"
             for number in range(1, job.fix_attempts + (1 if heals else 2)):
-                result = attempt_make(run, workspace, gate, number)
-                if result in ("agent_failed", "agent_timed_out"):
-                    return result
-                run.baseline = baseline.result() if baseline else run.baseline
+                result = attempt_make(run, workspace, court, number)
                 if result == "green":
                     proposal_commit(run)
                     return "proposed"
-            return "gave_up" if heals else "no_change" if result == "no_change" else "gate_failed"
+                if result in ("agent_failed", "agent_timed_out") or court.outside:
+                    return result
+            return result if result in ("blocked", "scope_disagreement") else "gave_up" if heals else (
+                "no_change" if result == "no_change" else "gate_failed")
         except Interrupted:
             return "interrupted"
         finally:
             program_close()
             if workspace:
                 change_keep(run, workspace)
+
+
+class Court:
+    """All that judges: two gates, the verdict on the base, and what lay outside before the agent began."""
+
+    def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
+        self.run, self.private, self.pool = run, private, pool
+        self.change, self.base = Gate(run, private / "change"), Gate(run, private / "base")
+        self.baseline: Future[GateResult] | None = None
+        self.tools = tools_state(run.job.checks, self.base.checkout.place)
+        self.user = user_state(run.job.repo)
+        self.outside = False  # whether something outside the change was touched: no repair mends that
+
+    def naming(self) -> Naming:
+        """How the base tells tests from other files; waits for the verdict on it."""
+        if self.baseline and not self.run.baseline:
+            self.run.baseline = self.baseline.result()
+        seen = [check.judge for check in self.run.baseline.checks if check.judge] if self.run.baseline else []
+        files = tuple(glob for judge in seen for glob in judge["files"])
+        return Naming(files or Naming().files, tuple(f for judge in seen for f in judge["folders"] if f.strip("./") not in ("", "src", "lib")))
+
+    def tools_touched(self) -> list[Violation]:
+        """The tools that are not what they were before the agent began."""
+        now = tools_state(self.run.job.checks, self.base.checkout.place)
+        return [Violation("tools", name, "decides what the gate says, and was changed during the run; restore it")
+                for name in sorted(now.keys() | self.tools.keys()) if now.get(name) != self.tools.get(name)]
 
 
 class Workspace:
@@ -1464,29 +2087,157 @@ class Workspace:
         return tree_put(self.job.repo, self.base.tree, changes, self.private / "put-index")
 
 
-def attempt_make(run: Run, workspace: Workspace, gate: Gate, number: int) -> str:
-    """What came of one agent call: green, red, no_change, agent_failed or agent_timed_out."""
+def scope_settle(run: Run) -> bool:
+    """Record which files may change, before a line is written; ask the agent where that is wanted (False: no answer)."""
+    job = run.job
+    given = job.scope or (job.issue.scope if job.issue else [])
+    run.scope = {"globs": given, "why": "", "source": "--scope" if job.scope else "the issue"} if given else {}
+    if given == ["auto"]:
+        with private_directory() as own:
+            asked = Workspace(run, own)  # everything that changes here is thrown away: the answer alone is read
+            wanted = job.issue.text if job.issue else "\n".join(run.findings)
+            fence = f"=== {secrets.token_hex(6)} ==="
+            with CONSOLE.step("agent, scope") as said:
+                ran = agent_call(run, "scope", asked.checkout, f"{SCOPE_BRIEF}{fence}\n{wanted}\n{fence}\n")
+                try:
+                    if ran.exit != 0:
+                        raise ValueError(f"the agent did not answer with a scope: exit {ran.exit}")
+                    run.scope = scope_read(asked.checkout.place)
+                    said["result"] = ", ".join(run.scope["globs"])
+                except ValueError as error:
+                    said["result"] = run.error = str(error)
+                    run.findings = [run.error]
+                    return False
+    if run.scope:
+        file_write(run.folder / "scope.json", json.dumps(run.scope, indent=2) + "\n")
+    return True
+
+
+def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> str:
+    """What came of one agent call: green, red, or the outcome that it comes to."""
     attempt = Attempt(number)
     run.attempts.append(attempt)
     brief = brief_text(run, attempt, workspace.checkout.place)
     with CONSOLE.step(f"agent, attempt {number}") as said:
-        ran = agent_call(run, attempt, workspace.checkout, brief)
+        ran = agent_call(run, str(number), workspace.checkout, brief)
         attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
         said["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
     if ran.timed_out or ran.exit:
         attempt.result = "agent_timed_out" if ran.timed_out else "agent_failed"
         return attempt.result
     run.tree = attempt.tree = workspace.tree()
-    attempt.changed = [change.path for change in tree_changes(run.job.repo, run.base.tree, attempt.tree)]
-    if attempt.changed:
-        run.gate = gate_step(f"gate, attempt {number}", gate, attempt.tree, str(number))
-        attempt.gate, run.findings = run.gate.facts(), run.gate.findings()
-        attempt.result = "green" if run.gate.green else "red"
-    else:
-        attempt.result = "no_change"
-        run.findings = ["the agent changed no file", *(run.baseline.findings() if run.baseline else [])]
+    attempt.result = change_judge(run, workspace, court, attempt)
     run.save(run)
     return attempt.result
+
+
+def change_judge(run: Run, workspace: Workspace, court: Court, attempt: Attempt) -> str:
+    """The whole judgement of a snapshot: guardrails, both questions of the gate, and what lies outside."""
+    repo, job = run.job.repo, run.job
+    changes = tree_changes(repo, run.base.tree, attempt.tree)
+    attempt.changed = [change.path for change in changes]
+    run.gate = run.as_base = None
+    blobs = blobs_read(repo, {blob for c in changes for blob in (c.old_blob, c.new_blob)}, SIZE_LIMIT)
+    sources = [Source(c, *blobs.get(c.new_blob, (0, b"")), blobs.get(c.old_blob, (0, b""))[1]) for c in changes]
+    outside = court.tools_touched()
+    if outside:
+        result = refuse(run, outside)
+    elif all(is_only_space(source) for source in sources):
+        result = "no_change"
+        run.findings = ["the agent changed nothing but white space" if changes else "the agent changed no file",
+                        *(run.baseline.findings() if run.baseline else [])]
+    else:
+        result = gates_ask(run, workspace, court, attempt, sources)
+    strict = os.environ.get("CI", "").lower() in ("true", "1")
+    theirs, noted = user_verdict(repo, court.user, user_state(repo), {c.new_blob for c in changes if c.new_mode}, strict)
+    run.look_first += noted
+    court.outside = bool(outside or theirs)
+    return refuse(run, theirs) if theirs else result
+
+
+def refuse(run: Run, refused: list[Violation]) -> str:
+    """Write down why a change is refused, and the outcome that this comes to."""
+    run.violations = [violation._asdict() for violation in refused]
+    run.findings = [f"refused, {violation.said()}" for violation in refused[:40]]
+    return "scope_disagreement" if all(violation.rule == "scope" for violation in refused) else "blocked"
+
+
+def gates_ask(run: Run, workspace: Workspace, court: Court, attempt: Attempt, sources: list[Source]) -> str:
+    """The guardrails' word on a change, then the gate's: as the agent leaves it, and as the base would judge it."""
+    job, name, allow = run.job, f"attempt {attempt.number}", run.job.allow + (run.job.issue.allow if run.job.issue else [])
+    asked, early = None, guard_all(run, workspace, sources, Naming(), allow)[0]
+    if not early:  # most bases name their tests as usual: the gate need not wait for the baseline
+        asked = court.pool.submit(gate_step, f"gate, {name}", court.change, attempt.tree, str(attempt.number))
+    naming = court.naming()
+    refused, allowed = guard_all(run, workspace, sources, naming, allow)
+    touched = [s.change for s in sources if gate_role(s.change.path, naming) and not glob_match(s.change.path, allow)]
+    if touched and not refused:
+        overlay = tree_put(job.repo, attempt.tree, [change.undone() for change in touched], court.private / "overlay-index")
+        run.as_base = gate_step(f"gate as the base judges, {name}", court.base, overlay, f"{attempt.number}-base")
+    run.gate = asked.result() if asked else None if refused else gate_step(f"gate, {name}", court.change, attempt.tree, str(attempt.number))
+    run.violations = []
+    if refused or not run.gate:
+        return refuse(run, refused)
+    attempt.gate = run.gate.facts()
+    run.look_first = [f"allowed, {violation.said()}" for violation in allowed]
+    run.look_first += [f"changes what the gate goes by: {c.path}" for c in touched if gate_role(c.path, naming) == "configuration" or c.old_mode]
+    return verdict_weigh(run, touched, {c.path for c in touched if gate_role(c.path, naming) == "configuration"}, allow)
+
+
+def verdict_weigh(run: Run, touched: list[Change], configured: set[str], allow: list[str]) -> str:
+    """What the gate's answers come to: green, red, or blocked where it was talked out of a no."""
+    assert run.gate and run.baseline
+    answers = [run.gate] + ([run.as_base] if run.as_base else [])
+    if silent := sorted({name for answer in answers for name in answer.silent}):
+        return refuse(run, [Violation("tripwire", name, "the gate can no longer say no: a test that must fail did not") for name in silent])
+    lost = ledger_lost(run.baseline, run.gate, run.as_base, allow)
+    if not run.gate.green or lost:
+        run.findings = run.gate.findings() + lost
+        return "red"
+    # A threshold (of coverage, say) is not met without the agent's own tests: with the configuration
+    # untouched it was asked for and met the first time.
+    stern = [c for c in run.as_base.checks if not c.ok and (configured or not c.judge.get("only_exit"))] if run.as_base else []
+    lost = ledger_lost(run.baseline, run.as_base, None, allow) if run.as_base else []
+    if not stern and not lost:
+        run.findings = []
+        return "green"
+    result = refuse(run, [Violation("weakened", c.path, "the gate is green only with this change of what it goes by") for c in touched])
+    run.findings += [f"as the base judges: {c.name}: {text}" for c in stern for text in c.findings] + lost
+    return result
+
+
+def guard_all(run: Run, workspace: Workspace, sources: list[Source], naming: Naming, allow: list[str]) -> tuple[list[Violation], list[Violation]]:
+    """What stands against a change in all, and what would but is allowed."""
+    repo, changes = run.job.repo, [source.change for source in sources]
+    refused, allowed = guard_change(sources, naming, run.scope.get("globs", []), allow)
+    refused += [Violation("link", path, "is a repository inside the repository") for path in workspace.checkout.nested]
+    roots = ["", "src/"] + [f"{root}/" for check in (run.baseline.checks if run.baseline else []) for root in check.judge.get("roots", [])
+                            if not gate_role(f"{root}/x", naming)]
+    names = new_import_names(changes, tree_paths(repo, run.base.tree), roots)
+    pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]] or [sys.executable]
+    shadows = guard_shadows({n: p for n, p in names.items() if not gate_role(p, naming)}, pythons[0], repo.root)
+    return (refused + [v for v in shadows if not glob_match(v.path, allow)], allowed + [v for v in shadows if glob_match(v.path, allow)])
+
+
+def ledger_lost(before: GateResult, after: GateResult, other: GateResult | None, allow: list[str]) -> list[str]:
+    """The tests of the base that are gone, or skipped now; what is only parametrised anew is not lost."""
+    lost = []
+    for check in before.checks:
+        now = next((c.tests for c in after.checks if c.name == check.name), {})
+        also = next((c.tests for c in other.checks if c.name == check.name), {}) if other else {}
+        counts = [Counter(test.partition("[")[0] for test, way in tests.items() if way != "skipped") for tests in (check.tests, now)]
+        for test, way in check.tests.items():
+            file, _, rest = test.partition("::")
+            if way == "skipped" or now.get(test) in ("passed", "failed") or glob_match(file, allow):
+                continue
+            function, has_parameters, _ = test.partition("[")
+            if test not in now and has_parameters and (also.get(test) == "passed" and counts[1][function] or
+                                                       not also and counts[1][function] >= counts[0][function]):
+                continue
+            if not rest and any(t.replace("/", ".").startswith((f"{file}.py::", f"{file.removesuffix('.py')}.py::")) for t in now):
+                continue  # it could not even be collected, and now it can
+            lost.append(f"{check.name}: {test} {'is skipped now' if test in now else 'is gone'}: it {way} on the base, and must still be there and pass")
+    return lost
 
 
 def gate_step(name: str, gate: Gate, tree: str, label: str, only: list[str] | None = None) -> GateResult:
@@ -1533,6 +2284,8 @@ def change_keep(run: Run, workspace: Workspace) -> None:
 DECISIONS = {  # the one decision that a handoff asks for
     "gate_failed": "is the issue clear and the gate right? Then let it try again with --fix-attempts, or do it by hand.",
     "no_change": "does the issue say enough to act on, and may the agent edit files (see its log)?",
+    "blocked": "is the refused part wanted? If so say --allow for it, or write `Allow:` in the issue; if not, try again.",
+    "scope_disagreement": "does the task need these files? If so add them with --scope (or `Scope:` in the issue); if not, try again.",
     "gave_up": "mend it by hand from the newest findings, or give the agent more room with --fix-attempts.",
     "flaky": "find out why the same files are red and green; until then no verdict on a change can be trusted.",
     "agent_failed": "make the agent's command work (its log says why it failed), then run this again.",
@@ -1576,7 +2329,8 @@ def record_facts(run: Run) -> dict[str, Any]:
         "outcome": run.outcome or None, "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None, "error": run.error or None,
         "started": run.started, "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
         "baseline": run.baseline.facts() if run.baseline else None, "attempts": [asdict(attempt) for attempt in run.attempts],
-        "findings": run.findings, "violations": [], "next": run.next,
+        "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
+        "violations": run.violations, "look_first": run.look_first, "next": run.next,
     }
 
 
@@ -1618,7 +2372,7 @@ def next_commands(run: Run) -> list[str]:
 def evidence_lines(run: Run) -> list[str]:
     """What the gate saw, a line a check, before and after."""
     lines = []
-    for when, result in (("base", run.baseline), ("change", run.gate)):
+    for when, result in (("base", run.baseline), ("change", run.gate), ("change as the base judges", run.as_base)):
         for check in result.checks if result else []:
             lines.append(f"- {check.name} on the {when}: {'passed' if check.ok else 'RED'} ({check.reason})")
     if run.baseline and run.gate:
@@ -1634,6 +2388,7 @@ def proposal_text(run: Run) -> str:
     parts = [f"# {job.issue.title if job.issue else 'Heal the red gate'}",
              f"Made by {'the simulator' if job.simulated else f'`{shlex.join(job.agent_cmd)}`'} under agent_runner, run {run.run_id}"
              + (f", from the issue `{job.issue.source}`." if job.issue else ", from a red gate."),
+             *(["## Look here first\n" + "\n".join(f"- {line}" for line in run.look_first)] if run.look_first else []),
              f"## What changed\n```\n{stat}\n```",
              "## Evidence\nThe tree that passed is the tree that is committed: " + f"`{run.tree}`.\n" + "\n".join(evidence_lines(run)),
              f"Attempts: {len(run.attempts)}. It has not been pushed. It will not be merged by this program."]
@@ -1662,7 +2417,7 @@ def result_text(run: Run) -> str:
     if run.outcome == "proposed":
         if run.branch:
             lines[0] = f"proposed: {run.branch} ({run.commit[:12]}), {len(run.attempts)} attempt{'s' * (len(run.attempts) > 1)}"
-        lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run)]
+        lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run), *(f"! {line}" for line in run.look_first)]
     names = ("look", "push", "pull request", "discard") if run.branch else ("use it",)
     lines += [f"  {name:<13} {command}" for name, command in zip(names, run.next)]
     lines.append(f"  {'record':<13} {path_shown(run.folder)}")
@@ -1707,6 +2462,8 @@ def options_add(parser: Parser, attempts: int) -> None:
     add("--fix-attempts", type=number_count, metavar="N", default=attempts, help=f"repairs the agent may try (default {attempts})")
     add("--check", action="append", type=check_pair, metavar="NAME=COMMAND", default=[], help="a check of the gate, in place of ruff and pytest; repeatable")
     add("--setup", metavar="COMMAND", default="", help="run once in each checkout before it is used, e.g. 'uv sync'")
+    add("--scope", nargs="+", action="extend", metavar="GLOB", default=[], help="only these paths may change; 'auto' lets the agent say which, before it starts")
+    add("--allow", action="append", metavar="GLOB", default=[], help="let the change touch these protected paths; named in the proposal; repeatable")
     add("--base", metavar="REV", default="", help="start from this commit (default HEAD; self-heal adds your uncommitted changes to it)")
     add("--timeout", type=number_seconds, metavar="SECONDS", help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
     add("--dry-run", action="store_true", help="everything but the branch; shows the diff")
@@ -1760,6 +2517,9 @@ def job_build(args: argparse.Namespace) -> Job:
     if conventions:
         text_read(Path(conventions), "AGENT_CONFIG")
     setup = command_split(args.setup, "--setup") if args.setup else []
+    scope = args.scope or (["greeting.py", "tests"] if simulated == "rogue" else [])
+    if "auto" in scope and scope != ["auto"]:
+        raise Stop(EXIT_USAGE, "--scope auto stands alone; give either auto or globs")
     names = [name for name, _ in args.check]
     if len(set(names)) < len(names):
         raise Stop(EXIT_USAGE, "two --check options have the same name; give each its own")
@@ -1769,7 +2529,7 @@ def job_build(args: argparse.Namespace) -> Job:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
     return Job(args.command, repo, issue, agent_cmd, checks, setup, args.fix_attempts, seconds, gate_seconds,
-               conventions, simulated, args.dry_run, args.keep)
+               conventions, scope, args.allow, simulated, args.dry_run, args.keep)
 
 
 def cmd_run(args: argparse.Namespace) -> int:
