@@ -1,0 +1,73 @@
+# Everything here works on a machine with git, make and Python 3.10 or newer.
+# PYTHON names another interpreter, VENV another place for its packages, ARGS go to pytest:
+#   make test PYTHON=python3.13 VENV=.venv-3.13 ARGS="-x -k heal"
+
+VENV := .venv
+READY := $(VENV)/.ready
+FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
+WHICH := import sys; print(sys.base_prefix, sys.hexversion)
+
+# The first Python on PATH that will do; some systems' python3 is older than 3.10.
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$name" -c '$(FITS)' 2>/dev/null && echo "$$name" && exit; done; echo python3)
+endif
+SAME := $(shell [ "$$($(VENV)/bin/python -c '$(WHICH)' 2>&1)" = "$$($(PYTHON) -c '$(WHICH)' 2>&1)" ] && echo yes)
+
+# What is set outside must not decide how a run in here ends.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME AGENT_TIMEOUT GATE_TIMEOUT
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY)  ## An issue becomes a proposal, then a red build is healed (simulated: no agent needed)
+	$(VENV)/bin/python agent_runner.py issue-to-pr issues/0001-*.md --simulate good
+	$(VENV)/bin/python agent_runner.py self-heal --simulate good
+
+test: lint  ## ruff, then the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff alone
+	$(VENV)/bin/python -m ruff check .
+
+# Exit code, command. They run in an empty directory, as they would in a workshop.
+define SIMULATIONS
+0 issue-to-pr issue.md --simulate good
+1 issue-to-pr issue.md --simulate bad
+1 issue-to-pr issue.md --simulate stuck
+4 issue-to-pr issue.md --simulate hang
+0 self-heal --simulate good
+0 self-heal --simulate bad
+2 self-heal --simulate stuck
+4 self-heal --simulate hang
+endef
+export SIMULATIONS
+
+simulate: $(READY)  ## Every simulation, and whether its exit code is the right one
+	@top=$$(pwd); python=$$(cd $(VENV)/bin && pwd)/python; \
+	TMPDIR=$$(mktemp -d) || exit; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT; trap 'exit 130' INT TERM; \
+	mkdir "$$TMPDIR/empty"; cd "$$TMPDIR/empty" || exit; \
+	echo "$$SIMULATIONS" | { wrong=0; while read -r expected args; do \
+		code=0; "$$python" "$$top/agent_runner.py" $$args </dev/null >../out 2>&1 || code=$$?; \
+		if [ $$code = $$expected ]; then echo "ok     exit $$code  $$args"; \
+		else echo "WRONG  exit $$code, not $$expected  $$args"; cat ../out; wrong=1; fi; \
+	done; exit $$wrong; }
+
+clean:  ## Remove what make and the tools have made here
+	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) .pytest_cache .ruff_cache __pycache__
+
+# Made again when this file changes, or when PYTHON is not the one that it was made with.
+$(READY): Makefile $(if $(SAME),,FORCE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "make: $(PYTHON) is missing or older than 3.10; name a newer one: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(FITS)' 2>/dev/null || { \
+		echo "make: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) $(if $(wildcard $(VENV)/pyvenv.cfg),--clear)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest ruff
+	@echo '*' > $(VENV)/.gitignore
+	@touch $@
+
+FORCE:
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint simulate clean FORCE
