@@ -1632,7 +1632,10 @@ def tools_state(checks: list[Check], near: Path) -> dict[str, str]:
     files |= {Path(python).parent / "ruff" for python in pythons}
     ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
     for python in pythons:
-        ran = program_call([python, "-I", "-c", ask])
+        try:
+            ran = program_call([python, "-I", "-c", ask])
+        except Stop:
+            continue  # it is gone: its own signature tells
         for place in map(Path, json.loads(ran.out) if not ran.exit else []):
             files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
                 f for f in place.glob("*-info/entry_points.txt") if b"pytest11" in f.read_bytes())}
@@ -1662,7 +1665,10 @@ def user_state(repo: Repo) -> dict[str, str]:
         repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())}
     state["HEAD"] = signature(repo.git_dir / "HEAD")
     state["index"] = signature(repo.git_dir / "index")
-    names = ("config", "info/exclude", "info/attributes", "info/grafts", "objects/info/alternates", "logs/refs/stash")
+    for entry in git(repo, "config", "--list", "--local", "-z").split("\0"):
+        name, _, value = entry.partition("\n")
+        state[f"config {name}"] = value
+    names = ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates", "logs/refs/stash")
     for file in (*(common / name for name in names), repo.git_dir / "config.worktree", *(common / "hooks").glob("*")):
         state[f"file {file}"] = signature(file)
     listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
@@ -1682,7 +1688,10 @@ def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
         kind, _, name = key.partition(" ")
         undo = f"git update-ref {name} {old}" if old else f"git update-ref -d {name}"
         if kind == "file":
-            why = "was changed during the run; look at it, and restore it"
+            why = "was changed during the run; " + ("restore it" if old else f"undo: rm {shlex.quote(name)}")
+        elif kind == "config":
+            back = f"git config {name} {shlex.quote(old)}" if old else f"git config --unset-all {name}"
+            why = f"was set to {one_line(new)!r} during the run; undo: {back}"
         elif key == "ref refs/stash":
             why = f"was changed during the run; undo: {undo}"
         elif kind == "ref" and (not new or (old and git_ran(repo, "merge-base", "--is-ancestor", old, new).exit)):
@@ -2483,8 +2492,12 @@ def next_commands(run: Run) -> list[str]:
                 f"gh pr create --draft --head {run.branch} --title {shlex.quote(title)} "
                 f"--body-file {folder}/proposal.md",
                 f"{git_here} branch -D {run.branch}"]
-    has_patch = (run.folder / "diff.patch").exists()
-    return [f"{git_here} apply {shlex.quote(str(run.folder / 'diff.patch'))}"] * has_patch
+    patch = run.folder / "diff.patch"
+    commands = [f"{git_here} apply {shlex.quote(str(patch))}"] if patch.exists() else []
+    if run.outcome == "scope_disagreement":
+        wider = {*run.scope["globs"], *(violation["path"] for violation in run.violations)}
+        commands.append(f"agent_runner.py {job.command} ... --scope {shlex.join(sorted(wider))}")
+    return commands
 
 
 def evidence_lines(run: Run) -> list[str]:
@@ -2526,6 +2539,8 @@ def handoff_text(run: Run) -> str:
     return "\n\n".join([
         f"# {run.outcome}: {OUTCOMES[run.outcome][1]}",
         f"Run {run.run_id}, {run.job.command}" + (f", issue {run.job.issue.source}" if run.job.issue else ""),
+        *([f"## The scope\n{', '.join(run.scope['globs'])} (from {run.scope['source']}) {run.scope['why']}"]
+          if run.scope else []),
         "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{words_clip(found, FINDINGS_LIMIT)}\n~~~~",
         "## What was tried\n" + ("\n".join(tried) or "- no agent was called"),
         f"## The decision needed\nDecide: {DECISIONS[run.outcome]}",
@@ -2542,7 +2557,7 @@ def result_text(run: Run) -> str:
             lines[0] = f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"
         lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run),
                   *(f"! {line}" for line in run.look_first)]
-    names = ("look", "push", "pull request", "discard") if run.branch else ("use it",)
+    names = ("look", "push", "pull request", "discard") if run.branch else ("use it", "or widen")
     lines += [f"  {name:<13} {command}" for name, command in zip(names, run.next)]
     lines.append(f"  {'record':<13} {path_shown(run.folder)}")
     if run.outcome == "proposed":
