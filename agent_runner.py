@@ -210,6 +210,7 @@ class Job:
     setup: list[str]
     fix_attempts: int
     agent_seconds: float
+    idle_seconds: float
     gate_seconds: float
     conventions: str | None  # the file's name as given; "" for none; None: look for one
     scope: list[str]  # globs of what may change, ["auto"] to ask the agent, [] for no limit
@@ -242,6 +243,7 @@ class Run:
     commit: str = ""
     outcome: str = ""
     error: str = ""
+    places: list[str] = field(default_factory=list)  # its private directories
     next: list[str] = field(default_factory=list)
 
 
@@ -615,9 +617,11 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
     return ran
 
 
-def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True) -> bool:
-    """Copy a program's output until it has ended (True), or the time `limit` or ENDING comes (False)."""
+def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
+                 idle: float = float("inf")) -> bool:
+    """Copy a program's output until it has ended (True), or a limit is reached or ENDING is set (False)."""
     pipe = child.stdout.fileno()  # type: ignore[union-attr]
+    heard = time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
@@ -626,13 +630,14 @@ def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 data = os.read(pipe, 65536)
                 if data:
                     sink.write(data)
+                    heard = time.monotonic()
                 else:
                     selector.unregister(pipe)
             elif ended:
                 return True
             elif not selector.get_map():
                 time.sleep(0.005)  # it closed its output, and goes on
-            if time.monotonic() > limit or (heed and ENDING.is_set()):
+            if time.monotonic() > min(limit, heard + idle) or (heed and ENDING.is_set()):
                 return ended
             if ended:  # something outside its tree may hold the pipe open, and talk
                 limit = min(limit, time.monotonic() + GRACE)
@@ -651,11 +656,11 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
 
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
-                stdin: Path | None = None, soft: str = "SIGTERM") -> Ran:
-    """How somebody else's program ended (0 seconds: no limit); its output is in the file `log`.
+                stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0) -> Ran:
+    """How somebody else's program ended; its output is in the file `log`.
 
-    `soft` names the signal that asks it to stop. Raises Interrupted. When this returns or raises,
-    nothing that the program started is running.
+    `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that asks it
+    to stop. Raises Interrupted. When this returns or raises, nothing that the program started is running.
     """
     started = time.monotonic()
     with open(stdin or os.devnull, "rb") as source, Log(log) as sink:
@@ -663,7 +668,7 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
             child = subprocess.Popen(supervised(argv), cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE,
                                      stderr=subprocess.STDOUT, bufsize=0, start_new_session=True)
             LIVE.add(child.pid)
-        ended = program_pump(child, sink, started + seconds if seconds else float("inf"))
+        ended = program_pump(child, sink, started + seconds if seconds else float("inf"), idle=idle or float("inf"))
         for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
             if child.poll() is None:
                 group_signal(child.pid, name)
@@ -831,35 +836,81 @@ class Checkout:
 
 
 def nested_repositories(place: Path) -> list[str]:
-    """The directories below one that hold a .git of their own, relative to it."""
-    found = []
-    for folder, folders, files in os.walk(place):
-        inside = os.path.relpath(folder, place)
-        if ".git" in folders + files and inside != ".":
-            found.append(inside)
-            folders.clear()
-        elif ".git" in folders:
-            folders.remove(".git")
+    """The directories below one that hold a .git of their own, relative to it.
+
+    On the way everything is made readable, and what is no file, link or directory is removed.
+    """
+    found, queue = [], [str(place)]
+    while queue:
+        folder = queue.pop()
+        with contextlib.suppress(OSError):
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                os.chmod(folder, 0o700)
+            with os.scandir(folder) as entries:
+                there = list(entries)
+            if any(entry.name == ".git" for entry in there) and folder != str(place):
+                found.append(os.path.relpath(folder, place))
+                continue
+            for entry in there:
+                if entry.is_dir(follow_symlinks=False):
+                    queue += [entry.path] * (entry.name != ".git")
+                elif not (entry.is_symlink() or entry.is_file()):
+                    os.unlink(entry.path)  # a FIFO, a socket, a device: git knows none, a reader may hang
+                elif not entry.is_symlink() and not os.access(entry.path, os.R_OK):
+                    os.chmod(entry.path, entry.stat().st_mode | 0o600)
     return found
+
+
+@functools.cache
+def process_place() -> str:
+    """What tells this machine's processes, as we see them, from those of another boot or container."""
+    parts = [sys.platform]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+def process_mark(pid: int) -> str:
+    """A name for a living process that a later one with the same number does not have; "" for a dead one."""
+    try:
+        state, *facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        start = "" if state in (b"Z", b"X") else facts[18].decode()  # proc(5): starttime
+    except OSError:
+        said = b"" if SUPERVISED else program_call(["ps", "-o", "lstart=", "-p", str(pid)]).out.strip()
+        start = hashlib.sha256(said).hexdigest()[:8] if said else ""
+    return start and f"{process_place()}-{pid}-{start}"
 
 
 @contextlib.contextmanager
 def private_directory(keep: bool = False) -> Iterator[Path]:
-    """A new directory that only this user can read, outside of any repository of theirs; gone afterwards."""
-    place = Path(tempfile.mkdtemp(prefix="agent-runner-")).resolve()
+    """A new directory that only this user can read, named after its owner; gone afterwards."""
+    place = Path(tempfile.mkdtemp(prefix=f"agent-runner-{process_mark(os.getpid())}-")).resolve()
     try:
         yield place
     finally:
         if not keep:
-            shutil.rmtree(place, onerror=lambda function, path, _: make_removable(function, path))
+            directory_remove(place)
 
 
-def make_removable(function: Callable[[str], object], path: str) -> None:
-    """Try a removal once more with the permissions it takes; what still resists is left."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)
+def directory_remove(place: Path) -> None:
+    """Remove a directory, however deep and whatever its permissions; what still resists is left."""
+    for argv in ([], ["chmod", "-R", "u+rwx", str(place)]):
+        if os.path.lexists(place):
+            if argv:
+                program_call(argv)
+            program_call(["rm", "-rf", "--", str(place)])
+
+
+def directories_abandoned() -> list[Path]:
+    """The private directories of runs whose process is dead, now ours: they are renamed to say so."""
+    found = []
+    for place in Path(tempfile.gettempdir()).glob(f"agent-runner-{process_place()}-*-*-*"):
+        mark, _, rest = place.name.removeprefix("agent-runner-").rpartition("-")
+        pid = mark.split("-")[1]
+        with contextlib.suppress(OSError):  # another run was quicker
+            if place.lstat().st_uid == os.getuid() and pid.isdigit() and process_mark(int(pid)) != mark:
+                found.append(place.rename(place.with_name(f"agent-runner-{process_mark(os.getpid())}-{rest}")))
+    return found
 
 
 def workspace_lay(repo: Repo, base: Base, private: Path) -> Checkout:
@@ -1066,6 +1117,7 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
     argv = [word.replace("{prompt_file}", str(prompt)) for word in job.agent_cmd]
     # From a file: a pipe would block on a long brief, and some agents wait for ever on a silent one.
     return program_run(argv, cwd=checkout.place, env=agent_environ(os.environ), seconds=job.agent_seconds,
+                       idle=job.idle_seconds,
                        log=run.folder / f"agent-{label}.log", stdin=None if asks_file else prompt)
 
 
@@ -2261,6 +2313,9 @@ def blueprint(run: Run) -> str:
     job, heals = run.job, run.job.command == "self-heal"
     with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(2) as pool:
         workspace = None
+        run.places = [str(own), str(bench)]
+        run.save(run)
+        file_write(own / "record", str(run.folder))  # whoever finds this directory abandoned can close the record
         try:
             court = Court(run, bench, pool)
             if heals:
@@ -2371,7 +2426,11 @@ def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> s
     if ran.timed_out or ran.exit:
         attempt.result = "agent_timed_out" if ran.timed_out else "agent_failed"
         return attempt.result
-    run.tree = attempt.tree = workspace.tree()
+    try:
+        run.tree = attempt.tree = workspace.tree()
+    except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
+        attempt.result, run.findings = "agent_failed", [f"what the agent left cannot be taken: {stop}"]
+        return attempt.result
     attempt.result = court.judge(attempt, workspace.checkout.nested)
     run.save(run)
     return attempt.result
@@ -2395,7 +2454,10 @@ def change_keep(run: Run, workspace: Workspace) -> None:
     for path in [] if run.job.keep else nested:  # as plain files a patch can hold them
         shutil.rmtree(workspace.checkout.place / path / ".git", ignore_errors=True)
     run.tree = "" if nested else run.attempts[-1].tree if run.attempts else ""
-    run.tree = run.tree or workspace.tree()
+    try:
+        run.tree = run.tree or workspace.tree()
+    except Stop:
+        run.tree = run.base.tree  # said before, where it happened
     if run.tree != run.base.tree:
         file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
 
@@ -2424,6 +2486,7 @@ def run_open(job: Job, base: Base) -> Run:
     runs = job.repo.root / ".agent-runs"
     try:
         (runs / run_id).mkdir(parents=True)
+        file_write(runs / run_id / "owner", process_mark(os.getpid()))
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
     except OSError as error:
@@ -2432,6 +2495,40 @@ def run_open(job: Job, base: Base) -> Run:
     run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"), record_write)
     OBSERVERS.append(lambda event: event_write(run, event))
     return run
+
+
+def runs_recover(repo: Repo) -> None:
+    """Close the records of runs that were killed, save their work as a patch, and remove what they left behind."""
+    for place in directories_abandoned():
+        with contextlib.suppress(OSError, ValueError, KeyError, Stop):
+            run_close(Path((place / "record").read_text()), place)
+        directory_remove(place)
+    for mark in repo.root.glob(".agent-runs/*/owner"):  # killed, and the temporary directory is gone as well
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            owner = mark.read_text()
+            if owner.startswith(process_place()) and process_mark(int(owner.split("-")[1])) != owner:
+                run_close(mark.parent, None)
+
+
+def run_close(folder: Path, place: Path | None) -> None:
+    """Close one dead run's record as interrupted, with a patch of the work in its private directory.
+
+    Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
+    """
+    facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    if facts["outcome"]:
+        return (folder / "owner").unlink(missing_ok=True)
+    if place and any(name.endswith(place.name.rpartition("-")[2]) for name in facts["places"]):
+        repo = repo_open(folder.parent.parent)
+        own = Checkout(repo, place / repo.root.name, place / "workspace-index")
+        patch = tree_patch(repo, facts["base"], own.snapshot()) if own.index.exists() else ""
+        if patch:
+            file_write(folder / "diff.patch", patch)
+            saved = f", its work is in {path_shown(folder / 'diff.patch')}"
+    facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
+    file_write(folder / "run_summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    (folder / "owner").unlink(missing_ok=True)
+    CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
 
 def event_write(run: Run, event: dict[str, Any]) -> None:
@@ -2456,7 +2553,7 @@ def record_facts(run: Run) -> dict[str, Any]:
         "baseline": run.baseline.facts() if run.baseline else None,
             "attempts": [asdict(attempt) for attempt in run.attempts],
         "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
-        "violations": run.violations, "look_first": run.look_first, "next": run.next,
+        "violations": run.violations, "look_first": run.look_first, "places": run.places, "next": run.next,
     }
 
 
@@ -2473,11 +2570,23 @@ def record_finish(run: Run) -> None:
     elif run.outcome != "nothing_to_heal":
         file_write(run.folder / "handoff.md", handoff_text(run))
     record_write(run)
+    (run.folder / "owner").unlink()
 
 
 def path_shown(path: Path) -> str:
     """A path as a person here would type it: relative below the current directory, else absolute."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def record_abandon(run: Run, error: BaseException | None) -> None:
+    """Close the record of a run that ends without an outcome, as far as it can still be written."""
+    program_close()
+    run.error = str(error) or type(error).__name__
+    try:
+        record_write(run)
+        (run.folder / "owner").unlink()
+    except OSError as trouble:
+        CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
 
 
 def next_commands(run: Run) -> list[str]:
@@ -2590,6 +2699,11 @@ def parser_build() -> Parser:
                                description="Where the gate is red, let the agent mend it; propose what passes.")
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
+        command.set_defaults(bridge=cmd_run)
+    runs = commands.add_parser("runs", help="list the past runs", allow_abbrev=False,
+                               description="List the past runs of this repository, the newest last.")
+    runs.add_argument("--prune", type=number_seconds, metavar="DAYS", help="delete the records that are older")
+    runs.set_defaults(bridge=cmd_runs)
     return parser
 
 
@@ -2612,6 +2726,8 @@ def options_add(parser: Parser, attempts: int) -> None:
         help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
     add("--timeout", type=number_seconds, metavar="SECONDS",
         help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
+    add("--idle-timeout", type=number_seconds, metavar="SECONDS", default=0,
+        help="limit of an agent's silence (default 0: none)")
     add("--dry-run", action="store_true", help="everything but the branch; shows the diff")
     add("--keep", action="store_true", help="leave the workspace, and print its path")
     add("--json", action="store_true", help="print the run's summary on stdout, as JSON")
@@ -2677,13 +2793,15 @@ def job_build(args: argparse.Namespace) -> Job:
     if simulated:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
-    return Job(args.command, repo, issue, agent_cmd, checks, setup, args.fix_attempts, seconds, gate_seconds,
+    return Job(args.command, repo, issue, agent_cmd, checks, setup, args.fix_attempts, seconds, args.idle_timeout,
+               gate_seconds,
                conventions, scope, args.allow, simulated, args.dry_run, args.keep)
 
 
 def cmd_run(args: argparse.Namespace) -> int:
     """Run one of the two commands to its end; its exit code."""
     job = job_build(args)
+    runs_recover(job.repo)
     with private_directory() as private:
         base = base_find(job.repo, args.base or "HEAD", private, sweep=job.command == "self-heal" and not args.base)
     run = run_open(job, base)
@@ -2694,12 +2812,41 @@ def cmd_run(args: argparse.Namespace) -> int:
                     + (f" and {len(base.left_out) - 5} more" if len(base.left_out) > 5 else ""))
     try:
         run.outcome = blueprint(run)
-    except BaseException as error:
-        run.error = str(error) or type(error).__name__
-        raise
+        record_finish(run)
+    except OSError as error:  # a full disk, mostly
+        raise Stop(EXIT_MISSING, f"{error.strerror}: {error.filename or run.folder}; make room, or mend it") from error
     finally:
-        (record_finish if run.outcome else record_write)(run)
+        if not run.outcome:
+            record_abandon(run, sys.exc_info()[1])
     return result_show(run, args.json)
+
+
+def cmd_runs(args: argparse.Namespace) -> int:
+    """List the records, or delete old ones: never that of a run that is going on, never a branch."""
+    repo = repo_open(Path.cwd())
+    runs_recover(repo)
+    kept = 0
+    for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
+        size, days, facts = run_told(folder.parent)
+        old = args.prune is not None and days > args.prune and not (folder.parent / "owner").exists()
+        print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command', '?'):<11}  "
+                           f"{facts.get('outcome') or 'unfinished':<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
+                           f"{facts.get('branch') or '-'}"))
+        if old:
+            directory_remove(folder.parent)
+        kept += not old
+    CONSOLE.say(f"{kept} record{'s' * (kept != 1)} in {path_shown(repo.root / '.agent-runs')}")
+    return 0
+
+
+def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
+    """The size of a record in bytes, its age in days, and what its summary says."""
+    size = sum(path.lstat().st_size for path in folder.iterdir())
+    try:
+        facts = json.loads((folder / "run_summary.json").read_bytes())
+    except ValueError:
+        facts = {}
+    return size, (time.time() - (folder / "run_summary.json").stat().st_mtime) / 86400, facts
 
 
 def result_show(run: Run, as_json: bool) -> int:
@@ -2735,7 +2882,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.name != "posix":
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
-        return cmd_run(parser_build().parse_args(argv))
+        args = parser_build().parse_args(argv)
+        return args.bridge(args)
     except Stop as stop:
         print(f"agent_runner: {console_safe(MASK.text(str(stop)))}", file=sys.stderr)
         return stop.exit_code

@@ -1656,3 +1656,175 @@ def test_the_tools_are_what_they_were(scratch: Scratch, act: str) -> None:
     ended = scratch.propose(f"{EDITS}\nsite = Path({str(site)!r})\n{act}", checks=TESTS_ONLY,
                             env={"VIRTUAL_ENV": str(scratch.place / "venv")})
     assert ended.outcome == "blocked" and "tools: " in ended.findings and not ended.has("gate-1.log"), ended
+
+
+# === Faults: a run survives what others do, and what is done to it ==========
+
+
+@needs_linux
+@pytest.mark.parametrize("leaves", [
+    "subprocess.Popen(['sleep', '600'])",
+    "subprocess.Popen(['sleep', '600'], start_new_session=True, env={})",
+    "os.fork() or (os.setsid(), os.fork() or os.execvpe('sleep', ['sleep', '600'], {'PATH': os.environ['PATH']}))",
+    "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'], start_new_session=True)",
+    "os.kill(os.getppid(), 9)\nsubprocess.Popen(['sleep', '600'], start_new_session=True)\ntime.sleep(600)",
+])
+def test_nothing_that_an_agent_leaves_goes_on(scratch: Scratch, leaves: str) -> None:
+    """Not in the background, in another session, forked twice, deaf to SIGTERM, or after its supervisor was killed."""
+    before = {pid for pid in os.listdir("/proc") if pid.isdigit()}
+    ended = scratch.propose(f"{EDITS}\n{leaves}")
+    assert ended.outcome == ("agent_failed" if "getppid" in leaves else "proposed"), ended
+    new = [Path("/proc", pid) for pid in os.listdir("/proc") if pid.isdigit() and pid not in before]
+    assert not [path for path in new if str(scratch.place) in os.fsdecode(process_file(path, "cwd"))], ended
+
+
+def process_file(process: Path, name: str) -> bytes:
+    """A link of a process in /proc, or b"" where it has ended."""
+    try:
+        return os.fsencode(os.readlink(process / name))
+    except OSError:
+        return b""
+
+
+def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
+    """Where its silence is limited; one that talks may take its time."""
+    ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
+    assert (ended.code, ended.outcome) == (4, "agent_timed_out") and ended.text("agent-1.log").count(".") == 8, ended
+    assert_patch_applies(scratch, ended)
+
+
+def test_a_flood_is_cut_in_the_middle(scratch: Scratch) -> None:
+    """Any bytes, no newlines: the log keeps head and tail, and the rest is counted."""
+    flood = "os.write(1, b'HEAD')\nfor _ in range(300):\n    os.write(1, b'\\0\\xff\\x1b[31m' * 20_000)\nos.write(1, b'TAIL')"
+    ended = scratch.propose(f"{EDITS}\n{flood}")
+    assert ended.outcome == "proposed" and ended.folder
+    log = (ended.folder / "agent-1.log").read_bytes()
+    assert log.startswith(b"HEAD\0\xff\x1b") and log.endswith(b"TAIL") and len(log) < 20_100_000
+    assert b"bytes left out" in log and b"\x1b" not in ended.err.encode()
+
+
+def test_a_secret_in_two_pieces_is_masked(tmp_path: Path) -> None:
+    """Whatever chunks the output comes in."""
+    module = runner_module()
+    module.MASK = module.Mask({"MY_TOKEN": "open-sesame"})
+    try:
+        for cut in range(1, 11):
+            with module.Log(tmp_path / "log") as log:
+                for piece in (b"say open-sesame"[:4 + cut], b"say open-sesame"[4 + cut:], b"!", b""):
+                    log.write(piece)
+            assert (tmp_path / "log").read_bytes() == b"say [masked MY_TOKEN]!"
+    finally:
+        module.MASK = module.Mask({})
+
+
+LEAVES = {
+    "no workspace": ("shutil.rmtree(os.getcwd())", "agent_failed"),
+    "a link for a workspace": ("here = os.getcwd()\nshutil.rmtree(here)\nos.symlink('/', here)", "agent_failed"),
+    "no permissions": (f"{EDITS}\nos.mkdir('shut')\nPath('shut/a.txt').write_text('a')\nos.chmod('shut/a.txt', 0)\nos.chmod('shut', 0)", "proposed"),
+    "FIFOs and sockets": (f"{EDITS}\nimport socket\nos.mkfifo('fifo')\nos.unlink('ruff.toml')\nos.mkfifo('ruff.toml')\n"
+                          "os.chdir('tests')\nsocket.socket(socket.AF_UNIX).bind('sock')", "proposed"),
+    "a deep tree": (f"{EDITS}\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w').close()", None),
+    "5,000 new files": ("for n in range(5000):\n    Path(f'f{n}').write_text('')", "blocked"),
+    "a name that git refuses": (f"{EDITS}\nos.mkdir('.GIT')\nPath('.GIT/config').write_text('x')", None),
+}
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_whatever_an_agent_leaves_has_a_clear_end(scratch: Scratch, leaves: str) -> None:
+    """Nothing hangs, nothing is lost, nothing stays behind (that is checked after every run)."""
+    source, outcome = LEAVES[leaves]
+    ended = scratch.propose(source)
+    assert ended.outcome == outcome or outcome is None and ended.outcome in ("proposed", "agent_failed"), ended
+    assert ended.code in (0, 3, 4) and (ended.code == 0 or ended.findings), ended
+
+
+def test_an_index_that_is_locked(scratch: Scratch) -> None:
+    """The user's editor holds it: that is none of our business."""
+    (scratch.root / ".git/index.lock").write_text("")
+    assert_proposed(scratch, scratch.propose(EDITS))
+
+
+def test_an_object_that_is_missing(scratch: Scratch) -> None:
+    """A damaged repository: git's own words, and no agent is called."""
+    blob = scratch.git("rev-parse", "HEAD:app.py")
+    (scratch.root / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    ended = scratch.propose(CALLED)
+    assert ended.code == 69 and "corruption" in ended.err and not (scratch.out / "called").exists(), ended
+
+
+def test_a_full_disk(scratch: Scratch) -> None:
+    """Here a limit on the size of files: what cannot be written is one line, and the repository is whole."""
+    flood = f"{EDITS}\nsys.stdout.write('x' * 3_000_000)"
+    limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    environ = scratch.env | {"AGENT_CMD": scratch.program(flood)}
+    before = scratch.state()
+    ran = subprocess.run([sys.executable, "-c", limits, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)],
+                         cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+    assert ran.returncode == 69 and b"Traceback" not in ran.stderr and b"File too large" in ran.stderr, ran.stderr
+    assert scratch.state() == before and not scratch.proposals()
+    assert [json.loads((folder / "run_summary.json").read_bytes())["error"] for folder in scratch.records()] != [None]
+    scratch.git("fsck", "--strict")
+
+
+@needs_linux
+@pytest.mark.parametrize("temporary", [True, False])
+def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, temporary: bool) -> None:
+    """Its work becomes a patch, its directories go, and one line says so; what is alive is left alone."""
+    agent = f"{EDITS}\n(OUT / 'ready').write_text(str(os.getpid()))\n{SLEEPS}"
+    alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    wait_for((scratch.out / "ready").exists, "the first agent")
+    (scratch.out / "ready").unlink()
+    killed = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    wait_for((scratch.out / "ready").exists, "the second agent")
+    killed.child.kill()
+    killed.child.wait()
+    wait_for(lambda: process_gone(int(scratch.said("ready") or 0)), "the end of its agent")
+    folder = next(place for place in scratch.records() if json.loads((place / "owner").read_text().split("-")[1]) == killed.child.pid)
+    if not temporary:
+        for name in json.loads((folder / "run_summary.json").read_bytes())["places"]:
+            shutil.rmtree(name)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
+    ended = scratch.ended(going, others=1)
+    assert ended.outcome == "proposed" and ended.err.count(f"the run {folder.name} was killed") == 1, ended
+    facts = json.loads((folder / "run_summary.json").read_bytes())
+    assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "owner").exists()
+    if temporary:
+        scratch.git("apply", "--check", str(folder / "diff.patch"))
+    alive.child.terminate()
+    assert scratch.ended(alive, others=1).outcome == "interrupted"
+    assert not list(scratch.tmp.iterdir()), "every private directory is gone"
+
+
+def test_a_recycled_pid_is_not_taken_for_the_owner() -> None:
+    """A process is its number and when it started, on this boot and in this container."""
+    mark = runner_module().process_mark
+    assert mark(os.getpid()) == mark(os.getpid()) and mark(os.getpid()).split("-")[1] == str(os.getpid())
+    assert mark(os.getppid()) != mark(os.getpid()) and mark(2 ** 22 + 1) == ""
+
+
+def test_ten_runs_at_once(scratch: Scratch) -> None:
+    """Ten outcomes, ten branches, and no word about a lock."""
+    going = [scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS) for _ in range(10)]
+    ended = [scratch.ended(one, others=9) for one in going]
+    assert [one.outcome for one in ended] == ["proposed"] * 10, [one.err for one in ended]
+    assert len({one.summary["branch"] for one in ended}) == 10 == len(scratch.proposals())
+    assert not any("lock" in one.err for one in ended)
+    scratch.git("fsck", "--strict")
+
+
+def test_past_runs_are_listed_and_pruned(scratch: Scratch) -> None:
+    """Old records go; one that is going on stays, and so does every branch."""
+    ended = scratch.propose(EDITS)
+    agent = "(OUT / 'ready').write_text('')\n" + SLEEPS
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    wait_for((scratch.out / "ready").exists, "the agent")
+    for folder in scratch.records():
+        os.utime(folder / "run_summary.json", (0, 0))
+    listed = scratch.ended(scratch.start("runs"), others=1)
+    assert listed.code == 0 and f"{ended.summary['run_id']}  issue-to-pr  proposed" in listed.out and "agent/" in listed.out
+    assert "unfinished" in listed.out
+    pruned = scratch.ended(scratch.start("runs", "--prune", "1"), others=1)
+    assert pruned.code == 0 and pruned.out.count("deleted") == 1 and f"deleted {ended.summary['run_id']}" in pruned.out
+    assert len(scratch.records()) == 1 and len(scratch.proposals()) == 1
+    going.child.terminate()
+    assert scratch.ended(going, others=1).outcome == "interrupted"
