@@ -841,7 +841,7 @@ def test_json_is_the_summary_and_nothing_else(scratch):
 
 def test_version(scratch):
     ended = scratch.run("--version")
-    assert (ended.code, ended.out) == (0, f"agent_runner {runner_module().__version__}\n")
+    assert ended.code == 0 and ended.out.split()[:2] == ["agent_runner", runner_module().__version__], ended
     assert ended.err == ""
 
 
