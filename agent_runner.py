@@ -916,24 +916,38 @@ def directories_abandoned() -> list[Path]:
 def workspace_lay(repo: Repo, base: Base, private: Path) -> Checkout:
     """A repository of its own with the base's files and its recent history: no remotes, nothing shared."""
     checkout = Checkout(repo, private / repo.root.name, private / "workspace-index")
-    kind = git(repo, "rev-parse", "--show-object-format").strip()
     own = Repo(checkout.place, checkout.place / ".git", repo.sealed)
     env = {"GIT_DIR": str(own.git_dir), "GIT_WORK_TREE": str(own.root)}
+    kind = "sha1" if len(base.commit) == 40 else "sha256"
     git(own, "init", "--quiet", "--template=", f"--object-format={kind}", "--initial-branch=workspace", env=env)
     # Fetched as if from another machine: whole objects are copied, none is linked or borrowed.
     upload = "git -c uploadpack.allowAnySHA1InWant=true upload-pack"
     git(own, "fetch", "--quiet", "--no-tags", f"--depth={HISTORY_DEPTH}", "--no-write-fetch-head",
-        "--no-recurse-submodules",
-        f"--upload-pack={upload}", str(repo.git_dir), f"+{base.commit}:refs/heads/workspace", "--update-head-ok")
+        "--no-recurse-submodules", f"--upload-pack={upload}", str(repo.git_dir),
+        f"+{base.commit}:refs/heads/workspace", "--update-head-ok")
     checkout.lay(base.tree)
     shutil.copyfile(checkout.index, own.git_dir / "index")
-    asked = r"^(core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)|user\.(name|email))$"
-    settings = git_ran(repo, "config", "-z", "--get-regexp", asked).out.decode("utf-8", "replace").split("\0")
-    identity = {"user.name": "agent", "user.email": "agent@localhost"}
-    for name, value in (identity | dict(line.split("\n", 1) for line in settings if "\n" in line)).items():
-        git(own, "config", name, value)
-    git(own, "config", "commit.gpgSign", "false")
+    wanted = r"^(core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)|user\.(name|email))$"
+    settings = {"user.name": "agent", "user.email": "agent@localhost"} | git_settings(repo, wanted)
+    settings["commit.gpgsign"] = "false"
+    with open(own.git_dir / "config", "a", encoding="utf-8", errors="surrogateescape") as file:
+        for name, value in settings.items():
+            section, _, key = name.partition(".")
+            quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")  # git-config(1), Syntax
+            file.write(f'[{section}]\n\t{key} = "{quoted}"\n')
     return checkout
+
+
+@functools.cache
+def git_common(repo: Repo) -> Path:
+    """The git directory that all linked worktrees of a repository share."""
+    return Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").removesuffix("\n"))
+
+
+def git_settings(repo: Repo, pattern: str) -> dict[str, str]:
+    """The user's git settings whose names match a pattern; the last one of a name counts."""
+    said = os.fsdecode(git_ran(repo, "config", "-z", "--get-regexp", pattern).out).split("\0")
+    return dict(entry.split("\n", 1) for entry in said if "\n" in entry)
 
 
 def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
@@ -955,6 +969,7 @@ def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
     return git(repo, "write-tree", index=index).strip()
 
 
+@functools.cache
 def tree_paths(repo: Repo, tree: str) -> set[str]:
     """The paths of all files of a tree."""
     return set(git(repo, "ls-tree", "-r", "--name-only", "-z", tree).split("\0")) - {""}
@@ -980,6 +995,7 @@ def tree_patch(repo: Repo, old: str, new: str) -> str:
     return git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--")
 
 
+@functools.cache
 def tree_stat(repo: Repo, old: str, new: str) -> str:
     """The difference between two trees in numbers, for people."""
     return git(repo, "-c", "core.quotePath=false", "diff-tree", "--stat=100", old, new, "--").rstrip()
@@ -987,14 +1003,11 @@ def tree_stat(repo: Repo, old: str, new: str) -> str:
 
 def commit_write(repo: Repo, tree: str, parent: str, message: str) -> str:
     """A new commit object that no ref points to yet; an identity is supplied where none is configured."""
-    env = {}
-    for part in ("name", "email"):
-        if git_ran(repo, "config", "--get", f"user.{part}").exit:
-            for role in ("author", "committer"):
-                known = git_ran(repo, "config", "--get", f"{role}.{part}").out.decode().strip()
-                name = f"GIT_{role}_{part}".upper()
-                env[name] = os.environ.get(name) or known or ("agent_runner" if part == "name"
-                                                              else "agent_runner@localhost")
+    known = git_settings(repo, r"^(user|author|committer)\.(name|email)$")
+    env = {f"GIT_{role}_{part}".upper(): known.get(f"{role}.{part}") or os.environ.get(f"GIT_{role}_{part}".upper())
+           or supplied
+           for part, supplied in (("name", "agent_runner"), ("email", "agent_runner@localhost"))
+           for role in ("author", "committer") if f"user.{part}" not in known}
     return git(repo, "commit-tree", tree, "-p", parent, "-F", "-", env=env, stdin=os.fsencode(message)).strip()
 
 
@@ -1712,7 +1725,7 @@ def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violati
 
 def user_state(repo: Repo) -> dict[str, str]:
     """The state of the user's repository: refs, HEAD, index, configuration, hooks, stash, and files not as in HEAD."""
-    common = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").removesuffix("\n"))
+    common = git_common(repo)
     state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in git(
         repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())}
     state["HEAD"] = signature(repo.git_dir / "HEAD")
