@@ -759,6 +759,19 @@ def repo_open(start: Path) -> Repo:
     return Repo(root, git_dir)
 
 
+def repo_check(repo: Repo) -> None:
+    """Find out now, not after an hour of work, what would keep a proposal from being made; raises Stop."""
+    place = Path(tempfile.gettempdir()).resolve()
+    if place.is_relative_to(repo.root.resolve()):
+        raise Stop(EXIT_MISSING, f"the temporary directory {place} lies inside the repository; set TMPDIR elsewhere")
+    if not git_ran(repo, "rev-parse", "--verify", "--quiet", "refs/heads/agent").exit:
+        raise Stop(EXIT_MISSING, "a branch named 'agent' is in the way of branches agent/...; rename it: "
+                                 "git branch -m agent NEW-NAME")
+    ran = git_ran(repo, "hash-object", "-w", "--stdin", stdin=b"agent_runner was here\n")
+    if ran.exit:
+        raise Stop(EXIT_MISSING, f"nothing can be written to {repo.git_dir}: {ran.last_line()}; make it writable")
+
+
 def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
     """The commit to start from; with `sweep` the uncommitted changes of tracked files go on top of HEAD."""
     ran = git_ran(repo, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
@@ -2672,7 +2685,8 @@ def handoff_text(run: Run) -> str:
 
 def result_text(run: Run) -> str:
     """The result for stdout: the outcome, and the commands for a human."""
-    lines = [f"{run.outcome}: {OUTCOMES[run.outcome][1]}"]
+    dry = "; dry run, so no branch was made" if run.job.dry_run else ""
+    lines = [f"{run.outcome}: {OUTCOMES[run.outcome][1]}{dry}"]
     if run.outcome == "proposed":
         if run.branch:
             attempts = f"{len(run.attempts)} attempt{'s' * (len(run.attempts) > 1)}"
@@ -2814,6 +2828,7 @@ def job_build(args: argparse.Namespace) -> Job:
 def cmd_run(args: argparse.Namespace) -> int:
     """Run one of the two commands to its end; its exit code."""
     job = job_build(args)
+    repo_check(job.repo)
     runs_recover(job.repo)
     with private_directory() as private:
         base = base_find(job.repo, args.base or "HEAD", private, sweep=job.command == "self-heal" and not args.base)
@@ -2826,8 +2841,6 @@ def cmd_run(args: argparse.Namespace) -> int:
     try:
         run.outcome = blueprint(run)
         record_finish(run)
-    except OSError as error:  # a full disk, mostly
-        raise Stop(EXIT_MISSING, f"{error.strerror}: {error.filename or run.folder}; make room, or mend it") from error
     finally:
         if not run.outcome:
             record_abandon(run, sys.exc_info()[1])
@@ -2900,6 +2913,10 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         print(f"agent_runner: {console_safe(MASK.text(str(stop)))}", file=sys.stderr)
         return stop.exit_code
+    except OSError as error:  # the place is wrong, not the program: no temporary directory, a full disk
+        said = f"{error.strerror or error}: {error.filename or 'this system'}; mend that, then run this again"
+        print(f"agent_runner: {console_safe(MASK.text(said))}", file=sys.stderr)
+        return EXIT_MISSING
     except Interrupted:
         print("agent_runner: interrupted before the run began; nothing was changed", file=sys.stderr)
         return OUTCOMES["interrupted"][0]

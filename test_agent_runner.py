@@ -1828,3 +1828,16 @@ def test_past_runs_are_listed_and_pruned(scratch: Scratch) -> None:
     assert len(scratch.records()) == 1 and len(scratch.proposals()) == 1
     going.child.terminate()
     assert scratch.ended(going, others=1).outcome == "interrupted"
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("a branch named agent", "git branch -m agent"), ("TMPDIR inside", "set TMPDIR elsewhere")])
+def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scratch, trouble: str, said: str) -> None:
+    """Not after an hour of an agent's work."""
+    env = {}
+    if "branch" in trouble:
+        scratch.git("branch", "agent")
+    else:
+        scratch.write({"tmp/.gitignore": "*"})
+        env = {"TMPDIR": str(scratch.root / "tmp")}
+    ended = scratch.propose(CALLED, env=env)
+    assert ended.code == 69 and said in ended.err and ended.err.count("\n") == 1 and not (scratch.out / "called").exists(), ended
