@@ -1427,8 +1427,8 @@ def guard_file(source: Source) -> list[Violation]:
         found.append(Violation("link", path, "is a repository inside the repository (a submodule)"))
     if change.new_mode == 0o120000:
         target = os.fsdecode(source.new)
-        if os.path.isabs(target) or os.path.normpath(os.path.join(os.path.dirname(path),
-                                                                  target)).split(os.sep)[0] in ("..", ".git"):
+        leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        if os.path.isabs(target) or leads_to.split(os.sep)[0] in ("..", ".git"):
             found.append(Violation("link", path, f"is a link that leaves the tree, to {one_line(target)}"))
     if source.size > SIZE_LIMIT:
         found.append(Violation("size", path, f"is larger than {SIZE_LIMIT} bytes"))
@@ -1648,12 +1648,10 @@ def equal_to_everything(node: ast.AST) -> list[str]:
         returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
         if returns and all(isinstance(value, ast.Constant) and value.value is wanted[node.name] for value in returns):
             return [f"is equal to everything (a constant {node.name})"]
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and isinstance(node.value.body,
-                                                                                          ast.Constant):
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        return [f"is equal to everything (a constant {name})" for name in names
-                if node.value.body.value is wanted.get(name, ...)]
-    return []
+    body = node.value.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) else None
+    names = [target.id for target in node.targets if isinstance(target, ast.Name)] if body else []
+    return [f"is equal to everything (a constant {name})" for name in names
+            if isinstance(body, ast.Constant) and body.value is wanted.get(name, ...)]
 
 
 def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, str]:
@@ -1671,10 +1669,10 @@ def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterabl
 def import_name(path: str, root: str) -> str:
     """The top-level module that a file is or makes, seen from an import root ("" or "src/"), or ""."""
     first, _, rest = path.removeprefix(root).partition("/")
-    if not path.startswith(root) or (rest and rest not in ("__init__.py", "__init__.pyi", "__init__.so")):
-        return ""
-    return first if rest else re.sub(r"\.(py|pyi|pyc|so|pyd|\w+-[\w-]+\.so)$", "",
-                                     first) if re.search(r"\.(py[ic]?|so|pyd)$", first) else ""
+    if not path.startswith(root) or rest:
+        return first if path.startswith(root) and rest.startswith("__init__.") and "/" not in rest else ""
+    name, _, kind = first.partition(".")
+    return name if re.search(r"(^|\.)(py|pyc|so|pyd)$", kind) else ""
 
 
 def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violation]:
@@ -1684,8 +1682,8 @@ def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violat
     ran = program_call([python, "-I", "-c", ask, *names]) if names else None
     known = json.loads(ran.out) if ran and not ran.exit else {}
     installed = {name for name, origin in known.items() if origin and not Path(origin).is_relative_to(root)}
-    return [Violation("shadow", path, f"would be imported in place of the module {name!r}") for name,
-            path in names.items()
+    return [Violation("shadow", path, f"would be imported in place of the module {name!r}")
+            for name, path in names.items()
             if name in installed or name in sys.stdlib_module_names or name in JUDGES]
 
 
@@ -1742,7 +1740,7 @@ def user_state(repo: Repo) -> dict[str, str]:
     state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in git(
         repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())}
     state["HEAD"] = signature(repo.git_dir / "HEAD")
-    state["index"] = signature(repo.git_dir / "index")
+    state["index"] = git(repo, "ls-files", "--stage", "-z")
     for entry in git(repo, "config", "--list", "--local", "-z").split("\0"):
         name, _, value = entry.partition("\n")
         state[f"config {name}"] = value
@@ -1750,9 +1748,7 @@ def user_state(repo: Repo) -> dict[str, str]:
     for file in (*(common / name for name in names), repo.git_dir / "config.worktree", *(common / "hooks").glob("*")):
         state[f"file {file}"] = signature(file)
     listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
-    state["files"] = hashlib.sha256("\0".join(f"{name} {signature(repo.root / name)}" for name in listed
-                                              if name).encode(
-        "utf-8", "surrogateescape")).hexdigest()
+    state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
     return state
 
 
@@ -1777,8 +1773,8 @@ def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
         elif kind == "ref" and not is_runs_own(repo, key, new) and commits_hold(repo, new, before, blobs):
             why = f"holds the agent's work; undo: {undo}"
         else:
-            why = "was changed during the run (CI=true: by nobody else)" if alone and not is_runs_own(repo, key,
-                                                                                                      new) else ""
+            other = "" if is_runs_own(repo, key, new) else "was changed during the run (CI=true: by nobody else)"
+            why = other if alone else ""
         if why:
             refused.append(Violation("fingerprint", name or key, why))
         else:
@@ -2214,7 +2210,8 @@ class Court:
             run.findings = [f"the agent changed {said}", *(run.baseline.findings() if run.baseline else [])]
         else:
             result = self.ask(attempt, sources, nested)
-        theirs, noted = user_verdict(repo, self.user, user_state(repo), {c.new_blob for c in changes if c.new_mode})
+        work = {source.change.new_blob for source in sources if source.size}  # anybody may have an empty file
+        theirs, noted = user_verdict(repo, self.user, user_state(repo), work)
         run.look_first += noted
         self.outside = bool(touched or theirs)
         return refuse(run, theirs) if theirs else result
@@ -2228,6 +2225,8 @@ class Court:
         naming = self.naming()
         refused, allowed = self.guard(sources, nested, naming)
         if refused:
+            if asked:
+                asked.result()  # the next attempt wants that gate
             return refuse(run, refused)
         roles = {source.change: gate_role(source.change.path, naming) for source in sources}
         touched = [change for change, role in roles.items() if role and not glob_match(change.path, self.allow)]
@@ -2242,8 +2241,8 @@ class Court:
                            if change.old_mode or roles[change] == "configuration"]
         return self.weigh(touched, any(roles[change] == "configuration" for change in touched))
 
-    def guard(self, sources: list[Source], nested: list[str], naming: Naming) -> tuple[list[Violation],
-                                                                                       list[Violation]]:
+    def guard(self, sources: list[Source], nested: list[str],
+              naming: Naming) -> tuple[list[Violation], list[Violation]]:
         """What stands against a change, and what would but is allowed."""
         run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, naming)]
         found = guard_change(sources, naming, run.scope.get("globs", []))
@@ -2254,9 +2253,9 @@ class Court:
         pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
         found += guard_shadows(names, (pythons or [sys.executable])[0], run.job.repo.root)
         refused = [violation for violation in found if not violation.allowed(self.allow)]
-        if len(sources) > FILES_LIMIT and (most := sum(not glob_match(s.change.path, self.allow)
-                                                       for s in sources)) > FILES_LIMIT:
-            refused.append(Violation("size", f"{most} files", f"more than {FILES_LIMIT} files in one change"))
+        counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
+        if counted > FILES_LIMIT:
+            refused.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
         return refused, [violation for violation in found if violation.allowed(self.allow)]
 
     def weigh(self, touched: list[Change], configured: bool) -> str:
@@ -2264,8 +2263,7 @@ class Court:
         run = self.run
         assert run.gate and run.baseline
         if silent := run.gate.silent + (run.as_base.silent if run.as_base else []):
-            said = "the gate can no longer say no: a test that must fail did not"
-            return refuse(run, [Violation("tripwire", name, said) for name in sorted(set(silent))])
+            return refuse(run, tripwires(silent))
         lost = ledger_lost(run.baseline, run.gate, run.as_base, self.allow)
         if not run.gate.green or lost:
             run.findings = run.gate.findings() + lost
@@ -2290,11 +2288,18 @@ class Court:
 
     def excused(self, check: CheckResult, touched: list[Change]) -> bool:
         """Whether the base is to blame for a no: it has no tests, or lint in the very files laid over the change."""
-        base = next(c for c in self.run.baseline.checks if c.name == check.name) if self.run.baseline else check
+        assert self.run.baseline
+        base = next((c for c in self.run.baseline.checks if c.name == check.name), check)
         paths = tuple(f"{change.path}:" for change in touched)
         in_base = bool(check.findings) and all(finding.startswith(paths) and finding in base.findings
                                                for finding in check.findings)
         return (bool(check.judge) and not base.tests and not check.tests) or (not check.judge and in_base)
+
+
+def tripwires(silent: list[str]) -> list[Violation]:
+    """What stands against checks that cannot say no."""
+    said = "the gate can no longer say no: a test that must fail did not"
+    return [Violation("tripwire", name, said) for name in sorted(set(silent))]
 
 
 def refuse(run: Run, refused: list[Violation]) -> str:
@@ -2346,7 +2351,9 @@ def blueprint(run: Run) -> str:
             court = Court(run, bench, pool)
             if heals:
                 run.baseline = gate_step("gate", court.change, run.base.tree, "0")
-                if run.baseline.green and not run.baseline.silent:
+                if run.baseline.silent:
+                    return refuse(run, tripwires(run.baseline.silent))
+                if run.baseline.green:
                     return "nothing_to_heal"
                 if gate_is_flaky(court.change, run.baseline):
                     return "flaky"
