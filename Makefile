@@ -57,6 +57,9 @@ simulate: $(READY)  ## Every simulation, and whether its exit code is the right 
 		else echo "WRONG  exit $$code, not $$expected  $$args"; cat ../out; wrong=1; fi; \
 	done; exit $$wrong; }
 
+soak: $(READY)  ## 200 simulated runs, ten at a time, killed at random (some minutes)
+	$(VENV)/bin/python test_agent_runner.py soak
+
 clean:  ## Remove what make and the tools have made here
 	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) .pytest_cache .ruff_cache __pycache__
 
@@ -74,4 +77,4 @@ $(READY): Makefile $(if $(SAME),,FORCE)
 FORCE:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint simulate clean FORCE
+.PHONY: help demo test lint simulate soak clean FORCE

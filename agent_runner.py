@@ -2517,15 +2517,18 @@ def run_open(job: Job, base: Base) -> Run:
     now = datetime.now(timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     runs = job.repo.root / ".agent-runs"
+    new = runs / f".new-{run_id}"
+    run = Run(job, run_id, new, base, now.isoformat(timespec="seconds"), record_write)
     try:
-        (runs / run_id).mkdir(parents=True)
-        file_write(runs / run_id / "owner", process_mark(os.getpid()))
+        new.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
+        file_write(new / "owner", process_mark(os.getpid()))
+        record_write(run)
+        run.folder = new.rename(runs / run_id)  # so that no reader, and no crash, meets half a record
     except OSError as error:
         raise Stop(EXIT_MISSING, f"the record cannot be written to {runs}: {error.strerror}; "
                                  "make that place writable") from None
-    run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"), record_write)
     OBSERVERS.append(lambda event: event_write(run, event))
     return run
 
@@ -2540,7 +2543,10 @@ def runs_recover(repo: Repo) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             owner = mark.read_text()
             if owner.startswith(process_place()) and process_mark(int(owner.split("-")[1])) != owner:
-                run_close(mark.parent, None)
+                if mark.parent.name.startswith(".new-"):
+                    directory_remove(mark.parent)
+                else:
+                    run_close(mark.parent, None)
 
 
 def run_close(folder: Path, place: Path | None) -> None:
@@ -2884,6 +2890,12 @@ def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
 
 def result_show(run: Run, as_json: bool) -> int:
     """Print the result on stdout, or the summary there and the result with the story; the exit code."""
+    if run.outcome in ("blocked", "scope_disagreement", "no_change", "agent_failed", "agent_timed_out"):
+        said = log_read(run.folder / f"agent-{len(run.attempts) or 'scope'}.log").strip()
+        CONSOLE.group("the agent's last words", words_clip(said[-1000:] or "(none)", 1000))
+        withheld = sorted(name for name in os.environ.keys() - agent_environ(os.environ).keys() if name[:4] != "GIT_")
+        if withheld and run.outcome in ("no_change", "agent_failed"):
+            CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
     if run.findings and run.outcome not in ("proposed", "nothing_to_heal"):
         CONSOLE.group("findings", words_clip("\n".join(run.findings), 3000))
     if run.outcome == "nothing_to_heal" and run.base.left_out:

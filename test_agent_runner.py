@@ -9,11 +9,13 @@ no directory left behind, and a user's repository in which not one byte has move
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -21,7 +23,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -1570,6 +1574,7 @@ def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, varian
     """A workshop sees what was tried."""
     ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
     assert ended.code == 3 and said in ended.err, ended
+    assert ("relaxed them" if variant == "cheat" else "git push origin HEAD:main\nfatal:") in ended.err
 
 
 def test_the_first_tests_of_a_repository(tmp_path: Path) -> None:
@@ -1841,3 +1846,50 @@ def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scrat
         env = {"TMPDIR": str(scratch.root / "tmp")}
     ended = scratch.propose(CALLED, env=env)
     assert ended.code == 69 and said in ended.err and ended.err.count("\n") == 1 and not (scratch.out / "called").exists(), ended
+
+
+# === A soak, run by hand (make soak): many runs at once, killed at random ====
+
+
+def soak(runs: int = 200, at_once: int = 10) -> None:
+    """Simulated runs, some of them killed at some moment; afterwards nothing may be lost and nothing left."""
+    chance, place = random.Random(), Path(tempfile.mkdtemp(prefix="soak-")).resolve()
+    place_tmp, home = place / "tmp", place / "home"
+    place_tmp.mkdir()
+    home.mkdir()
+    environ = {name: os.environ[name] for name in ("PATH", "LANG", "VIRTUAL_ENV") if name in os.environ}
+    environ |= {"HOME": str(home), "TMPDIR": str(place_tmp), "AGENT_TIMEOUT": "2"}
+    kills = Counter[str]()
+
+    def one(number: int) -> int:
+        command = chance.choice(["issue-to-pr none.md", "self-heal"]).split()
+        variant = chance.choice(list(runner_module().SIMULATIONS))
+        child = subprocess.Popen([sys.executable, str(RUNNER), *command, "--simulate", variant], cwd=home, env=environ,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if chance.random() < 0.5:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(chance.random() * 10)
+            name = chance.choice(["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
+            kills[name] += child.poll() is None
+            child.send_signal(getattr(signal, name))
+        return child.wait()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        codes = Counter(pool.map(one, range(runs)))
+    demos = list(place_tmp.glob("agent-runner-demo-*"))
+    sizes = [sum(file.lstat().st_size for file in demo.rglob("*")) for demo in demos]
+    environ.pop("AGENT_TIMEOUT")
+    last = subprocess.run([sys.executable, str(RUNNER), "self-heal", "--simulate", "good"], cwd=home, env=environ, capture_output=True)
+    records = [json.loads(file.read_bytes()) for demo in demos for file in demo.glob(".agent-runs/*/run_summary.json")]
+    unfinished = [record["run_id"] for record in records if not record["outcome"] and not record["error"]]
+    processes = [path for path in Path("/proc").glob("[0-9]*") if str(place) in os.fsdecode(process_file(path, "cwd"))]
+    strays = [path for path in place_tmp.iterdir() if not path.name.startswith("agent-runner-demo-")]
+    print(f"runs {runs}, exit codes {dict(codes)}, killed {dict(kills)}, records {len(records)}, unfinished {len(unfinished)}, "
+          f"stray processes {len(processes)}, stray directories {len(strays)}, largest demo {max(sizes) / 1e6:.1f} MB, "
+          f"outcomes {dict(Counter(record['outcome'] for record in records))}")
+    assert last.returncode == 0 and not unfinished and not processes and not strays, (last.stderr, unfinished, processes, strays)
+    shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    {"soak": soak}[sys.argv[1]]()
