@@ -169,6 +169,10 @@ class GateResult:
         """Whether there were checks and each of them is satisfied."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
+    def red(self) -> list[str]:
+        """The names of the checks that are not satisfied."""
+        return [check.name for check in self.checks if not check.ok]
+
     @property
     def silent(self) -> list[str]:
         """The checks that let a test pass which must fail: their word is worth nothing."""
@@ -2184,6 +2188,7 @@ class Court:
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
         self.tools = tools_state(run.job.checks, self.base.checkout.place)
         self.user = user_state(run.job.repo)
+        self.red: list[str] = []  # the checks that were red when the newest tree was judged
         self.outside = False  # whether something outside the change was touched: no repair mends that
 
     def naming(self) -> Naming:
@@ -2220,7 +2225,13 @@ class Court:
         """The guardrails' word on a change, then the gate's, in both of its forms."""
         run, name, label = self.run, f"attempt {attempt.number}", str(attempt.number)
         asked = None
-        if not self.guard(sources, nested, Naming())[0]:  # as a rule: the gate need not wait for the baseline
+        early = self.naming() if run.baseline else Naming()  # as a rule right: the gate need not wait for the baseline
+        if not self.guard(sources, nested, early)[0]:
+            if self.red:  # what was red is asked first, and alone: still red is enough to know
+                first = gate_step(f"gate, {name}, what was red", self.change, attempt.tree, f"{label}-first", self.red)
+                if not first.green:
+                    attempt.gate, run.findings = first.facts(), first.findings()
+                    return "red"
             asked = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, label)
         naming = self.naming()
         refused, allowed = self.guard(sources, nested, naming)
@@ -2235,7 +2246,7 @@ class Court:
             overlay = tree_put(run.job.repo, attempt.tree, undone, self.private / "overlay-index")
             run.as_base = gate_step(f"gate as the base judges, {name}", self.base, overlay, f"{label}-base")
         run.gate = asked.result() if asked else gate_step(f"gate, {name}", self.change, attempt.tree, label)
-        attempt.gate = run.gate.facts()
+        attempt.gate, self.red = run.gate.facts(), run.gate.red()
         run.look_first = [f"allowed: {violation.said()}" for violation in allowed]
         run.look_first += [f"changes what the gate goes by: {change.path}" for change in touched
                            if change.old_mode or roles[change] == "configuration"]
@@ -2357,7 +2368,7 @@ def blueprint(run: Run) -> str:
                     return "nothing_to_heal"
                 if gate_is_flaky(court.change, run.baseline):
                     return "flaky"
-                run.findings = run.baseline.findings()
+                run.findings, court.red = run.baseline.findings(), run.baseline.red()
             else:
                 court.baseline = pool.submit(gate_step, "baseline gate", court.base, run.base.tree, "0")
             if not scope_settle(run):
@@ -2371,6 +2382,8 @@ def blueprint(run: Run) -> str:
                     return "proposed"
                 if result in ("agent_failed", "agent_timed_out") or court.outside:
                     return result
+                if is_stalled(run):
+                    break
             if result in ("blocked", "scope_disagreement") or (result == "no_change" and not heals):
                 return result
             return "gave_up" if heals else "gate_failed"
@@ -2382,12 +2395,17 @@ def blueprint(run: Run) -> str:
                 change_keep(run, workspace)
 
 
+def is_stalled(run: Run) -> bool:
+    """Whether the newest attempt left the files as it found them: one more would only do the same."""
+    trees = [run.base.tree, *(attempt.tree for attempt in run.attempts)]
+    return trees[-1] == trees[-2]
+
+
 def gate_is_flaky(gate: Gate, red: GateResult) -> bool:
     """Whether a red gate is green when it is asked again about the same tree."""
-    failed = [check.name for check in red.checks if not check.ok]
     # First what failed, alone: that is quick, and most red stays red. A test that passes alone may
     # still fail in company, every time: so only the whole once more can say "flaky".
-    return (gate_step("gate, failures again", gate, red.tree, "0-again", failed).green
+    return (gate_step("gate, failures again", gate, red.tree, "0-again", red.red()).green
             and gate_step("gate, once more", gate, red.tree, "0-once-more").green)
 
 
@@ -2464,7 +2482,11 @@ def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> s
     except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
         attempt.result, run.findings = "agent_failed", [f"what the agent left cannot be taken: {stop}"]
         return attempt.result
-    attempt.result = court.judge(attempt, workspace.checkout.nested)
+    if number > 1 and is_stalled(run):
+        attempt.result, attempt.changed = run.attempts[-2].result, run.attempts[-2].changed
+        run.findings = ["the agent left the same files as before", *run.findings]
+    else:
+        attempt.result = court.judge(attempt, workspace.checkout.nested)
     run.save(run)
     return attempt.result
 

@@ -1053,7 +1053,7 @@ def test_red_in_company_is_not_flaky(scratch):
 
 
 @pytest.mark.parametrize(("agents", "code", "outcome", "results"), [
-    ([NOTHING, writes("app.py", APP)], 0, "proposed", ["no_change", "green"]),
+    ([writes("app.py", APP_WRONG + "# 1\n"), writes("app.py", APP)], 0, "proposed", ["red", "green"]),
     ([writes("app.py", APP_WRONG + "# 1\n"), writes("app.py", APP_WRONG + "# 2\n")], 2, "gave_up", ["red", "red"]),
     (["sys.exit(5)"], 4, "agent_failed", ["agent_failed"]),
 ], ids=["at the last attempt", "never", "agent fails"])
@@ -1846,6 +1846,34 @@ def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scrat
         env = {"TMPDIR": str(scratch.root / "tmp")}
     ended = scratch.propose(CALLED, env=env)
     assert ended.code == 69 and said in ended.err and ended.err.count("\n") == 1 and not (scratch.out / "called").exists(), ended
+
+
+# === Quick repairs: what is known already is not asked again ================
+
+
+@pytest.mark.parametrize(("agents", "results"), [
+    ([NOTHING, CALLED], ["no_change"]),
+    ([writes("app.py", APP_WRONG + "# 1\n")] * 3, ["red", "red"]),
+])
+def test_a_run_without_progress_ends_early(red: Scratch, agents: list[str], results: list[str]) -> None:
+    """The same files again would be judged the same: the rest of the attempts is not spent."""
+    ended = red.heal(in_turn(*agents), "--fix-attempts", "5")
+    assert (ended.outcome, ended.results) == ("gave_up", results), ended
+    assert not (red.out / "called").exists()
+
+
+def test_what_was_red_is_asked_first(tmp_path: Path) -> None:
+    """Still red is enough to know; green is not, before the whole gate has said so."""
+    log = "    with open({out!r} + '/asked', 'a') as file:\n        file.write({name!r} + ' ')\n"
+    tests = ["from app import double\n"]
+    for name, right in (("test_double", "double(2) == 4"), ("test_other", "double(0) == 0")):
+        tests.append(f"def {name}():\n{log.format(out=str(tmp_path / 'out'), name=name)}    assert {right}\n")
+    scratch = Scratch(tmp_path, {"app.py": APP_WRONG, "tests/test_app.py": "\n\n".join(tests)})
+    ended = scratch.heal(in_turn(writes("app.py", APP_WRONG + "# 1\n"), writes("app.py", APP)), checks=TESTS_ONLY)
+    assert ended.results == ["red", "green"], ended
+    # The base, its failure again, the first attempt's failure, the second's, and then all.
+    assert scratch.said("asked").split() == ["test_double", "test_other", *["test_double"] * 3, "test_double", "test_other"]
+    assert ended.has("gate-1-first.log") and not ended.has("gate-1.log") and ended.has("gate-2.log")
 
 
 # === A soak, run by hand (make soak): many runs at once, killed at random ====
