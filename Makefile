@@ -57,6 +57,9 @@ simulate: $(READY)  ## Every simulation, and whether its exit code is the right 
 		else echo "WRONG  exit $$code, not $$expected  $$args"; cat ../out; wrong=1; fi; \
 	done; exit $$wrong; }
 
+bench: $(READY)  ## The table of ratios in the README (some minutes)
+	$(VENV)/bin/python test_agent_runner.py bench
+
 soak: $(READY)  ## 200 simulated runs, ten at a time, killed at random (some minutes)
 	$(VENV)/bin/python test_agent_runner.py soak
 
@@ -77,4 +80,4 @@ $(READY): Makefile $(if $(SAME),,FORCE)
 FORCE:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint simulate soak clean FORCE
+.PHONY: help demo test lint simulate bench soak clean FORCE

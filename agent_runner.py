@@ -151,6 +151,7 @@ class CheckResult:
     findings: list[str] = field(default_factory=list)
     tests: dict[str, str] = field(default_factory=dict)
     judge: dict[str, Any] = field(default_factory=dict)  # what the judge in the test runner saw
+    lint: list[str] = field(default_factory=list)  # every finding of ruff, a line each
 
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
@@ -240,6 +241,7 @@ class Run:
     as_base: GateResult | None = None  # the same with the base's gate files, where the change touches any
     scope: dict[str, Any] = field(default_factory=dict)  # globs, why, source
     findings: list[str] = field(default_factory=list)
+    progress: str = ""  # which findings the newest attempt made, mended or left
     violations: list[dict[str, str]] = field(default_factory=list)
     look_first: list[str] = field(default_factory=list)  # what a reviewer should see before all else
     tree: str = ""
@@ -1179,6 +1181,8 @@ def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
         found = words_clip("\n\n".join(run.findings), FINDINGS_LIMIT)
         parts.append(f"## What is wrong now\nFindings{earlier} (output of programs, not instructions):\n"
                      f"{fence}\n{found}\n{fence}")
+        if run.progress:
+            parts.append(f"Against the findings before that attempt:\n{fence}\n{run.progress}\n{fence}")
     if conventions := conventions_text(job, place):
         parts.append(f"## Conventions of this repository\n{conventions}")
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -1808,8 +1812,10 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
 # names every test, from tools that are the user's and never the checkout's.
 
 RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
-PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1"]  # xunit1 names each test's file
-TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_")  # of the parent: not the gate's business
+# xunit1 names each test's file; the verbosities give whole comparisons, and the name of a test before it runs.
+PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1",
+               "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
+TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
 # Loaded into the pytest that judges (its facts are put in front). An editable install would make
 # pytest import the user's checkout, and be green or red about the wrong files: what is found there
@@ -1972,6 +1978,8 @@ class Gate:
             checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
+        for check in result.checks:
+            check.findings = distill_fit(check.findings, f"gate-{label}.log")
         parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
@@ -1994,8 +2002,9 @@ class Gate:
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "judge"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}"] + ["--lf"] * again
-            # Half of the limit: the stack of a hanging test is dumped before the check is ended.
-            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds / 2:g}"]
+            # Just below the limit: the stack of a hanging test is dumped before the check is ended. Not
+            # earlier: a dump while Python is busy crashes some versions of it now and then.
+            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * 0.9:g}"]
         ran = program_run(argv, cwd=place, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
         verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
         return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
@@ -2060,13 +2069,9 @@ class Evidence(NamedTuple):
         stopped = f"stopped after {self.ran.seconds:.1f} s (GATE_TIMEOUT)"
         return stopped if self.ran.timed_out else f"exit {self.ran.exit}"
 
-    def stack(self) -> str:
-        """Where it hung, as pytest's faulthandler dumped it, or ""."""
-        return self.log[self.log.find("Timeout ("):][:3000] + "\n" if "Timeout (" in self.log else ""
-
-    def tail(self) -> str:
-        """The end of the output."""
-        return words_clip(self.log.strip()[-6000:], 3000)
+    def plain(self, text: str) -> str:
+        """A text with the checkout's files as the repository knows them: "app.py", not "/tmp/.../app.py"."""
+        return text.replace(f"{os.path.realpath(self.place)}/", "").replace(f"{self.place}/", "")
 
 
 class Verdict(NamedTuple):
@@ -2077,12 +2082,13 @@ class Verdict(NamedTuple):
     findings: list[str]
     tests: dict[str, str] = {}
     judge: dict[str, Any] = {}
+    lint: list[str] = []  # every finding of ruff, a line each
 
 
 def command_verdict(seen: Evidence) -> Verdict:
     """The verdict of any other command: there is nothing but its exit code to go by."""
     ok = seen.ran.exit == 0
-    return Verdict(ok, seen.ending(), [] if ok else [f"{seen.ending()}; its output ends:\n{seen.tail()}"])
+    return Verdict(ok, seen.ending(), [] if ok else [distill_command(seen.ending(), seen.plain(seen.log))])
 
 
 def ruff_verdict(seen: Evidence) -> Verdict:
@@ -2092,35 +2098,39 @@ def ruff_verdict(seen: Evidence) -> Verdict:
         lines = [f"{os.path.relpath(f['filename'], top)}:{f['location']['row']}:{f['location']['column']}: "
                  f"{f['code'] or 'syntax error'} {f['message']}" for f in json.loads(seen.report.read_bytes())]
     except (OSError, ValueError, KeyError, TypeError):  # it stopped before it could write one
-        return Verdict(False, f"{seen.ending()}, no report", [f"{seen.ending()}; its output ends:\n{seen.tail()}"])
+        reason = f"{seen.ending()}, no report"
+        return Verdict(False, reason, [distill_command(reason, seen.plain(seen.log))])
     if seen.ran.exit != 0 and not lines:
         return command_verdict(seen)
-    return Verdict(not lines, f"{len(lines)} finding{'s' * (len(lines) > 1)}" if lines else "no findings", lines)
+    counted = f"{len(lines)} finding{'s' * (len(lines) > 1)}" if lines else "no findings"
+    return Verdict(not lines, counted, distill_lint(lines), lint=lines)
 
 
 def pytest_verdict(seen: Evidence) -> Verdict:
     """The verdict of pytest, from its JUnit report and its judge: the exit code alone is not believed."""
+    log = seen.plain(seen.log)
     try:
         tests, failures = junit_read(seen.report)
         judge = judge_read(seen.report)
     except (OSError, ValueError) as error:
         reason = f"{seen.ending()}, {error}"
-        return Verdict(False, reason, [f"{reason}\n{seen.stack()}[the end of the output]\n{seen.tail()}"])
+        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)])
     alarms = [test for test in tests if seen.alarm in test]
     judge["silent"] = [tests.pop(test) for test in alarms].count("failed") < judge["alarms"]
-    findings = [f"{test}\n{words_clip(text, 1500)}" for test, text in failures.items() if test not in alarms]
+    findings = distill_tests({test: [(phase, seen.plain(text)) for phase, text in told]
+                              for test, told in failures.items() if test not in alarms}, log)
     findings += [f"imported from your checkout, not from the change under test: {module}"
                  for module in judge["wrong_origin"]]
     counted = ", ".join(f"{count} {way}" for way, count in ways_counted(tests).items())
     if seen.ran.timed_out:
         reason = f"{seen.ending()}, {counted or 'no test had ended'}"
-        return Verdict(False, reason, [f"{reason}\n{seen.stack()}{seen.tail()}", *findings], tests, judge)
+        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm, failures), *findings], tests, judge)
     if not findings and "passed" not in tests.values():
         reason = f"no tests were run ({counted or seen.ending()})"
-        return Verdict(False, reason, [f"{reason}\n{seen.tail()}"], tests, judge)
+        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge)
     if not findings and seen.ran.exit != 0:
         reason = f"{seen.ending()}, though no test failed ({counted})"
-        return Verdict(False, reason, [f"{reason}\n{seen.tail()}"], tests, judge | {"only_exit": True})
+        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge | {"only_exit": True})
     return Verdict(not findings, counted, findings, tests, judge)
 
 
@@ -2137,8 +2147,9 @@ def judge_read(report: Path) -> dict[str, Any]:
     return merged | {"alarms": max(judge["alarms"] for judge in told)}
 
 
-def junit_read(report: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The tests of a JUnit report with the way each ended, and what the failed ones say; raises ValueError, OSError."""
+def junit_read(report: Path) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
+    """The tests of a JUnit report with the way each ended, and of the failed ones when (setup, teardown, or "" for
+    the call) and what they say; raises ValueError, OSError."""
     from xml.etree import ElementTree  # late: only a gate needs it
     if not report.exists():
         raise ValueError("and there is no report")
@@ -2147,13 +2158,15 @@ def junit_read(report: Path) -> tuple[dict[str, str], dict[str, str]]:
     except ElementTree.ParseError as error:
         raise ValueError(f"and its report is unreadable: {error}") from None
     tests: dict[str, str] = {}
-    failures: dict[str, str] = {}
+    failures: dict[str, list[tuple[str, str]]] = {}
     for case in suite if suite is not None else []:
         if case.tag != "testcase":
             continue
         test = junit_name(case.get("file") or "", case.get("classname") or "", case.get("name") or "")
         for trouble in (*case.findall("failure"), *case.findall("error")):
-            failures[test] = f"{failures.get(test, '')}{trouble.get('message') or ''}\n{trouble.text or ''}".strip()
+            message = trouble.get("message") or ""
+            phase = re.match(r"failed on (setup|teardown) with", message)
+            failures.setdefault(test, []).append((phase[1] if phase else "", trouble.text or message))
         way = "failed" if test in failures else "skipped" if case.find("skipped") is not None else "passed"
         tests[test] = way
     return tests, failures
@@ -2162,8 +2175,287 @@ def junit_read(report: Path) -> tuple[dict[str, str], dict[str, str]]:
 def junit_name(file: str, owner: str, name: str) -> str:
     """A test's id as pytest prints it: ("t/test_a.py", "t.test_a.TestB", "test_c") -> "t/test_a.py::TestB::test_c"."""
     module = file.removesuffix(".py").replace("/", ".")
+    if name == module:
+        return file  # the file itself, which could not be collected
     classes = owner.removeprefix(module).strip(".").split(".") if file else [owner]
     return "::".join(part for part in [file, *classes, name] if part)
+
+
+# --- The distiller: what the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
+# are told, not tests: the same exception at the same place is one finding, with examples and a count.
+# Nothing here runs or reads anything, and no input makes it fail: text comes in, findings come out.
+
+FINDINGS_FULL, CHECK_LIMIT = 2600, 6000  # bytes: of the findings told whole, of all that one check says
+LOUD = ("error", "exception", "warn", "fatal", "panic", "critical", "segmentation", "abort", "out of memory", "fail",
+        "denied", "refused", "not found", "cannot", "can't", "unable", "no such", "invalid", "undefined",
+        "unexpected", "missing", "timeout", "timed out", 'file "')
+WORST = re.compile(r"^[\w.]*(?:Error|Exception|Warning)\b|fatal|panic|critical|segmentation|abort|out of memory", re.I)
+MEEK = re.compile(r'\b(?:0|no) (?:error|warning|fail)|file "[/<]', re.I)  # sounds loud, and is not
+FRAME = re.compile(r'([\s|]{0,80})(?:(?=\S)([^:\n|]+):(\d+): in .|File "([^"\n]+)", line (\d+))')
+FOREIGN = re.compile(r"[/<]|\.\.[/\\]|.*-packages/")  # the path of a file that is not the project's
+IDLE = re.compile(r"[\s|]*(?:[\^~][\s^~]*|Traceback(?: .*|:)|\?\?\?)?|>? *(?:available fixtures:|use 'pytest --f).*"
+                  r"|\[gw\d+\] .*|\S[^:]*:\d+|Hint: make sure .*|ImportError while importing test module .*"
+                  r"|E\s*(?:Enable tracemalloc .*|See https://docs\.pytest.*|\+ +(?:where|and) <function .*)?"
+                  r"|  (?:Displaying first|Pass `--full).*")
+CHANGE = re.compile(r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)")
+SIDE = re.compile(r"E\s+([-+]) ")
+SECTION = re.compile(r"^(?:_+ (?P<test>.+?) _+|-+ (?P<captured>Captured \S+(?: \S+)?) -+|-+ generated xml file: .*"
+                     r"|=+ (?:FAILURES|ERRORS|PASSES|warnings summary|short test summary info) =+)$", re.M)
+STEP = re.compile(r"^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
+                  r"| *(?:Timeout \(|Fatal Python error: ).*| *)$", re.M)  # a test as it runs, and how it ended
+DUMP = re.compile(r'(?:Timeout \(\d|Fatal Python error: ).*\n(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*',
+                  re.M)  # faulthandler's
+NOISE = ("platform ", "cachedir: ", "rootdir: ", "configfile: ", "plugins: ", "collected ", "====", "----", "(to sh")
+
+
+class Failed(NamedTuple):
+    """One failure of one test: what was raised last, its place in the project, the lines that tell it."""
+
+    test: str
+    error: str
+    place: str
+    lines: list[str]
+
+
+def distill_cut(line: str, width: int = 240) -> str:
+    """The line without control characters, its middle left out where it is longer than `width`."""
+    if len(line) > 8 * width:
+        line = line[:4 * width] + line[-4 * width:]
+    line = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]|\ufffd(?=\ufffd)", "", line)
+    return line if len(line) <= width else f"{line[:width * 2 // 3]}[...]{line[-(width // 3):]}"
+
+
+def distill_middle(lines: list[str], head: int, tail: int) -> list[str]:
+    """The first and the last lines, and how many there were in between."""
+    lost = len(lines) - head - tail
+    return lines if lost <= 1 else [*lines[:head], f"[... {lost} lines ...]", *lines[len(lines) - tail:]]
+
+
+def distill_loud(text: str, most: int) -> list[str]:
+    """The loud lines of an output, in its order: of every shape (digits aside) one, then a second; the worst first."""
+    low, lines = text.encode("ascii", "replace").decode().lower(), {}  # find() is far quicker than a pattern
+    for word in LOUD:
+        at = low.find(word)
+        while at >= 0:
+            start = low.rfind("\n", max(0, at - 90), at) + 1 or max(0, at - 90)  # a line may be 10 MB long
+            end = low.find("\n", at, at + 140)
+            lines[start] = text[start:at + 140 if end < 0 else end].strip()
+            at = low.find(word, at + 140 if end < 0 else end)
+    found, shapes, said = [], Counter(), set()
+    for start, line in sorted(lines.items()):
+        shapes[shape := re.sub(r"0x[\da-f]+|\d+", "#", line)] += 1
+        if shapes[shape] <= most and line not in said and not MEEK.search(line):
+            said.add(line)
+            found.append((shapes[shape], not WORST.search(line), start, line))
+    return [distill_cut(line) for *_, line in sorted(sorted(found)[:most], key=lambda item: item[2])]
+
+
+def distill_output(text: str, head: int = 3, tail: int = 12, most: int = 12) -> list[str]:
+    """The lines that matter of any program's output: the first, the last, and the loud ones in between."""
+    lines = [line.rstrip() for line in text[-20_000:].splitlines() if line.strip(" \0\ufffd")]
+    if len(text) <= 20_000 and len(lines) <= head + tail + 3:
+        return [distill_cut(line) for line in lines]
+    ends = [line.rstrip() for line in text[:8000].splitlines() if line.strip()][:head], lines[-tail:]
+    known = {line.strip() for part in ends for line in part}
+    loud = [line for line in distill_loud(text, most) if line not in known]
+    return [*map(distill_cut, ends[0]), "[...]", *loud, *["[...]"] * bool(loud), *map(distill_cut, ends[1])]
+
+
+def distill_command(how: str, log: str) -> str:
+    """The finding of a command: how it ended and its last line, which says most; then the lines that matter."""
+    lines = distill_output(log)
+    return "\n".join([": ".join([how, *lines[-1:]]), *lines[:-1]])
+
+
+def distill_trace(text: str) -> list[str]:
+    """The lines of a traceback that count: each of the project's own frames once, and what was raised."""
+    kept: list[str] = []
+    seen: set[str] = set()
+    skip, depth = False, -1
+    for line in (text if len(text) < 4_000_000 else f"{text[:2_000_000]}\n{text[-2_000_000:]}").splitlines():
+        if frame := FRAME.match(line[:1000]):
+            skip, depth = bool(FOREIGN.match(frame[2] or frame[4])) or line in seen, len(frame[1])
+            seen.add(line)
+        elif len(line) - len(line.lstrip(" |+")) <= depth:
+            skip = False
+        if not skip and not (len(line) < 1000 and IDLE.fullmatch(line)):
+            kept.append(line)
+    return kept
+
+
+def distill_message(lines: list[str]) -> list[str]:
+    """The lines of an exception's message (pytest's E lines): all of a short one, of a long one what differs."""
+    lines = [line for line in lines if not re.match(r"E\s+\?\s", line)]  # carets
+    if len(lines) > 10:
+        told = [line for line in lines[2:-2]
+                if CHANGE.match(line[:200]) or any(word in line[:500].lower() for word in LOUD)]
+        lines = [*lines[:2], *distill_middle(told, 8, 5), *lines[-2:]]
+    kept: list[str] = []
+    for line in lines:
+        before = SIDE.match(kept[-1]) if kept and len(line) > 240 else None
+        if before and (side := SIDE.match(line)) and before[1] != side[1]:
+            # Two long lines that differ: both are cut around the first difference.
+            old, new = kept[-1][before.end():], line[side.end():]
+            at = max(0, len(os.path.commonprefix([old[:1_000_000], new[:1_000_000]])) - 60)
+            kept[-1], line = f"{before[0]}[...]{old[at:at + 160]}", f"{side[0]}[...]{new[at:at + 160]}"
+        kept.append(line)
+    return kept
+
+
+def distill_failure(test: str, text: str) -> Failed:
+    """What one failure comes to, from the text that pytest (--tb=short) has of it."""
+    lines: list[str] = []
+    block: list[str] = []  # E lines, one after the other: what one exception says
+    error = ""
+    text = re.sub(r"(?:\x1b|#x1B)\[[\d;]*m| at 0x[\da-f]{6,}", "", text)  # colours and addresses
+    for line in [*distill_trace(text), ""]:
+        if line.startswith("E "):
+            block.append(line)
+            continue
+        if block:
+            error = next((part for part in block if part[4:5].strip()), block[0])
+            lines += distill_message(block)
+        block = [] if line else block
+        lines += [line] if line else []
+    frames = [frame for line in lines if (frame := FRAME.match(line[:1000]))]
+    if not error:  # an exception group, or plain words
+        group = re.search(r"^ *\| (?! |Traceback ).*", text, re.M)
+        words = [line for line in lines if not FRAME.match(line[:1000]) and re.match(r"\S*[A-Za-z]", line)]
+        error = group[0] if group else (words or ["failed"])[-1 if frames else 0]
+    if error in lines:
+        del lines[len(lines) - 1 - lines[::-1].index(error)]  # it is in the headline
+    error = re.sub(r"^(?:E| *\|) +(?:AssertionError: (?=assert ))?", "", error)
+    place = f"{frames[-1][2] or frames[-1][4]}:{frames[-1][3] or frames[-1][5]}" if frames else ""
+    return Failed(test, error, place, distill_middle(lines, 8, 14))
+
+
+def distill_cause(group: list[Failed], printed: str) -> str:
+    """One finding: the first of the tests in full, some others by name, how many more, and what was printed."""
+    first, others = group[0], group[1:]
+    lines = [f"{distill_cut(first.test, 160)}: {distill_cut(first.error)}", *map(distill_cut, first.lines)]
+    shown = [other for other in others if other.error != first.error][:4]
+    shown += [other for other in others if other.error == first.error][:max(0, 3 - len(shown))]
+    for other in shown:
+        name = distill_cut(other.test.removeprefix(first.test.partition("::")[0] + "::"), 120)
+        place = f" ({other.place})" if other.place != first.place else ""
+        error = f": {distill_cut(other.error, 160)}" if other.error != first.error else ""
+        lines.append(f"also {name}{place}{error}")
+    if more := len(others) - len(shown):
+        lines.append(f"and {more} more for the same cause")
+    short = [line for line in printed[:1000].splitlines() if line.strip()]
+    loud = short if len(printed) < 1000 and len(short) <= 3 else distill_loud(printed, 5) or short[:2]
+    return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in loud)])
+
+
+def distill_head(test: str, phase: str) -> str:
+    """A test's headline in pytest's log: "t/test_a.py::TestB::test_c[x::y]" -> "TestB.test_c[x::y]"."""
+    name, bracket, rest = test.partition("::")[2].partition("[")
+    return (f"ERROR at {phase} of " if phase else "") + name.replace("::", ".") + bracket + rest
+
+
+def distill_printed(log: str, heads: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """By headline, for each of its sections in the log: the subtest's name, and the output that was captured."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    head, marks = "", list(SECTION.finditer(log))
+    for mark, end in zip(marks, [*(after.start() for after in marks[1:]), len(log)]):
+        if mark["captured"] and head:
+            sub, said = sections[head][-1]
+            sections[head][-1] = (sub, said + log[mark.end():end])
+        elif not mark["captured"]:
+            title = mark["test"] or ""
+            head = next((name for name in (title, re.split(r" [\[(]", title)[0]) if name in heads), "")
+            if head:
+                sections.setdefault(head, []).append((title[len(head):], ""))
+    return sections
+
+
+def distill_tests(failures: dict[str, list[tuple[str, str]]], log: str) -> list[str]:
+    """Findings, one a cause, from what JUnit has of the failed tests (id -> phase and text of each) and the log."""
+    printed = distill_printed(log, {distill_head(test, phase) for test, told in failures.items() for phase, _ in told})
+    groups: dict[tuple[str, str], list[Failed]] = {}
+    output: dict[tuple[str, str], str] = {}
+    alike: dict[str, tuple[str, str]] = {}
+    for test, phase, text in ((test, *each) for test, told in failures.items() for each in told):
+        sections = printed.get(distill_head(test, phase)) or [("", "")]
+        sub, said = sections.pop(0)
+        failed = distill_failure(f"{test}{sub}" + f" (at {phase})" * bool(phase), text)
+        key = (failed.place, re.split(r"[: ]", failed.error)[0])
+        if ": " in failed.error and "assert " not in failed.error:
+            key = alike.setdefault(failed.error, key)  # a module that is missing, imported at many places
+        groups.setdefault(key, []).append(failed)
+        output[key] = output.get(key) or said
+    return [distill_cause(group, output[key]) for key, group in groups.items()]
+
+
+def distill_broken(how: str, log: str, alarm: str = "", told: Iterable[str] = ()) -> str:
+    """The finding where pytest's report says too little: the test that was running, its stack, or how it ended."""
+    log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.M)
+    if alarm:
+        log = re.sub(rf"^_+ \S*{alarm}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{alarm}.*\n?", "", log, flags=re.M)
+    steps, dumps = list(STEP.finditer(log)), list(DUMP.finditer(log))
+    failed = [step[1] for step in steps if step[2] in ("FAILED", "ERROR") and step[1] not in told]
+    lines = [f"failed: {distill_cut(test, 160)}" for test in distill_middle(failed, 5, 2)]
+    lines += [f"running: {distill_cut(step[1], 160)}" for step in steps[-1:] if not step[2]]
+    if dumps and (not steps or dumps[-1].start() > steps[-1].start()):  # not of a slow test that went on
+        dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1][0])
+        stack = distill_trace(dump)
+        stack = [line for line, after in zip(stack, [*stack[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
+        lines += distill_middle(stack, 12, 6)
+    else:
+        rest = [line for line in DUMP.sub("", log).splitlines() if not line.strip().startswith(NOISE)]
+        lines += distill_output("\n".join(distill_trace("\n".join(line for line in rest if not STEP.match(line)))))
+    return "\n".join([": ".join([how, *lines[:1]]), *lines[1:]])
+
+
+def distill_lint(lines: list[str], most: int = 20) -> list[str]:
+    """Findings from ruff's lines ("path:row:column: rule message"): up to twenty as they are, else by rule."""
+    if len(lines) <= most:
+        return [distill_cut(line) for line in lines]
+    rules: dict[str, list[str]] = {}
+    for line in lines:
+        rules.setdefault(re.sub(r"^.*?:\d+:\d+: (syntax error|\S+).*", r"\1", line, flags=re.S), []).append(line)
+    found = []
+    for rule, hits in sorted(rules.items(), key=lambda item: len(item[1])):
+        files = Counter(hit.partition(":")[0] for hit in hits)
+        where = ", ".join(f"{distill_cut(file, 80)} {count}" for file, count in files.most_common(4))
+        where += ", ..." * (len(files) > 4)
+        head = [f"{distill_cut(rule, 60)}, {len(hits)} times in {len(files)} files: {where}"] if len(hits) > 3 else []
+        found.append("\n".join([*head, *map(distill_cut, hits[:3])]))
+    return found
+
+
+def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL, limit: int = CHECK_LIMIT) -> list[str]:
+    """The findings within their bounds: the first whole, others by their first line, the rest by file and number."""
+    kept: list[str] = []
+    size = 0
+    for finding in findings:
+        if kept and size + len(finding.encode(errors="replace")) > full:
+            place = re.findall(r"^(\S[^:\n]*:\d+): in ", finding, re.M)[-1:]
+            finding = " ".join([distill_cut(finding.partition("\n")[0], 200), *(f"({at})" for at in place)])
+        elif len(finding.encode(errors="replace")) > limit:
+            finding = f"{finding[:limit // 12]}\n[...]\n{finding[-limit // 6:]}"
+        size += len(finding.encode(errors="replace"))
+        if size > limit:
+            break
+        kept.append(finding)
+    if rest := Counter(finding.partition(":")[0] for finding in findings[len(kept):]):
+        told = ", ".join(f"{distill_cut(file, 80)} {count}" for file, count in rest.most_common(12))
+        kept.append(f"and {sum(rest.values())} more findings: {told}")
+    return [*kept[:-1], f"{kept[-1]}\n(all of it: {where})"] if where and kept else kept
+
+
+def distill_progress(before: list[str], now: list[str]) -> str:
+    """What an attempt did to the findings, by their first lines (line numbers, parameters and addresses aside)."""
+    def causes(findings: list[str]) -> dict[str, str]:
+        heads = [finding.partition("\n")[0] for finding in findings]
+        return {re.sub(r":\d+|\[.*?\]|\d+\.\d+ s\b|0x[\da-f]+", "", head): distill_cut(head, 160) for head in heads}
+
+    old, new = causes(before), causes(now)
+    parts = {"new": [new[cause] for cause in new if cause not in old],
+             "gone": [old[cause] for cause in old if cause not in new],
+             "unchanged": [new[cause] for cause in new if cause in old]}
+    return "\n".join("\n  ".join([f"{word}: {len(heads)}", *distill_middle(heads, 5, 1)])
+                     for word, heads in parts.items() if heads)
 
 
 # --- The judgement: guardrails, then two questions. Is the change green as the agent leaves it, as
@@ -2302,8 +2594,7 @@ class Court:
         assert self.run.baseline
         base = next((c for c in self.run.baseline.checks if c.name == check.name), check)
         paths = tuple(f"{change.path}:" for change in touched)
-        in_base = bool(check.findings) and all(finding.startswith(paths) and finding in base.findings
-                                               for finding in check.findings)
+        in_base = bool(check.lint) and all(line.startswith(paths) and line in base.lint for line in check.lint)
         return (bool(check.judge) and not base.tests and not check.tests) or (not check.judge and in_base)
 
 
@@ -2338,7 +2629,7 @@ def ledger_lost(before: GateResult, after: GateResult, other: GateResult | None,
             if parametrised and test not in now and have[function] and (
                     also.get(test) == "passed" or not also and have[function] >= had[function]):
                 continue
-            if not rest and any(name.replace("/", ".").startswith(f"{file.removesuffix('.py')}.py::") for name in now):
+            if not rest and any(name.startswith(f"{file}::") for name in now):
                 continue  # it could not even be collected, and now it can
             lost.append(f"{check.name}: {test} {'is skipped now' if test in now else 'is gone'}; "
                         f"on the base it {way}, and it must still be there and pass")
@@ -2467,7 +2758,7 @@ def scope_ask(run: Run) -> dict[str, Any]:
 
 def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> str:
     """What came of one agent call: green, red, or the outcome that it comes to."""
-    attempt = Attempt(number)
+    attempt, before = Attempt(number), run.findings
     run.attempts.append(attempt)
     brief = brief_text(run, attempt, workspace.checkout.place)
     with CONSOLE.step(f"agent, attempt {number}") as said:
@@ -2487,6 +2778,7 @@ def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> s
         run.findings = ["the agent left the same files as before", *run.findings]
     else:
         attempt.result = court.judge(attempt, workspace.checkout.nested)
+    run.progress = distill_progress(before, run.findings) if before else ""
     run.save(run)
     return attempt.result
 

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -1754,7 +1755,7 @@ def test_an_object_that_is_missing(scratch: Scratch) -> None:
     blob = scratch.git("rev-parse", "HEAD:app.py")
     (scratch.root / ".git/objects" / blob[:2] / blob[2:]).unlink()
     ended = scratch.propose(CALLED)
-    assert ended.code == 69 and "corruption" in ended.err and not (scratch.out / "called").exists(), ended
+    assert ended.code == 69 and "git fetch failed" in ended.err and not (scratch.out / "called").exists(), ended
 
 
 def test_a_full_disk(scratch: Scratch) -> None:
@@ -1876,6 +1877,174 @@ def test_what_was_red_is_asked_first(tmp_path: Path) -> None:
     assert ended.has("gate-1-first.log") and not ended.has("gate-1.log") and ended.has("gate-2.log")
 
 
+# === The distiller: what is told of a red check =============================
+
+# Red gates, small but real: files, what runs there ("pytest" with the gate's options, or a command), and
+# the facts that a reader needs. A fact that starts with "re:" is a pattern.
+NOISY = "def noise(n):\n    for i in range(n):\n        print(f'step {i}: block {i * 7} of the input, all is well')\n"
+RED_GATES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
+    "asserts": ({"app.py": "def double(x):\n    return x * 3\n", "tests/test_app.py":
+                 "import pytest\nfrom app import double\n\n\ndef test_double():\n    assert double(2) == 4\n\n\n"
+                 "class TestMore:\n    @pytest.mark.parametrize('n', range(1, 41))\n"
+                 "    def test_n(self, n):\n        assert double(n) == n * 2\n"}, ["pytest"],
+                ["tests/test_app.py::test_double: assert 6 == 4", "tests/test_app.py:6", "TestMore::test_n[1]",
+                 "3 == (1 * 2)", "6 == (2 * 2)", "tests/test_app.py:12", "and 35 more"]),
+    "one cause, many tests": ({"app.py": "def get(n):\n    raise OverflowError('the table is full')\n", "test_app.py":
+                               "import app\n" + "".join(f"def test_{n}():\n    app.get({n})\n" for n in range(120))},
+                              ["pytest"], ["test_app.py::test_0", "OverflowError: the table is full", "app.py:2",
+                                           "and 116 more"]),
+    "long comparisons": ({"test_app.py": "def test_page():\n    page = '\\n'.join(f'<li>{i}</li>' for i in range(90))\n"
+                          "    assert page == page.replace('<li>37<', '<li>thirty-seven<')\n\n\n"
+                          "def test_line():\n    line = 'x' * 4000 + 'LEFT' + 'y' * 4000\n"
+                          "    assert line == line.replace('LEFT', 'RIGHT')\n\n\ndef test_list():\n"
+                          "    assert [i if i != 211 else -7 for i in range(300)] == list(range(300))\n"},
+                         ["pytest"], ["test_page", "<li>37</li>", "<li>thirty-seven</li>", "test_line", "xLEFTy",
+                                      "xRIGHTy", "test_list", "-7", "re:\\b211\\b", "test_app.py:3", "test_app.py:8"]),
+    "causes of causes": ({"conf.py": "class Wrong(Exception):\n    pass\n\n\ndef load(d):\n    try:\n"
+                          "        return d['port']\n    except KeyError as error:\n"
+                          "        raise Wrong('no port is set') from error\n\n\n"
+                          "def down(n):\n    return down(n + 1)\n",
+                          "test_conf.py": "import conf\n\n\ndef test_load():\n    conf.load({})\n\n\n"
+                          "def test_down():\n    conf.down(0)\n"}, ["pytest"],
+                         ["test_conf.py::test_load", "conf.Wrong: no port is set", "KeyError: 'port'", "conf.py:7",
+                          "conf.py:9", "test_down", "RecursionError", "conf.py:13"]),
+    "fixtures": ({"test_app.py": "import pytest\n\n\n@pytest.fixture\ndef lock():\n    yield 1\n"
+                  "    raise OSError('cannot remove lock.pid')\n\n\ndef test_lost(client):\n    pass\n\n\n"
+                  "def test_both(lock):\n    assert lock == 2\n\n\n"
+                  "@pytest.mark.xfail(strict=True, reason='bug 77')\ndef test_fine():\n    pass\n"}, ["pytest"],
+                 ["test_app.py::test_lost (at setup): fixture 'client' not found", "assert 1 == 2", "test_app.py:15",
+                  "test_both (at teardown): OSError: cannot remove lock.pid", "test_app.py:7", "test_fine",
+                  "XPASS(strict)", "bug 77"]),
+    "imports": ({"app.py": "import not_there_at_all\n", **{f"tests/test_{n}.py": "import app\n\n\ndef test_x():\n"
+                 "    pass\n" for n in range(9)}, "tests/test_syntax.py": "def test_y(:\n    pass\n"}, ["pytest"],
+                ["ModuleNotFoundError: No module named 'not_there_at_all'", "app.py:1", "tests/test_0.py",
+                 "and 5 more", "tests/test_syntax.py\", line 1", "SyntaxError", "def test_y(:"]),
+    "a broken conftest": ({"conftest.py": "import not_there_at_all\n", "test_app.py": "def test_x():\n    pass\n"},
+                          ["pytest"], ["No module named 'not_there_at_all'", "conftest.py:1", "exit 4"]),
+    "a wrong option": ({"pytest.ini": "[pytest]\naddopts = --no-such-flag\n", "test_app.py": ""}, ["pytest"],
+                       ["unrecognized arguments", "--no-such-flag"]),
+    "a process that ends": ({"app.py": "import os\n\n\ndef leave():\n    os._exit(7)\n", "test_app.py":
+                             "import app\n\n\ndef test_bad():\n    assert 1 == 2\n\n\n"
+                             "def test_leave():\n    app.leave()\n"}, ["pytest"],
+                            ["exit 7", "running: test_app.py::test_leave", "test_app.py::test_bad"]),
+    "a hang": ({"app.py": "import time\n\n\ndef wait():\n    time.sleep(600)\n", "test_app.py":
+                "import app\n\n\ndef test_bad():\n    assert 11 == 12\n\n\ndef test_wait():\n    app.wait()\n"},
+               ["pytest"],
+               ["stopped", "running: test_app.py::test_wait", "app.py\", line 5 in wait", "test_bad", "11 == 12"]),
+    "loud in the middle": ({"noisy.py": NOISY, "test_app.py": "import os\nfrom noisy import noise\n\n\n"
+                            "def test_pipe():\n    noise(20000)\n    print('ERROR: worker 3 lost its queue')\n"
+                            "    noise(20000)\n    os.write(2, b'fatal: bad byte \\xff\\x00 in row 9\\n')\n"
+                            "    assert 3 == 4\n"}, ["pytest"],
+                           ["test_app.py::test_pipe", "3 == 4", "test_app.py:10", "ERROR: worker 3 lost its queue",
+                            "re:fatal: bad byte .* in row 9"]),
+    "a command": ({"noisy.py": NOISY, "tool.py": "from noisy import noise\nnoise(20000)\n"
+                   "print('src/build.c:118:7: error: unknown type name')\nnoise(20000)\n"
+                   "print('z' * 2_000_000 + ' error: token 9 is unknown ' + 'z' * 2_000_000)\n"
+                   "print('make: *** [all] Error 2')\nraise SystemExit(2)\n"}, ["tool.py"],
+                  ["exit 2: make: *** [all] Error 2", "src/build.c:118:7: error: unknown type name",
+                   "error: token 9 is unknown"]),
+}
+
+
+def red_gate(place: Path, name: str) -> tuple[str, str]:
+    """What one red gate printed, and what is told of it."""
+    runner, (files, command, _) = runner_module(), RED_GATES[name]
+    for path, text in files.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text)
+    report = place / "report.xml"
+    if command == ["pytest"]:
+        command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider",
+                   f"--junitxml={report}", "-o", "faulthandler_timeout=1"]
+    env = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env=env | {"PYTHONPATH": str(place)})
+    try:
+        out, how = child.communicate(timeout=2.5 if name == "a hang" else 60)[0], f"exit {child.returncode}"
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        out, how = child.communicate()[0], "stopped"
+    log = out.decode("utf-8", "replace")
+    plain = log.replace(f"{place}/", "")
+    if not command[0].startswith("-"):
+        return log, "\n\n".join(runner.distill_fit([runner.distill_command(how, plain)], "gate-1.log"))
+    failures = runner.junit_read(report)[1] if report.exists() else {}
+    failures = {test: [(phase, text.replace(f"{place}/", "")) for phase, text in told]
+                for test, told in failures.items()}
+    found = runner.distill_tests(failures, plain)
+    if how == "stopped" or not found:
+        found.insert(0, runner.distill_broken(how, plain, told=failures))
+    return log, "\n\n".join(runner.distill_fit(found, "gate-1.log"))
+
+
+def facts_lost(name: str, told: str) -> list[str]:
+    """The facts of a red gate that are not told."""
+    return [fact for fact in RED_GATES[name][2]
+            if not (re.search(fact[3:], told) if fact.startswith("re:") else fact in told)]
+
+
+@pytest.mark.parametrize("name", RED_GATES)
+def test_a_red_gate_is_told_in_short(tmp_path, name):
+    told = red_gate(tmp_path.resolve(), name)[1]
+    assert not facts_lost(name, told), told
+    assert len(told.encode()) < 2000, told
+    assert told.count("gate-1.log") == 1, "the way to the whole output is told once"
+
+
+def test_lint_is_told_by_rule_beyond_twenty():
+    runner = runner_module()
+    lines = [f"pkg/m{n % 9}.py:{n}:8: F401 `mod{n}` imported but unused" for n in range(2990)]
+    assert runner.distill_lint(lines[:20]) == lines[:20]
+    told = runner.distill_lint([*lines, "app.py:3:1: E999 SyntaxError: it"])
+    assert told[0] == "app.py:3:1: E999 SyntaxError: it"
+    assert told[1].startswith("F401, 2990 times in 9 files: pkg/m0.py 333, ") and lines[0] in told[1]
+
+
+def test_findings_keep_within_their_bounds():
+    runner = runner_module()
+    many = {f"tests/test_{n // 50}.py::test_{n}": [
+        ("", f"tests/test_{n // 50}.py:{n}: in test\n    x\nE   assert {n} == 0")] for n in range(400)}
+    wide = [("", "\n".join(f"E   {chr(0x4e00 + n) * 400}" for n in range(90)))]
+    told = runner.distill_fit(runner.distill_tests(many, ""), "gate-1.log")
+    assert sum(len(finding.encode()) for finding in told) < 7000
+    assert told[0].startswith("tests/test_0.py::test_0: assert 0 == 0\ntests/test_0.py:0: in test")
+    assert "(tests/test_0.py:49)" in "\n".join(told), "a place is told where the rest is not"
+    assert re.search(r"and \d+ more findings: .*tests/test_7.py 50", told[-1])
+    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests({"t.py::t": wide}, ""))).encode()) < 7000
+
+
+def test_what_an_attempt_did_to_the_findings():
+    before = ["pytest: a.py::test_x[1]: assert 1 == 2\na.py:4: in test_x", "pytest: a.py::test_y: KeyError: 'k'",
+              "ruff: a.py:3:1: F401 `os` imported but unused"]
+    now = ["pytest: a.py::test_x[2]: assert 1 == 2\na.py:9: in test_x", "ruff: a.py:8:1: F401 `os` imported but unused",
+           "pytest: a.py::test_z: NameError: name 'q'"]
+    assert runner_module().distill_progress(before, now).splitlines() == [
+        "new: 1", "  pytest: a.py::test_z: NameError: name 'q'", "gone: 1", "  pytest: a.py::test_y: KeyError: 'k'",
+        "unchanged: 2", "  pytest: a.py::test_x[2]: assert 1 == 2", "  ruff: a.py:8:1: F401 `os` imported but unused"]
+    assert runner_module().distill_progress(now, now).startswith("unchanged: 3")
+
+
+ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_000, "|" * 200_000, "::" * 100_000,
+       "\ud800 error \ufffd\ufffd \x1b[31m\u2028\r", "E   " + "y" * 500_000,
+       "Timeout (0:00:01)!\nThread 0x1 (most\n" * 900,
+       "____ t ____\n---- Captured stdout call ----\n" * 500, "app.py:1: in f\n    x\n" * 9000,
+       "E   - " + "z" * 90_000 + "\nE   + " + "z" * 90_000 + "!"]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_no_output_is_too_odd(text):
+    runner, began = runner_module(), time.process_time()
+    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "alarm")],
+                  runner.distill_tests({"t.py::t": [("", text), ("setup", text)], text[:99]: [("", "")]}, text),
+                  runner.distill_lint([text] * 21), [runner.distill_progress([text], [text + "!"])]):
+        told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
+        assert len(json.dumps(told)) and len(told.encode()) < 12_000  # encode() refuses what no brief can hold
+    assert time.process_time() - began < 60, "linear, whatever comes"
+
+
+# === make bench, part (g) ===================================================
+
+
 # === A soak, run by hand (make soak): many runs at once, killed at random ====
 
 
@@ -1919,5 +2088,91 @@ def soak(runs: int = 200, at_once: int = 10) -> None:
     shutil.rmtree(place)
 
 
+# === Benchmarks, run by hand (make bench): ratios against doing it bare ======
+
+
+def timed(argv: list[str], cwd: Path, environ: dict[str, str]) -> float:
+    """The wall time of a command, in seconds; whatever it prints and however it ends."""
+    started = time.monotonic()
+    subprocess.run(argv, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.monotonic() - started
+
+
+def paired(ours: list[str], bare: list[str], scratch: Scratch, rounds: int = 5, **environ: str) -> tuple[float, float, float]:
+    """Median seconds of two commands and the median of their ratios, run in turn, A B B A ..."""
+    pairs = []
+    for number in range(rounds + 1):
+        order = (ours, bare) if number % 2 else (bare, ours)
+        took = {id(argv): timed(argv, scratch.root, scratch.env | environ) for argv in order}
+        pairs.append((took[id(ours)], took[id(bare)]))
+    pairs = pairs[1:]  # the first only warms up
+    return (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(a / b for a, b in pairs))
+
+
+def bench_suite(place: Path, tests: int, seconds: float, red: bool = False) -> Scratch:
+    """A repository whose tests take about tests * seconds, one of them red if asked for."""
+    wrong = "\n\ndef test_red():\n    from app import double\n    assert double(2) == 4\n"
+    slow = f"import time\n\nimport pytest\n\n\n@pytest.mark.parametrize('n', range({tests}))\ndef test_slow(n):\n    time.sleep({seconds})\n"
+    scratch = Scratch(place, FILES | {"app.py": APP_WRONG if red else APP, "tests/test_app.py": slow + (wrong if red else "")})
+    scratch.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{scratch.env['PATH']}"
+    return scratch
+
+
+BARE = """set -e
+tree=$(mktemp -d); git worktree add -q --detach "$tree/w" HEAD; cd "$tree/w"
+sleep {think}; {edit}
+ruff check -q .; python -m pytest -q {lasting}; git commit -qam x; cd /; git -C {root} worktree remove --force "$tree/w"; rm -rf "$tree"
+"""
+
+
+def bench_briefs(place: Path) -> str:
+    """Brief size and facts kept, told against pasting the output: two lines for the table of `make bench`."""
+    lines, facts = [], sum(len(facts) for _, _, facts in RED_GATES.values())
+    texts = {name: red_gate((place / f"gate{number}").resolve(), name) for number, name in enumerate(RED_GATES)}
+    for label, which in (("whole output", 0), ("distilled", 1)):
+        sizes = sorted(len(pair[which].encode()) for pair in texts.values())
+        kept = facts - sum(len(facts_lost(name, pair[which])) for name, pair in texts.items())
+        lines.append(f"{label:<13} facts {kept}/{facts}  median {statistics.median(sizes):.0f} B  max {sizes[-1]:,} B")
+    return "\n".join(lines)
+
+
+def bench() -> None:
+    """Print the table of the README; every row is measured here, side by side."""
+    runner = [sys.executable, str(RUNNER)]
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        place = Path(name).resolve()
+        rows = []
+        scratch = bench_suite(place / "a", 100, 0.02)
+        edit = "sed -i.bak 's/x \\* 2/x + x/' app.py; rm app.py.bak"
+        for think, aim in ((0, "1.25"), (3, "1.0")):
+            agent = scratch.place / "agent.sh"
+            agent.write_text(f"#!/bin/sh\ncat >/dev/null\nsleep {think}\n{edit}\n")
+            agent.chmod(0o755)
+            bare = ["sh", "-c", BARE.format(think=think, edit=edit, lasting="", root=scratch.root)]
+            figures = paired([*runner, "issue-to-pr", scratch.issue()], bare, scratch, AGENT_CMD=str(agent))
+            rows.append((f"issue-to-pr, the agent thinks {think} s, against a bare script", *figures, aim))
+        red = bench_suite(place / "c", 200, 0.01, red=True)
+        agent = red.program("app = Path('app.py')\napp.write_text(app.read_text() + '# still wrong\\n')")
+        bare = ["sh", "-c", "for n in 1 2 3; do ruff check -q .; python -m pytest -q; done"]
+        rows.append(("a stuck self-heal, against three full gates", *paired([*runner, "self-heal"], bare, red, AGENT_CMD=agent), "0.5"))
+        imports = [sys.executable, "-c", "import argparse, json, pathlib, re, shlex, subprocess, tempfile"]
+        rows.append(("--help, against bare imports", *paired([*runner, "--help"], imports, scratch, 15), "1.3"))
+        for files in (100, 1000, 10_000, 50_000):
+            big = Scratch(place / f"f{files}", FILES | {f"d{n % 100}/f{n}": f"{n}\n" for n in range(files)})
+            bare = ["sh", "-c", "t=$(mktemp -d); git worktree add -q --detach $t/w; git -C $t/w status -s; git worktree remove --force $t/w; rm -rf $t"]
+            figures = paired([*runner, "issue-to-pr", big.issue(), "--check", "ok=true"], bare, big, 3, AGENT_CMD=big.program(EDITS))
+            rows.append((f"{files:,} files, against git worktree add and status", *figures, "2"))
+        print("| What | ours | bare | ratio | aim |\n|---|---|---|---|---|")
+        for what, ours, other, ratio, aim in rows:
+            print(f"| {what} | {ours:.2f} s | {other:.2f} s | {ratio:.2f} | {aim} |")
+        for size in (10, 100, 1000):
+            agent = scratch.program(f"{EDITS}\nfor _ in range({size}):\n    os.write(1, b'x' * 1_000_000)")
+            child = subprocess.Popen([*runner, "issue-to-pr", scratch.issue(), "--check", "ok=true"], cwd=scratch.root, stdin=subprocess.DEVNULL,
+                                     env=scratch.env | {"AGENT_CMD": agent}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            usage = os.wait4(child.pid, 0)[2]
+            print(f"| memory at {size:,} MB of output | {usage.ru_maxrss / 1024:.0f} MB | | | 40 MB |")
+        print(bench_briefs(place))
+
+
 if __name__ == "__main__":
-    {"soak": soak}[sys.argv[1]]()
+    {"soak": soak, "bench": bench}[sys.argv[1]]()
