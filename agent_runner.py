@@ -2002,9 +2002,10 @@ class Gate:
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "judge"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}"] + ["--lf"] * again
-            # Just below the limit: the stack of a hanging test is dumped before the check is ended. Not
+            # Below the limit: the stack of a hanging test is dumped before the check is ended. Not much
             # earlier: a dump while Python is busy crashes some versions of it now and then.
-            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * 0.9:g}"]
+            share = 0.9 if self.job.gate_seconds > 60 else 0.5
+            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * share:g}"]
         ran = program_run(argv, cwd=place, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
         verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
         return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])

@@ -1438,11 +1438,11 @@ def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
     return scratch, scratch.propose(agent, *args, checks=CHEAP if cheap else REAL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Scratch, Ended]]]]:
-    """The runs of all rows that are asked for, a few at a time: each waits more than it works."""
+    """The runs of all rows that are asked for, begun beside the tests before them: there are two cores."""
     asked = {item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")}
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         yield {row: pool.submit(row_run, row, tmp_path_factory.mktemp("row")) for row in [*CHEATS, *HONEST] if row in asked}
 
 
