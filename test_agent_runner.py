@@ -139,7 +139,7 @@ class Scratch:
         for folder in (self.root, self.home, self.tmp, self.out):
             folder.mkdir(parents=True)
         identity = "[user]\n\tname = Ada\n\temail = ada@example.org\n"
-        (place / "gitconfig").write_text(f"{identity}[init]\n\tdefaultBranch = main\n")
+        (place / "gitconfig").write_text(f"{identity}[init]\n\tdefaultBranch = main\n[core]\n\tfsync = none\n")
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LC_CTYPE") if name in os.environ}
         self.env = inherited | {
             "HOME": str(self.home), "TMPDIR": str(self.tmp), "GIT_CONFIG_NOSYSTEM": "1",
