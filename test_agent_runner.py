@@ -1440,9 +1440,9 @@ def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
 
 @pytest.fixture(scope="session", autouse=True)
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Scratch, Ended]]]]:
-    """The runs of all rows that are asked for, begun beside the tests before them: there are two cores."""
+    """The runs of all rows that are asked for, on the second core while the tests before them have the first."""
     asked = {item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         yield {row: pool.submit(row_run, row, tmp_path_factory.mktemp("row")) for row in [*CHEATS, *HONEST] if row in asked}
 
 
