@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MIT
 """agent_runner: one issue, or one red build, in; one checked commit proposal out.
 
-    issue or red build -> workspace -> brief -> agent -> snapshot -> gate -> proposal
-                                         ^                            |
-                                         +--- findings, a few times --+
+    issue or red build -> workspace -> brief -> agent -> snapshot -> guardrails -> gate -> proposal
+                                         ^                               |          |
+                                         +------ findings, a few times --+----------+
 
 Any headless coding agent does the creative part. The rest is in this file, in the order in
 which a run meets it, and no step is the agent's to skip. It does not push, it does not merge,
