@@ -40,7 +40,7 @@ import time
 import tokenize
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -223,6 +223,7 @@ class Job:
     simulated: str  # the variant, or ""
     dry_run: bool
     keep: bool
+    sandbox: Sandbox
 
 
 @dataclass
@@ -662,17 +663,18 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
 
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
-                stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0) -> Ran:
+                stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0, prefix: Sequence[str] = ()) -> Ran:
     """How somebody else's program ended; its output is in the file `log`.
 
     `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that asks it
-    to stop. Raises Interrupted. When this returns or raises, nothing that the program started is running.
+    to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises, nothing that the
+    program started is running.
     """
     started = time.monotonic()
     with open(stdin or os.devnull, "rb") as source, Log(log) as sink:
         with LIVE_LOCK:
-            child = subprocess.Popen(supervised(argv), cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT, bufsize=0, start_new_session=True)
+            child = subprocess.Popen(supervised([*prefix, *argv]), cwd=cwd, env=env, stdin=source, bufsize=0,
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
             LIVE.add(child.pid)
         ended = program_pump(child, sink, started + seconds if seconds else float("inf"), idle=idle or float("inf"))
         for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
@@ -1107,12 +1109,14 @@ BRIEF_RULES = """\
 """
 
 
-def agent_command(text: str | None) -> list[str]:
-    """AGENT_CMD as a list, its program resolved to an absolute path; raises Stop where it cannot be run."""
+def agent_command(text: str | None, in_image: bool) -> list[str]:
+    """AGENT_CMD as a list, its program (if not an image's) as an absolute path; raises Stop where it cannot be run."""
     if not (text or "").strip():
         raise Stop(EXIT_USAGE, "AGENT_CMD is not set: name your agent's headless command, e.g. AGENT_CMD='claude -p', "
                                "or try --simulate good")
     argv = command_split(text or "", "AGENT_CMD")
+    if in_image:
+        return argv
     program = shutil.which(argv[0])
     if not program:
         raise Stop(EXIT_MISSING, f"the agent's command {argv[0]!r} was not found or is not executable; "
@@ -1133,10 +1137,15 @@ def command_split(text: str, what: str) -> list[str]:
 
 def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables, but for those that AGENT_PASS_ENV names."""
-    passed = re.split(r"[,\s]+", environ.get("AGENT_PASS_ENV", "*_API_KEY"))
+    passed = agent_passed(environ)
     return {name: value for name, value in git_environ(environ).items()
-            if any(fnmatchcase(name, glob) for glob in passed)
-            or not (SECRET_NAME.search(name) or SECRET_URL.search(value))}
+            if name in passed or not (SECRET_NAME.search(name) or SECRET_URL.search(value))}
+
+
+def agent_passed(environ: Mapping[str, str]) -> list[str]:
+    """The variables that AGENT_PASS_ENV names."""
+    globs = re.split(r"[,\s]+", environ.get("AGENT_PASS_ENV", "*_API_KEY"))
+    return [name for name in environ if any(fnmatchcase(name, glob) for glob in globs)]
 
 
 def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
@@ -1148,9 +1157,11 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
     asks_file = any("{prompt_file}" in word for word in job.agent_cmd)
     argv = [word.replace("{prompt_file}", str(prompt)) for word in job.agent_cmd]
     # From a file: a pipe would block on a long brief, and some agents wait for ever on a silent one.
-    return program_run(argv, cwd=checkout.place, env=agent_environ(os.environ), seconds=job.agent_seconds,
-                       idle=job.idle_seconds,
-                       log=run.folder / f"agent-{label}.log", stdin=None if asks_file else prompt)
+    reach = Reach(checkout.place, checkout.place.parent / "tmp", read=[prompt, *[Path(__file__).resolve()] * bool(
+        job.simulated)], names=agent_passed(os.environ), network=True, home=True)
+    return job.sandbox.run(argv, reach, env=agent_environ(os.environ), seconds=job.agent_seconds,
+                           idle=job.idle_seconds,
+                           log=run.folder / f"agent-{label}.log", stdin=None if asks_file else prompt)
 
 
 def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
@@ -1229,6 +1240,176 @@ def conventions_text(job: Job, place: Path) -> str:
         if path.is_file() and not path.is_symlink():
             return f"(from {name})\n{text_read(path, 'conventions file').strip()}"
     return ""
+
+
+# --- The sandbox: one prefix before what somebody else wrote (the agent, and the gate's tests,
+# which the agent wrote). What it puts out of reach, nobody has to look for afterwards.
+
+SANDBOXES = ("auto", "none", "bwrap", "docker", "podman")  # or a prefix command of the user's own
+ENGINE_OPTIONS = [
+    "--rm", "--interactive", "--pull=never", "--log-driver=none", "--entrypoint=", "--read-only", "--cap-drop=ALL",
+    "--security-opt=no-new-privileges", "--security-opt=label=disable", "--pids-limit=1000", "--memory=4g",
+    f"--cpus={min(2, os.cpu_count() or 1)}", "--stop-timeout=0", "--tmpfs=/tmp:rw,exec,mode=1777", "--env=HOME=/tmp"]
+ENGINES = {  # with what is tried in turn, until a container can write to a directory of ours
+    # On old cgroups crun refuses, and the default limits are above what may be set there.
+    "podman": [[], ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]],
+    "docker": [[], ["--user=0:0"]],  # a daemon without root: the container's root is the user outside
+}
+# bwrap would die of a signal that is meant for what runs in it, and take that along. So it is
+# started with those ignored ("1"), and what runs in it with those as usual ("0").
+SIGNALS = """\
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.Handlers(int(sys.argv[1])))
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
+"""
+
+
+class Reach(NamedTuple):
+    """What one program may reach from inside the sandbox."""
+
+    workspace: Path  # it runs there, and may write
+    temp: Path  # it finds this in place of the temporary directory
+    write: Sequence[Path] = ()
+    read: Sequence[Path] = ()  # of the run's private directory; the rest of that is hidden
+    names: Sequence[str] = ()  # the variables that a container gets
+    network: bool = False
+    home: bool = False  # whether it may write where the user may
+
+
+class Sandbox(NamedTuple):
+    """A sandbox that has been tried out: none, bwrap, docker, podman, or prefix (a command of the user's)."""
+
+    kind: str = "none"
+    words: list[str] = []  # of the prefix, as far as it is always the same
+    shown: list[Path] = []  # the user's repository: may be read there, not written
+    image: str = ""
+    mark: str = ""  # the names of this run's containers begin with it
+    why: str = ""  # where auto came to none
+
+    def said(self) -> str:
+        """The sandbox in one phrase."""
+        return f"sandbox {self.kind}" + (f" ({self.why})" if self.why else "")
+
+    def run(self, argv: list[str], reach: Reach, **how: Any) -> Ran:
+        """How a program ended that was run inside; see program_run."""
+        name = f"{self.mark}-{secrets.token_hex(4)}"
+        ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
+        if ran.exit is None:
+            sandbox_end(self.kind, name)
+        return ran
+
+    def prefix(self, argv: list[str], reach: Reach, name: str = "") -> list[str]:
+        """What stands before a command."""
+        if self.kind == "bwrap":
+            return [*self.words, *bwrap_words(argv, reach, self.shown), "--", *signals_set("0")]
+        if self.kind not in ENGINES:
+            return [word.replace("{workspace}", str(reach.workspace)) for word in self.words]
+        ways = [(path, "rw") for path in (reach.workspace, *reach.write)] + [(path, "ro") for path in reach.read]
+        return [*self.words, f"--name={name}", f"--workdir={reach.workspace}",
+                *["--network=none"] * (not reach.network), *(f"--volume={path}:{path}:{way}" for path, way in ways),
+                *(f"--env={variable}" for variable in reach.names), self.image]
+
+
+def signals_set(how: str) -> list[str]:
+    """The prefix that starts a command with SIGINT and SIGTERM ignored ("1") or as usual ("0")."""
+    return [sys.executable, "-I", "-S", "-c", SIGNALS, how]
+
+
+def bwrap_words(argv: list[str], reach: Reach, shown: list[Path]) -> list[str]:
+    """The options of bwrap(1) that give a command its reach: what is where, the outer of two places first."""
+    way = "--dev-bind" if reach.home else "--ro-bind"
+    mounts = {Path(place).resolve(): ["--bind", str(reach.temp)] for place in (
+        tempfile.gettempdir(), *["/tmp"] * (not reach.home))}
+    if not reach.network:
+        mounts[Path("/run").resolve()] = ["--tmpfs"]  # where docker, D-Bus and others listen
+    # What the command needs of these places is laid over them: its own, or its interpreter's.
+    needed = {*argv, *os.get_exec_path(), sys.executable, sys.prefix, str(Path.home())}
+    needed |= {os.path.realpath(word) for word in needed if os.path.isabs(word)}
+    for place in list(mounts):
+        inside = {Path(word).relative_to(place).parts[:1] for word in needed if Path(word).is_relative_to(place)}
+        mounts |= {place / top[0]: [f"{way}-try", str(place / top[0])] for top in inside
+                   if top and not top[0].startswith("agent-runner-")}
+    mounts |= {place: ["--ro-bind", str(place)] for place in (*shown, *reach.read)}
+    mounts |= {place: ["--tmpfs"] for place in [shown[0] / ".agent-runs"] if place.is_dir()}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    caches = [cache] if reach.network and cache.is_dir() else []  # or --setup would load all of it every time
+    mounts |= {place: ["--bind", str(place)] for place in (*caches, reach.workspace, reach.temp, *reach.write)}
+    words = [way, "/", "/", *["--dev", "/dev"] * (not reach.home), "--proc", "/proc", "--chdir", str(reach.workspace)]
+    words += ["--unshare-net", "--unshare-ipc"] * (not reach.network)
+    for place in sorted(mounts, key=lambda place: len(place.parts)):
+        words += [*mounts[place], str(place)]
+    return words
+
+
+def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sandbox:
+    """The sandbox that was asked for, tried out; raises Stop where it does not work."""
+    if asked in ENGINES:
+        return sandbox_engine(asked, image, tools)
+    if asked in ("auto", "bwrap"):
+        sandbox, why = sandbox_bwrap(repo)
+        if why and asked == "bwrap":
+            raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; mend that, or use --sandbox none")
+        return Sandbox(why=why) if why else sandbox
+    words = [] if asked == "none" else command_split(asked, "--sandbox")
+    if words and not shutil.which(words[0]):
+        raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, nor a command that can "
+                                 "be run; correct --sandbox or AGENT_SANDBOX")
+    return Sandbox("prefix" if words else "none", words)
+
+
+def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
+    """The sandbox bwrap, and why it does not work here, or ""."""
+    program = shutil.which("bwrap")
+    if not program:
+        return Sandbox(), "bubblewrap is not installed"
+    common = git_common(repo)
+    shown = [repo.root, repo.git_dir, common, *[common.parent] * (common.name == ".git")]
+    words = [*signals_set("1"), program, "--die-with-parent", "--unshare-pid", "--cap-drop", "ALL"]
+    sandbox = Sandbox("bwrap", words, shown)
+    with private_directory() as place:
+        for open_ in (True, False):
+            argv = [*sandbox.prefix([], Reach(place, place, network=open_, home=open_)), sys.executable, "-S", "-c", ""]
+            if (ran := program_call(argv, cwd=place)).exit:
+                return Sandbox(), ran.last_line()
+    return sandbox, ""
+
+
+# Writes to the workspace, and names the tools that the image does not have.
+ENGINE_PROBE = ': > probe; for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
+
+
+def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
+    """The sandbox of a container engine, its image with the tools; raises Stop where it does not work."""
+    if not image:
+        raise Stop(EXIT_USAGE, f"the sandbox {engine} needs an image that holds the agent and the gate's tools; "
+                               "name it in AGENT_IMAGE")
+    user = [f"--user={os.getuid()}:{os.getgid()}", *["--userns=keep-id"] * (engine == "podman" and os.getuid() > 0)]
+    mark = f"agent-runner-{secrets.token_hex(6)}"
+    for extra in ENGINES[engine]:
+        sandbox = Sandbox(engine, [engine, "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
+        with private_directory() as place:
+            prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
+            ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
+            written = [file.stat().st_uid for file in place.glob("probe")]
+        if not ran.exit and written == [os.getuid()]:
+            if missing := ran.out.decode().split():
+                raise Stop(EXIT_MISSING, f"the image {image} has no {', '.join(missing)}; add that, or name another")
+            return sandbox
+    said = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"), re.M) or [ran.last_line()]
+    raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {one_line(said[-1])}; "
+                             "mend that, or use --sandbox none")
+
+
+def sandbox_end(kind: str, name: str) -> None:
+    """Kill and remove the containers whose names begin with this one: to kill the client is not enough."""
+    if kind in ENGINES:
+        left = program_call([kind, "ps", "--all", "--quiet", f"--filter=name={name}"]).out.decode().split()
+        if left:
+            program_call([kind, "rm", "--force", *left])
 
 
 # --- The simulated agent: a workshop without an agent. The runner starts itself as AGENT_CMD on
@@ -1815,6 +1996,7 @@ RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
 # xunit1 names each test's file; the verbosities give whole comparisons, and the name of a test before it runs.
 PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1",
                "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
+GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
 # Loaded into the pytest that judges (its facts are put in front). An editable install would make
@@ -1905,14 +2087,17 @@ def pytest_unconfigure(config):
 '''
 
 
-def gate_checks(given: list[tuple[str, str]], root: Path) -> list[Check]:
-    """The checks to run: those of --check as (name, command), else ruff and pytest; tools as absolute paths."""
+def gate_checks(given: list[tuple[str, str]], root: Path, in_image: bool) -> list[Check]:
+    """The checks to run: those of --check as (name, command), else ruff and pytest; tools as absolute paths.
+
+    With `in_image` the tools are the image's, and called by their names.
+    """
     pairs = [(name, command_split(command, f"--check {name}")) for name, command in given]
-    return [check_resolve(name, argv, root) for name, argv in pairs
+    return [check_resolve(name, argv, root, in_image) for name, argv in pairs
             or [("ruff", ["ruff", "check", "."]), ("pytest", ["pytest"])]]
 
 
-def check_resolve(name: str, argv: list[str], root: Path) -> Check:
+def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Check:
     """A check whose tool is found in the user's environment; raises Stop where it is not."""
     tool, rest = argv[0], argv[1:]
     if tool in ("python", "python3") and rest[:2] == ["-m", "pytest"]:
@@ -1920,6 +2105,8 @@ def check_resolve(name: str, argv: list[str], root: Path) -> Check:
     kind = "pytest" if Path(tool).name in ("pytest", "py.test") else "command"
     if Path(tool).name == "ruff" and rest[:1] == ["check"]:
         kind = "ruff"
+    if in_image:
+        return Check(name, [tool, *rest], kind)
     if os.sep in tool:  # a script of the repository, or an absolute path
         if not (root / tool).exists():
             raise Stop(EXIT_MISSING, f"--check {name}: {tool} does not exist; correct the command")
@@ -1965,7 +2152,7 @@ class Gate:
         self.checkout = Checkout(self.job.repo, private / self.job.repo.root.name, private / "index")
         self.environ = gate_environ(os.environ, private)
         self.reports = private / secrets.token_hex(8)
-        for folder in (private / "tmp", self.reports):
+        for folder in (private / name for name in ("tmp", "cache", "judge", self.reports.name)):
             folder.mkdir()
 
     def judge(self, tree: str, label: str, only: list[str] | None = None) -> GateResult:
@@ -2006,7 +2193,9 @@ class Gate:
             # earlier: a dump while Python is busy crashes some versions of it now and then.
             share = 0.9 if self.job.gate_seconds > 60 else 0.5
             argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * share:g}"]
-        ran = program_run(argv, cwd=place, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
+        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "judge"],
+                      GATE_VARIABLES)
+        ran = self.job.sandbox.run(argv, reach, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
         verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
         return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
 
@@ -2027,7 +2216,8 @@ def setup_run(job: Job, place: Path, environ: dict[str, str], log: Path) -> Chec
     """Prepare a checkout with the --setup command; a red result where that fails."""
     if not job.setup:
         return None
-    ran = program_run(job.setup, cwd=place, env=environ, seconds=job.gate_seconds, log=log)
+    reach = Reach(place, log.parent / "tmp", network=True)
+    ran = job.sandbox.run(job.setup, reach, env=environ, seconds=job.gate_seconds, log=log)
     verdict = command_verdict(Evidence(ran, log_read(log), log, place))
     return None if verdict.ok else CheckResult("setup", False, verdict.reason, ran.seconds, verdict.findings)
 
@@ -2042,7 +2232,6 @@ def judge_write(private: Path, place: Path, root: Path, report: Path) -> tuple[s
     """The name of a new module in private/judge, the plugin that pytest loads, and that of its tripwire."""
     name, alarm = (f"{word}_{''.join(secrets.choice('abcdefghijklmnopqrstuvwxyz') for _ in range(12))}"
                    for word in ("judge", "test"))
-    (private / "judge").mkdir(exist_ok=True)
     facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
              "REPORT": str(report),
              "ALARM": alarm, "MUST_FAIL": "this test must fail: it shows that the gate can still say no"}
@@ -2683,6 +2872,7 @@ def blueprint(run: Run) -> str:
             return "interrupted"
         finally:
             program_close()
+            sandbox_end(job.sandbox.kind, job.sandbox.mark)
             if workspace:
                 change_keep(run, workspace)
 
@@ -2708,6 +2898,7 @@ class Workspace:
         self.job, self.base, self.private = run.job, run.base, private
         with CONSOLE.step("workspace") as said:
             self.checkout = workspace_lay(self.job.repo, run.base, private)
+            (private / "tmp").mkdir()
             self.start = run.base.tree
             environ = gate_environ(os.environ, private)
             if failed := setup_run(self.job, self.checkout.place, environ, private / "setup.log"):
@@ -2870,6 +3061,7 @@ def run_close(folder: Path, place: Path | None) -> None:
     Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
     """
     facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    sandbox_end(facts["sandbox"]["kind"], facts["sandbox"]["mark"] or "")  # a daemon's containers outlive us
     if facts["outcome"]:
         return (folder / "owner").unlink(missing_ok=True)
     if place and any(name.endswith(place.name.rpartition("-")[2]) for name in facts["places"]):
@@ -2899,6 +3091,7 @@ def record_facts(run: Run) -> dict[str, Any]:
         "schema": 1, "run_id": run.run_id, "version": __version__, "command": job.command,
         "issue": job.issue.source if job.issue else None, "title": job.issue.title if job.issue else None,
         "simulated": job.simulated or None, "agent_cmd": shlex.join(job.agent_cmd), "repository": str(job.repo.root),
+        "sandbox": {key: getattr(job.sandbox, key) or None for key in ("kind", "why", "image", "mark")},
         "base": run.base.commit, "head": run.base.head, "left_out": run.base.left_out[:100], "dry_run": job.dry_run,
         "branch": run.branch or None, "commit": run.commit or None, "tree": run.tree or None,
         "outcome": run.outcome or None, "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None,
@@ -3077,6 +3270,9 @@ def options_add(parser: Parser, attempts: int) -> None:
         help="only these paths may change; 'auto' lets the agent say which, before it starts")
     add("--allow", action="append", metavar="GLOB", default=[],
         help="let the change touch these protected paths; named in the proposal; repeatable")
+    add("--sandbox", metavar="|".join(SANDBOXES),
+        help="what the agent and the gate run in (AGENT_SANDBOX, default auto: bwrap where it works, else none); "
+             "docker and podman need AGENT_IMAGE; or a command to put before theirs ({workspace} is replaced)")
     add("--base", metavar="REV", default="",
         help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
     add("--timeout", type=number_seconds, metavar="SECONDS",
@@ -3129,13 +3325,15 @@ def job_build(args: argparse.Namespace) -> Job:
             issue = issue_read(args.issue)
     seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
     seconds, gate_seconds = seconds if args.timeout is None else args.timeout, environ_seconds("GATE_TIMEOUT", 600)
-    agent_cmd = [sys.executable, os.path.abspath(__file__), SIMULATED_AGENT,
-                 simulated] if simulated else agent_command(os.environ.get("AGENT_CMD"))
+    asked = args.sandbox or (not simulated and os.environ.get("AGENT_SANDBOX")) or "auto"
+    in_image = asked in ENGINES
+    agent_cmd = ["python3" if in_image else sys.executable, str(Path(__file__).resolve()), SIMULATED_AGENT,
+                 simulated] if simulated else agent_command(os.environ.get("AGENT_CMD"), in_image)
     conventions = "" if simulated else os.environ.get("AGENT_CONFIG")
     if conventions:
         text_read(Path(conventions), "AGENT_CONFIG")
     setup = command_split(args.setup, "--setup") if args.setup else []
-    if setup and os.sep not in setup[0] and not shutil.which(setup[0]):
+    if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
         raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or mend PATH")
     scope = args.scope or (["greeting.py", "tests"] if simulated == "rogue" else [])
     if "auto" in scope and scope != ["auto"]:
@@ -3144,13 +3342,16 @@ def job_build(args: argparse.Namespace) -> Job:
     if len(set(names)) < len(names):
         raise Stop(EXIT_USAGE, "two --check options have the same name; give each its own")
     repo = None if simulated else repo_open(Path.cwd())
-    checks = gate_checks(args.check, repo.root if repo else Path.cwd())
+    checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if simulated:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
+    programs = [argv[0] for argv in (agent_cmd, setup, *(check.argv for check in checks)) if argv]
+    sandbox = sandbox_open(asked, os.environ.get("AGENT_IMAGE", ""), repo,
+                           [program for program in programs if os.sep not in program])
     return Job(args.command, repo, issue, agent_cmd, checks, setup, args.fix_attempts, seconds, args.idle_timeout,
                gate_seconds,
-               conventions, scope, args.allow, simulated, args.dry_run, args.keep)
+               conventions, scope, args.allow, simulated, args.dry_run, args.keep, sandbox)
 
 
 def cmd_run(args: argparse.Namespace) -> int:
@@ -3162,7 +3363,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         base = base_find(job.repo, args.base or "HEAD", private, sweep=job.command == "self-heal" and not args.base)
     run = run_open(job, base)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
-                + f", base {base.commit[:12]}")
+                + f", base {base.commit[:12]}, {job.sandbox.said()}")
     if base.left_out:
         CONSOLE.say(f"left out, not part of the base: {', '.join(base.left_out[:5])}"
                     + (f" and {len(base.left_out) - 5} more" if len(base.left_out) > 5 else ""))

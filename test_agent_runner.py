@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -20,10 +22,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -144,6 +149,7 @@ class Scratch:
         self.env = inherited | {
             "HOME": str(self.home), "TMPDIR": str(self.tmp), "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_CONFIG_GLOBAL": str(place / "gitconfig"), "GIT_EDITOR": "false",  # fail, rather than wait
+            "AGENT_SANDBOX": "none",  # but for what is about the sandbox: it has its own tests
         }
         self.also: list[Path] = []  # other checkouts that must not move
         self.git("init", "--quiet")
@@ -1847,6 +1853,473 @@ def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scrat
         env = {"TMPDIR": str(scratch.root / "tmp")}
     ended = scratch.propose(CALLED, env=env)
     assert ended.code == 69 and said in ended.err and ended.err.count("\n") == 1 and not (scratch.out / "called").exists(), ended
+
+
+# === The sandbox ============================================================
+# What is not to be had on this machine is skipped, with the reason in its own words.
+
+IMAGE = "agent-runner-test:here"
+TOOLS = ("sh", "env", "true", "sleep", "cat")
+
+
+def ran(*argv: str, **how: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, **how)
+
+
+def image_tar(place: Path) -> Path:
+    """The root of a small image: this Python, pytest, ruff, a shell, and the libraries that they need."""
+    python, stdlib = os.path.realpath(sys.executable), sysconfig.get_path("stdlib")
+    site = Path(pytest.__file__).parents[1]
+    programs = {f"usr/bin/{name}": shutil.which(name) for name in TOOLS}
+    programs |= {"usr/bin/ruff": str(Path(sys.executable).parent / "ruff"), python: python}
+    binaries = [*programs.values(), *glob.glob(f"{stdlib}/lib-dynload/*.so")]
+    libraries = {lib for file in binaries for lib in re.findall(r"(/\S+) \(0x", ran("ldd", file).stdout)}
+    packages = [path for path in site.iterdir() if re.fullmatch(
+        r"(_pytest|pytest|py|pluggy|iniconfig|packaging|pygments|exceptiongroup|tomli|typing_extensions)"
+        r"(\.py|-[\d.]+\.dist-info)?", path.name)]  # and no plugins
+    unneeded = re.compile(r"/(test|idlelib|ensurepip|site-packages|__pycache__)$")
+
+    def spare(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if unneeded.search(entry.name) else entry
+
+    def add(tar: tarfile.TarFile, name: str, text: str = "", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.mode, entry.size, entry.linkname = kind, 0o755, len(text), link
+        tar.addfile(entry, io.BytesIO(text.encode()))
+
+    with tarfile.open(place / "root.tar", "w", dereference=True) as tar:
+        for folder in ("dev", "proc", "run", "sys", "tmp", *reversed([str(p) for p in Path(python).parents][:-1])):
+            add(tar, folder.lstrip("/"), kind=tarfile.DIRTYPE)
+        for name, path in programs.items():
+            tar.add(path, name)
+        for library in libraries:
+            tar.add(library)
+        tar.add(stdlib, filter=spare)
+        for package in packages:
+            tar.add(package, f"{stdlib}/site-packages/{package.name}",
+                    filter=lambda entry: None if "__pycache__" in entry.name else entry)
+        add(tar, "usr/bin/python3", kind=tarfile.SYMTYPE, link=python)
+        add(tar, "usr/bin/pytest", "#!/usr/bin/python3\nimport pytest\nraise SystemExit(pytest.main())\n")
+        add(tar, "bin/sh", kind=tarfile.SYMTYPE, link="/usr/bin/sh")
+    return place / "root.tar"
+
+
+@functools.lru_cache
+def engine_why(engine: str) -> str:
+    """Why a container engine cannot be used here, or ""."""
+    if not LINUX or not shutil.which(engine):
+        return f"{engine} is not installed"
+    answer = ran(engine, "info", "--format", "{{.Driver}}" if engine == "docker" else "{{.Store.GraphDriverName}}")
+    return f"{engine}: {answer.stderr.strip()[-200:]}" if answer.returncode else ""
+
+
+@pytest.fixture(scope="session")
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """A function that puts the test image into an engine's store; it is removed in the end."""
+    root, used = functools.lru_cache(lambda: image_tar(tmp_path_factory.mktemp("image"))), set()
+
+    def make(engine: str) -> str:
+        if engine not in used:
+            made = ran(engine, "import", str(root()), IMAGE)
+            assert made.returncode == 0, made.stderr
+            used.add(engine)
+        return IMAGE
+
+    yield make
+    for engine in used:
+        ran(engine, "rmi", "--force", IMAGE)
+
+
+@functools.lru_cache
+def bwrap_why() -> str:
+    """Why bwrap cannot be used here, or ""."""
+    if not shutil.which("bwrap"):
+        return "bubblewrap is not installed"
+    tried = ran("bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--unshare-pid", "--unshare-net", "--proc", "/proc", "true")
+    return tried.stderr.strip()
+
+
+class Box:
+    """A scratch repository whose runs are in one kind of sandbox."""
+
+    def __init__(self, kind: str, scratch: Scratch, image: str) -> None:
+        self.kind, self.scratch = kind, scratch
+        self.python = "python3" if image else sys.executable
+        # An engine's own store is at the real home.
+        self.env = {"AGENT_IMAGE": image, "HOME": os.environ["HOME"]} if image else {}
+        self.env |= {name: os.environ[name] for name in ("DOCKER_HOST", "XDG_RUNTIME_DIR") if name in os.environ and image}
+
+    def agent(self, source: str) -> dict[str, str]:
+        """The environment in which a Python source is the agent."""
+        return self.env | {"AGENT_CMD": shlex.join([self.python, "-c", f"import json, os, signal, sys, time\n"
+                                                    f"from pathlib import Path\n{source}"])}
+
+    def propose(self, source: str, *args: str, env: dict[str, str] | None = None, **how: object) -> Ended:
+        return self.scratch.propose("", "--sandbox", self.kind, *args, env=self.agent(source) | (env or {}), **how)
+
+    def start(self, source: str, check: str = "ok=true", **env: str) -> Going:
+        return self.scratch.start("issue-to-pr", self.scratch.issue(), "--sandbox", self.kind, "--check", check,
+                                  env=self.agent(source) | env)
+
+    def working(self) -> bool:
+        """Whether the agent has said that it is."""
+        logs = self.scratch.root.glob(".agent-runs/*/agent-1.log")
+        return any("working" in log.read_text() for log in logs)
+
+    def left(self) -> str:
+        """The containers of ours that are still there."""
+        if self.kind not in ("docker", "podman"):
+            return ""
+        marks = {json.loads((folder / "run_summary.json").read_bytes())["sandbox"]["mark"]
+                 for folder in self.scratch.records()}
+        found = ran(self.kind, "ps", "--all", "--format={{.Names}} {{.Status}}").stdout.splitlines()
+        return "\n".join(line for line in found if any(mark and line.startswith(mark) for mark in marks))
+
+
+@pytest.fixture(params=["bwrap", "podman", "docker"])
+def box(request: pytest.FixtureRequest, scratch: Scratch, image: Callable[[str], str]) -> Iterator[Box]:
+    """A scratch repository for each kind of sandbox that works here."""
+    kind = request.param
+    if why := bwrap_why() if kind == "bwrap" else engine_why(kind):
+        pytest.skip(why)
+    box = Box(kind, scratch, "" if kind == "bwrap" else image(kind))
+    yield box
+    assert not box.left()
+
+
+only = functools.partial(pytest.mark.parametrize, "box", indirect=True)
+MARK = f"mark-{os.getpid()}-4f1d7c"  # in the command line of a program, to find it by
+
+
+def alive(mark: str = MARK) -> list[str]:
+    """The command lines of the processes with a word of ours in them, seen from outside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in words and f"/proc/{os.getpid()}/" not in str(path):
+            found.append(words.decode("utf-8", "replace"))
+    return found
+
+
+def test_a_simulated_run_in_the_sandbox(box):
+    ended = box.scratch.run("issue-to-pr", "none.md", "--simulate", "good", "--sandbox", box.kind, env=box.env)
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    assert ended.summary["sandbox"]["kind"] == box.kind and f"sandbox {box.kind}" in ended.err
+
+
+def test_an_agents_exit_code_comes_through_the_sandbox(box):
+    ended = box.propose("print('so long')\nsys.exit(7)")
+    assert (ended.code, ended.outcome, ended.summary["attempts"][0]["agent_exit"]) == (4, "agent_failed", 7), ended
+    assert ended.text("agent-1.log") == "so long\n"
+
+
+@only(["bwrap"])
+def test_an_agents_death_by_a_signal_comes_through_the_sandbox(box):
+    ended = box.propose("os.kill(os.getpid(), signal.SIGSEGV)")
+    assert ended.summary["attempts"][0]["agent_exit"] == 128 + signal.SIGSEGV, ended
+
+
+def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
+    for words, door in (("sys.stdin", "sys.stdin"), ("Path(sys.argv[1])", "Path(sys.argv[1]).open()")):
+        env = box.agent(f"assert 'double' in {door}.read()\n{EDITS}")
+        env["AGENT_CMD"] += " {prompt_file}" * ("argv" in words)
+        ended = box.scratch.propose("", "--sandbox", box.kind, env=env)
+        assert_proposed(box.scratch, ended)
+
+
+REACHES = """
+def tries(what, *args):
+    try:
+        return what(*args) and 'yes'
+    except OSError as error:
+        return type(error).__name__
+root, home, tmp = (Path(os.environ[name]) for name in ('ROOT', 'MY_HOME', 'MY_TMP'))
+import socket
+said = {
+    'file': tries((root / 'app.py').write_text, 'mine'),
+    'git': tries((root / '.git/config').write_text, 'mine'),
+    'removed': tries(os.remove, root / 'ruff.toml'),
+    'home': tries((home / 'settings').write_text, 'x'),
+    'records': tries(os.listdir, root / '.agent-runs'),
+    'other': tries((tmp / 'agent-runner-other/report').read_text),
+    'own': sorted(os.listdir('..')),
+    'host': tries(lambda: socket.create_connection(('127.0.0.1', int(os.environ['PORT'])), 5)),
+    'pids': len([name for name in os.listdir('/proc') if name.isdigit()]),
+    'seen': sum(('MY_TOKEN' + '=').encode() in path.read_bytes() for path in Path('/proc').glob('[0-9]*/environ')),
+}
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The port of a server on this machine's loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield str(listening.getsockname()[1])
+
+
+def surroundings(box: Box, port: str) -> dict[str, str]:
+    """What REACHES wants to know; another run's directory is there before the run."""
+    scratch = box.scratch
+    return {"ROOT": str(scratch.root), "MY_HOME": str(scratch.home), "MY_TMP": str(scratch.tmp), "PORT": port,
+            "MY_TOKEN": TOKEN}
+
+
+@only(["bwrap"])
+def test_what_an_agent_can_reach_in_bwrap(box, server):
+    other = box.scratch.tmp / "agent-runner-other"
+    other.mkdir()
+    (other / "report").write_text("red")
+    ended = box.propose(f"{REACHES}\n{EDITS}", "--keep", env=surroundings(box, server))
+    shutil.rmtree(other)
+    assert_proposed(box.scratch, ended)
+    said = json.loads(ended.text("agent-1.log"))
+    refused = {said.pop(name) for name in ("file", "git", "removed")}
+    assert refused == {"OSError"}, said  # a read-only file system
+    assert said.pop("pids") <= 4
+    assert said == {"home": "yes", "records": [], "other": "FileNotFoundError", "own": ["brief-1.md", "repo", "tmp"],
+                    "host": "yes", "seen": 0}
+    assert (box.scratch.home / "settings").exists()
+
+
+@only(["bwrap"])
+def test_a_linked_worktree_and_its_main_checkout_in_bwrap(box):
+    main = box.scratch.root
+    linked = box.scratch.place / "linked"
+    box.scratch.git("worktree", "add", "--quiet", "-b", "side", str(linked))
+    box.scratch.root = linked
+    box.scratch.also.append(main)
+    tries = "".join(f"try:\n    Path({str(main / name)!r}).write_text('mine')\nexcept OSError as error:\n    print(error.errno)\n"
+                    for name in ("app.py", ".git/config", ".git/worktrees/linked/HEAD"))
+    ended = box.propose(f"{tries}{EDITS}")
+    assert_proposed(box.scratch, ended)
+    assert ended.text("agent-1.log").split() == ["30"] * 3  # EROFS
+
+
+GATE_REACHES = '''
+import os, socket, tempfile
+from pathlib import Path
+import pytest
+
+
+def test_the_network_is_loopback_alone():
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", {port}), 5)  # listens outside
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), 5).close()
+
+
+@pytest.mark.parametrize("place", [{root!r}, {home!r}, {out!r}, "/usr", "/run/lock"])
+def test_nothing_outside_can_be_written(place):
+    if Path(place).is_dir():
+        with pytest.raises(OSError):
+            (Path(place) / "mine").write_text("x")
+
+
+def test_a_temporary_file_and_the_checkout_can_be_written(tmp_path):
+    (tmp_path / "a").write_text("x")
+    Path("made-by-a-test").write_text("x")
+    with tempfile.TemporaryFile() as file, open("/tmp/mine", "a"):
+        file.write(b"x")
+
+
+def test_nobody_else_is_seen():
+    assert len([name for name in os.listdir("/proc") if name.isdigit()]) <= 4
+    assert "MY_TOKEN" not in os.environ
+'''
+
+
+def test_what_the_gate_can_reach_in_the_sandbox(box, server):
+    place = box.scratch
+    text = GATE_REACHES.format(port=server, root=str(place.root), home=str(place.home), out=str(place.out))
+    place.write({"tests/test_reach.py": text})
+    place.commit()
+    ended = box.propose(EDITS, checks=TESTS_ONLY, env=SECRETS)
+    assert_proposed(place, ended)
+    assert not list(place.out.iterdir()) and not list(place.home.iterdir())
+
+
+@only(["podman", "docker"])
+def test_what_an_agent_is_in_a_container(box):
+    facts = """
+status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+try:
+    Path('/usr/mine').touch()
+    root = 'writable'
+except OSError as error:
+    root = error.errno
+Path('/tmp/mine').touch()
+print(json.dumps({'uid': os.getuid(), 'root': root, 'caps': int(status['CapEff'], 16), 'bounds': int(status['CapBnd'], 16),
+                  'locked': status['NoNewPrivs'].strip(), 'key': len(os.environ['FOO_API_KEY']),
+                  'other': os.environ.get('MY_TOKEN'), 'mounts': [
+    line.split()[1] for line in Path('/proc/mounts').read_text().splitlines() if '/agent-runner-' in line.split()[1]]}))
+"""
+    ended = box.propose(facts + EDITS, env=SECRETS)
+    assert_proposed(box.scratch, ended)
+    said = json.loads(re.sub(r"\[masked \w+\]", "", ended.text("agent-1.log")))
+    assert sorted(path.rpartition("/")[2] for path in said.pop("mounts")) == ["brief-1.md", "repo"]
+    assert said == {"uid": os.getuid(), "root": 30, "caps": 0, "bounds": 0, "locked": "1",
+                    "key": len(SECRETS["FOO_API_KEY"]), "other": None}
+
+
+@only(["podman", "docker"])
+def test_no_secret_is_on_a_command_line(box):
+    going = box.start(f"'{MARK}'\n{EDITS}\nPath('at-work').touch()\ntime.sleep(3)", **SECRETS)
+    wait_for(lambda: len(alive()) > 1, "the agent")  # the runner's environment is none of the command lines
+    while going.child.poll() is None:
+        assert not alive(SECRETS["FOO_API_KEY"]) and not alive(TOKEN)
+        time.sleep(0.1)
+    ended = box.scratch.ended(going)
+    assert ended.outcome == "proposed", ended
+    assert SECRETS["FOO_API_KEY"] not in ended.text("events.jsonl")
+
+
+# Ignores everything but SIGKILL, and leaves something behind that does, too.
+STAYS = (f"'{MARK}'\nfor name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n    signal.signal(name, signal.SIG_IGN)\n"
+         f"{EDITS}\nif os.fork() == 0:\n    os.setsid()\nprint('working', flush=True)\ntime.sleep(600)\n")
+
+
+def test_an_agent_that_stays_is_ended_with_its_sandbox(box):
+    ended = box.propose(STAYS, "--timeout", "4")
+    assert (ended.code, ended.outcome) == (4, "agent_timed_out"), ended
+    assert not alive() and not box.left()
+    assert_patch_applies(box.scratch, ended)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_ends_its_sandbox(box, name):
+    going = box.start(STAYS)
+    wait_for(lambda: box.working(), "the agent")
+    going.child.send_signal(getattr(signal, name))
+    ended = box.scratch.ended(going)
+    assert (ended.code, ended.outcome) == (130, "interrupted"), ended
+    assert not alive() and not box.left()
+    assert_patch_applies(box.scratch, ended)
+
+
+def test_a_killed_runner_takes_its_sandbox_along(box):
+    """A container of docker is the daemon's, and stays: the next run removes it."""
+    going = box.start(STAYS)
+    wait_for(lambda: box.working(), "the agent")
+    going.child.kill()
+    going.child.communicate(timeout=60)
+    if box.kind == "docker":
+        assert alive() and box.left()
+    else:
+        wait_for(lambda: not alive(), "the end of the agent", 20)
+    assert_proposed(box.scratch, box.propose(EDITS))
+    assert not alive() and not box.left()
+
+
+HEARS = """
+try:
+    'x + x' in Path('app.py').read_text() and time.sleep(600)
+except KeyboardInterrupt:
+    print('heard the interrupt', flush=True)
+    time.sleep(0.7)
+    print('and had the time to say so')
+"""
+
+
+def test_the_gates_sigint_reaches_what_runs_in_the_sandbox(box):
+    """It is how pytest tells the stack of a test that hangs."""
+    check = box.agent(HEARS)["AGENT_CMD"]
+    ended = box.propose(EDITS, checks=(f"slow={check}",), env={"GATE_TIMEOUT": "4"})
+    assert (ended.code, ended.outcome) == (1, "gate_failed"), ended
+    assert "heard the interrupt\nand had the time to say so" in ended.text("gate-1.log")
+
+
+@only(["bwrap"])
+def test_a_setup_has_the_network_and_writes_to_the_checkout(box, server):
+    setup = box.scratch.program(f"import socket\nsocket.create_connection(('127.0.0.1', {server}), 5)\n"
+                                "Path('generated.txt').write_text('x')\n", "setup.py")
+    box.scratch.write({".gitignore": "generated.txt\n"})
+    box.scratch.commit()
+    ended = box.propose(EDITS, "--setup", setup, checks=("made=cat generated.txt",))
+    assert_proposed(box.scratch, ended)
+
+
+@pytest.mark.parametrize(("asked", "env", "code", "said"), [
+    ("podman", {}, 64, "name it in AGENT_IMAGE"),
+    ("podman", {"AGENT_IMAGE": "no-such-image"}, 69, "sandbox podman does not work here"),
+    ("bwrap", {"FAKE": "bwrap: No permissions to create a new namespace"}, 69, "No permissions to create a new namespace"),
+    ("bwrap", {"PATH": "few"}, 69, "bubblewrap is not installed"),
+    ("podmam", {}, 69, "the sandbox 'podmam' is none of auto, none, bwrap, docker, podman"),
+    ("run 'this", {}, 64, "cannot be split"),
+])
+def test_a_sandbox_that_is_asked_for_and_not_there(scratch, asked, env, code, said):
+    if asked == "podman" and env and engine_why("podman"):
+        pytest.skip(engine_why("podman"))
+    ended = scratch.propose(EDITS, env=sandbox_less(scratch, env) | {"AGENT_SANDBOX": asked})
+    assert ended.code == code and said in ended.err and not ended.summary, ended
+    assert ended.err.startswith("agent_runner: ") and ended.err.count("\n") == 1
+
+
+def sandbox_less(scratch: Scratch, env: dict[str, str]) -> dict[str, str]:
+    """The environment with a PATH that has no bwrap, or one that says FAKE and fails."""
+    place = scratch.place / "few"
+    place.mkdir()
+    if "FAKE" in env:
+        (place / "bwrap").write_text(f"#!/bin/sh\necho {shlex.quote(env['FAKE'])} >&2\nexit 1\n")
+        (place / "bwrap").chmod(0o755)
+        return {"PATH": f"{place}{os.pathsep}{scratch.env['PATH']}"}
+    if "PATH" in env:
+        for name in ("git", "true", "sh", "rm", "chmod"):
+            (place / name).symlink_to(shutil.which(name))
+        return {"PATH": str(place)}
+    return env
+
+
+@pytest.mark.parametrize(("env", "why"), [
+    ({"PATH": "few"}, "bubblewrap is not installed"),
+    ({"FAKE": "bwrap: setting up uid map: Permission denied"}, "bwrap: setting up uid map: Permission denied")])
+def test_auto_says_why_there_is_no_sandbox(scratch, env, why):
+    ended = scratch.propose(EDITS, env=sandbox_less(scratch, env) | {"AGENT_SANDBOX": "auto"})
+    assert_proposed(scratch, ended)
+    assert f"sandbox none ({why})\n" in ended.err
+    assert (ended.summary["sandbox"]["kind"], ended.summary["sandbox"]["why"]) == ("none", why)
+
+
+def test_auto_takes_bwrap_where_it_works(scratch):
+    if bwrap_why():
+        pytest.skip(bwrap_why())
+    ended = scratch.propose(f"assert os.getpid() < 9\n{EDITS}", env={"AGENT_SANDBOX": "auto"})
+    assert_proposed(scratch, ended)
+    assert ended.summary["sandbox"]["kind"] == "bwrap" and ", sandbox bwrap\n" in ended.err
+
+
+def test_a_prefix_command_of_the_users_own(scratch):
+    """It stands before the agent's command and the gate's; the flag wins over the environment."""
+    says = f"assert os.environ['BOX'] == os.getcwd()\n{EDITS}"
+    check = scratch.program("print('the gate is in', os.environ['BOX'] == os.getcwd())", "check.py")
+    ended = scratch.propose(says, "--sandbox", "env BOX={workspace}", checks=(f"box={check}",),
+                            env={"AGENT_SANDBOX": "no-such-command"})
+    assert_proposed(scratch, ended)
+    assert "the gate is in True" in ended.text("gate-1.log") and ended.summary["sandbox"]["kind"] == "prefix"
+
+
+@only(["podman"])
+def test_a_tool_that_the_image_does_not_have(box):
+    ended = box.propose(EDITS, checks=("types=mypy .",))
+    assert ended.code == 69 and f"the image {IMAGE} has no mypy" in ended.err, ended
+
+
+def test_tools_in_the_temporary_directory_are_still_found_in_bwrap(scratch):
+    """As in a workshop in /tmp: the repository, the agent's program and a virtual environment are all below it."""
+    if bwrap_why():
+        pytest.skip(bwrap_why())
+    env = {"TMPDIR": str(scratch.place)}
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/judge").write_text("#!/bin/sh\ngrep -q 'x + x' app.py\n")
+    (scratch.place / "bin/judge").chmod(0o755)
+    before = set(scratch.place.iterdir())
+    ended = scratch.propose(EDITS, "--sandbox", "bwrap", checks=("mine=judge",),
+                            env=env | {"PATH": f"{scratch.place / 'bin'}{os.pathsep}{scratch.env['PATH']}"})
+    assert_proposed(scratch, ended)
+    assert {path.name for path in set(scratch.place.iterdir()) - before} <= {"agent.py", "issue.md"}
 
 
 # === Quick repairs: what is known already is not asked again ================
