@@ -14,11 +14,13 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -30,10 +32,11 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -347,16 +350,72 @@ def runner_module() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def scratch(tmp_path: Path) -> Scratch:
-    """A repository whose gate is green."""
-    return Scratch(tmp_path)
+class Ahead:
+    """A pytest plugin: most tests wait for other programs, so three of them run in threads, ahead of pytest's own pace.
+
+    Whatever needs no more than what is in MAKES (and parameters) is run there; in its turn its result is
+    waited for. So nothing else changes: the names, the order, the reports, and what -k selects.
+    """
+
+    MAKES: dict[str, Callable[..., Any]] = {
+        "tmp_path": Path, "scratch": Scratch, "red": lambda place: Scratch(place, FILES | {"app.py": APP_WRONG})}
+
+    def __init__(self, items: list[pytest.Item], base: Path) -> None:
+        self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(1)  # the second for those that sleep more than they work
+        self.results = {item: self.pools["box" in self.params(item)].submit(self.call, item, base / f"ahead-{number}")
+                        for number, item in enumerate(items) if self.takes(item)}
+
+    def takes(self, item: pytest.Item) -> bool:
+        """Whether a test can run ahead."""
+        needs = {*inspect.signature(item.obj).parameters} if isinstance(item, pytest.Function) else set()
+        return bool(needs & {*self.MAKES}) and needs <= {*self.MAKES, *self.params(item)}
+
+    @staticmethod
+    def params(item: pytest.Item) -> dict[str, Any]:
+        """The values of a test's parameters."""
+        return item.callspec.params if hasattr(item, "callspec") else {}
+
+    def call(self, item: pytest.Function, place: Path) -> None:
+        """Run a test with fixtures of its own."""
+        if any(mark.args[0] for mark in item.iter_markers("skipif")):
+            return  # pytest itself says so
+        place.mkdir()
+        args = {}
+        with contextlib.ExitStack() as stack:
+            for name in inspect.signature(item.obj).parameters:
+                given = self.params(item).get(name)
+                made = self.MAKES[name](place, *[given] * (given is not None)) if name in self.MAKES else given
+                args[name] = stack.enter_context(made) if name in self.MAKES and hasattr(made, "__exit__") and not isinstance(made, Path) else made
+            item.obj(**args)
+
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        """In place of a test's call: what came of it."""
+        if pyfuncitem not in self.results:
+            return None
+        self.results[pyfuncitem].result()
+        return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs tests ahead for the whole session."""
+    plugin = Ahead(request.session.items, tmp_path_factory.getbasetemp())
+    request.config.pluginmanager.register(plugin)
+    yield
+    for pool in plugin.pools:
+        pool.shutdown(cancel_futures=True)
+    for engine in IMAGES:
+        ran(engine, "rmi", "--force", IMAGE)
 
 
 @pytest.fixture
-def red(tmp_path: Path) -> Scratch:
-    """A repository whose gate is red: one line of app.py is wrong."""
-    return Scratch(tmp_path, FILES | {"app.py": APP_WRONG})
+def scratch() -> None:
+    """A repository whose gate is green; Ahead makes it."""
+
+
+@pytest.fixture
+def red() -> None:
+    """A repository whose gate is red: one line of app.py is wrong; Ahead makes it."""
 
 
 # === The simulator: what a workshop sees first ==============================
@@ -1436,27 +1495,25 @@ STATIC = ("suppression", "noqa", "on import", "imports", "pytest is running", "g
           "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
 
 
+# And these must not be refused for what they are.
+PLAIN = ("the words of suppressions in prose", "the mode of a script", "a script with its main", "an honest __eq__", "unicode names",
+         "an empty package", "names that only look like gate files", "a protected file that is allowed", "a file with CRLF")
+
+
 def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
     """Run one row of the tables."""
     files, agent, *rest = CHEATS.get(row) or HONEST[row]
-    args, cheap = rest[0] if row in HONEST else (), row in CHEATS and rest[1] in STATIC
+    args, cheap = rest[0] if row in HONEST else (), row in PLAIN or row in CHEATS and rest[1] in STATIC
+    checks = CHEAP if cheap else REAL if re.search("ruff|noqa|ignore|lint", row) else TESTS_ONLY
     scratch = Scratch(place, FILES | files)
-    return scratch, scratch.propose(agent, *args, checks=CHEAP if cheap else REAL)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Scratch, Ended]]]]:
-    """The runs of all rows that are asked for, on the second core while the tests before them have the first."""
-    asked = {item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")}
-    with ThreadPoolExecutor(1) as pool:
-        yield {row: pool.submit(row_run, row, tmp_path_factory.mktemp("row")) for row in [*CHEATS, *HONEST] if row in asked}
+    return scratch, scratch.propose(agent, *args, checks=checks)
 
 
 @pytest.mark.parametrize("row", CHEATS)
-def test_every_cheat_is_refused(rows: dict[str, Future[tuple[Scratch, Ended]]], row: str) -> None:
+def test_every_cheat_is_refused(tmp_path: Path, row: str) -> None:
     """Nothing of it becomes a branch, the reason is said, and the change is kept for whoever wants to see it."""
     _, _, outcome, said = CHEATS[row]
-    scratch, ended = rows[row].result()
+    scratch, ended = row_run(row, tmp_path)
     assert (ended.outcome, ended.code) == (outcome, 3 if outcome == "blocked" else 1), ended
     assert said in ended.findings and not scratch.proposals(), ended.findings
     assert bool(ended.summary["violations"]) == (outcome == "blocked")
@@ -1465,9 +1522,9 @@ def test_every_cheat_is_refused(rows: dict[str, Future[tuple[Scratch, Ended]]], 
 
 
 @pytest.mark.parametrize("row", HONEST)
-def test_every_honest_change_is_proposed(rows: dict[str, Future[tuple[Scratch, Ended]]], row: str) -> None:
+def test_every_honest_change_is_proposed(tmp_path: Path, row: str) -> None:
     """Supervision that refuses honest work would be turned off."""
-    _, ended = rows[row].result()
+    _, ended = row_run(row, tmp_path)
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
     if HONEST[row][2] and "moves" not in row:
         assert "Look here first" in ended.text("proposal.md")
@@ -1859,6 +1916,8 @@ def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scrat
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
 IMAGE = "agent-runner-test:here"
+IMAGES: list[str] = []  # the engines that have it
+IMAGES_LOCK = threading.Lock()
 TOOLS = ("sh", "env", "true", "sleep", "cat")
 
 
@@ -1913,21 +1972,14 @@ def engine_why(engine: str) -> str:
     return f"{engine}: {answer.stderr.strip()[-200:]}" if answer.returncode else ""
 
 
-@pytest.fixture(scope="session")
-def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """A function that puts the test image into an engine's store; it is removed in the end."""
-    root, used = functools.lru_cache(lambda: image_tar(tmp_path_factory.mktemp("image"))), set()
-
-    def make(engine: str) -> str:
-        if engine not in used:
-            made = ran(engine, "import", str(root()), IMAGE)
+def image_made(engine: str) -> str:
+    """The test image in an engine's store."""
+    with IMAGES_LOCK, tempfile.TemporaryDirectory() as place:
+        if engine not in IMAGES:
+            made = ran(engine, "import", str(image_tar(Path(place))), IMAGE)
             assert made.returncode == 0, made.stderr
-            used.add(engine)
-        return IMAGE
-
-    yield make
-    for engine in used:
-        ran(engine, "rmi", "--force", IMAGE)
+            IMAGES.append(engine)
+    return IMAGE
 
 
 @functools.lru_cache
@@ -1942,16 +1994,26 @@ def bwrap_why() -> str:
 class Box:
     """A scratch repository whose runs are in one kind of sandbox."""
 
-    def __init__(self, kind: str, scratch: Scratch, image: str) -> None:
-        self.kind, self.scratch = kind, scratch
+    def __init__(self, place: Path, kind: str) -> None:
+        if why := bwrap_why() if kind == "bwrap" else engine_why(kind):
+            pytest.skip(why)
+        image = "" if kind == "bwrap" else image_made(kind)
+        self.kind, self.scratch = kind, Scratch(place)
+        self.mark = f"mark-{secrets.token_hex(8)}"  # in the command line of its agents, to find them by
         self.python = "python3" if image else sys.executable
         # An engine's own store is at the real home.
         self.env = {"AGENT_IMAGE": image, "HOME": os.environ["HOME"]} if image else {}
         self.env |= {name: os.environ[name] for name in ("DOCKER_HOST", "XDG_RUNTIME_DIR") if name in os.environ and image}
 
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        assert any(failed) or not self.left()
+
     def agent(self, source: str) -> dict[str, str]:
         """The environment in which a Python source is the agent."""
-        return self.env | {"AGENT_CMD": shlex.join([self.python, "-c", f"import json, os, signal, sys, time\n"
+        return self.env | {"AGENT_CMD": shlex.join([self.python, "-c", f"import json, os, signal, sys, time  # {self.mark}\n"
                                                     f"from pathlib import Path\n{source}"])}
 
     def propose(self, source: str, *args: str, env: dict[str, str] | None = None, **how: object) -> Ended:
@@ -1976,23 +2038,13 @@ class Box:
         return "\n".join(line for line in found if any(mark and line.startswith(mark) for mark in marks))
 
 
-@pytest.fixture(params=["bwrap", "podman", "docker"])
-def box(request: pytest.FixtureRequest, scratch: Scratch, image: Callable[[str], str]) -> Iterator[Box]:
-    """A scratch repository for each kind of sandbox that works here."""
-    kind = request.param
-    if why := bwrap_why() if kind == "bwrap" else engine_why(kind):
-        pytest.skip(why)
-    box = Box(kind, scratch, "" if kind == "bwrap" else image(kind))
-    yield box
-    assert not box.left()
+Ahead.MAKES["box"] = Box
+only = functools.partial(pytest.mark.parametrize, "box")
+in_every_box = only(["bwrap", "podman", "docker"])
 
 
-only = functools.partial(pytest.mark.parametrize, "box", indirect=True)
-MARK = f"mark-{os.getpid()}-4f1d7c"  # in the command line of a program, to find it by
-
-
-def alive(mark: str = MARK) -> list[str]:
-    """The command lines of the processes with a word of ours in them, seen from outside."""
+def alive(mark: str) -> list[str]:
+    """The command lines of the processes with a word in them, seen from outside."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -2004,12 +2056,14 @@ def alive(mark: str = MARK) -> list[str]:
     return found
 
 
+@in_every_box
 def test_a_simulated_run_in_the_sandbox(box):
     ended = box.scratch.run("issue-to-pr", "none.md", "--simulate", "good", "--sandbox", box.kind, env=box.env)
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
     assert ended.summary["sandbox"]["kind"] == box.kind and f"sandbox {box.kind}" in ended.err
 
 
+@in_every_box
 def test_an_agents_exit_code_comes_through_the_sandbox(box):
     ended = box.propose("print('so long')\nsys.exit(7)")
     assert (ended.code, ended.outcome, ended.summary["attempts"][0]["agent_exit"]) == (4, "agent_failed", 7), ended
@@ -2022,6 +2076,7 @@ def test_an_agents_death_by_a_signal_comes_through_the_sandbox(box):
     assert ended.summary["attempts"][0]["agent_exit"] == 128 + signal.SIGSEGV, ended
 
 
+@in_every_box
 def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
     for words, door in (("sys.stdin", "sys.stdin"), ("Path(sys.argv[1])", "Path(sys.argv[1]).open()")):
         env = box.agent(f"assert 'double' in {door}.read()\n{EDITS}")
@@ -2054,7 +2109,7 @@ print(json.dumps(said))
 """
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def server() -> Iterator[str]:
     """The port of a server on this machine's loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -2069,11 +2124,12 @@ def surroundings(box: Box, port: str) -> dict[str, str]:
 
 
 @only(["bwrap"])
-def test_what_an_agent_can_reach_in_bwrap(box, server):
+def test_what_an_agent_can_reach_in_bwrap(box):
     other = box.scratch.tmp / "agent-runner-other"
     other.mkdir()
     (other / "report").write_text("red")
-    ended = box.propose(f"{REACHES}\n{EDITS}", "--keep", env=surroundings(box, server))
+    with server() as port:
+        ended = box.propose(f"{REACHES}\n{EDITS}", "--keep", env=surroundings(box, port))
     shutil.rmtree(other)
     assert_proposed(box.scratch, ended)
     said = json.loads(ended.text("agent-1.log"))
@@ -2132,12 +2188,14 @@ def test_nobody_else_is_seen():
 '''
 
 
-def test_what_the_gate_can_reach_in_the_sandbox(box, server):
+@in_every_box
+def test_what_the_gate_can_reach_in_the_sandbox(box):
     place = box.scratch
-    text = GATE_REACHES.format(port=server, root=str(place.root), home=str(place.home), out=str(place.out))
-    place.write({"tests/test_reach.py": text})
-    place.commit()
-    ended = box.propose(EDITS, checks=TESTS_ONLY, env=SECRETS)
+    with server() as port:
+        text = GATE_REACHES.format(port=port, root=str(place.root), home=str(place.home), out=str(place.out))
+        place.write({"tests/test_reach.py": text})
+        place.commit()
+        ended = box.propose(EDITS, checks=TESTS_ONLY, env=SECRETS)
     assert_proposed(place, ended)
     assert not list(place.out.iterdir()) and not list(place.home.iterdir())
 
@@ -2167,8 +2225,8 @@ print(json.dumps({'uid': os.getuid(), 'root': root, 'caps': int(status['CapEff']
 
 @only(["podman", "docker"])
 def test_no_secret_is_on_a_command_line(box):
-    going = box.start(f"'{MARK}'\n{EDITS}\nPath('at-work').touch()\ntime.sleep(3)", **SECRETS)
-    wait_for(lambda: len(alive()) > 1, "the agent")  # the runner's environment is none of the command lines
+    going = box.start(f"{EDITS}\nPath('at-work').touch()\ntime.sleep(3)", **SECRETS)
+    wait_for(lambda: len(alive(box.mark)) > 1, "the agent")  # the runner's environment is none of the command lines
     while going.child.poll() is None:
         assert not alive(SECRETS["FOO_API_KEY"]) and not alive(TOKEN)
         time.sleep(0.1)
@@ -2178,28 +2236,31 @@ def test_no_secret_is_on_a_command_line(box):
 
 
 # Ignores everything but SIGKILL, and leaves something behind that does, too.
-STAYS = (f"'{MARK}'\nfor name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n    signal.signal(name, signal.SIG_IGN)\n"
+STAYS = ("for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n    signal.signal(name, signal.SIG_IGN)\n"
          f"{EDITS}\nif os.fork() == 0:\n    os.setsid()\nprint('working', flush=True)\ntime.sleep(600)\n")
 
 
+@in_every_box
 def test_an_agent_that_stays_is_ended_with_its_sandbox(box):
     ended = box.propose(STAYS, "--timeout", "4")
     assert (ended.code, ended.outcome) == (4, "agent_timed_out"), ended
-    assert not alive() and not box.left()
+    assert not alive(box.mark) and not box.left()
     assert_patch_applies(box.scratch, ended)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@in_every_box
 def test_an_interrupted_run_ends_its_sandbox(box, name):
     going = box.start(STAYS)
     wait_for(lambda: box.working(), "the agent")
     going.child.send_signal(getattr(signal, name))
     ended = box.scratch.ended(going)
     assert (ended.code, ended.outcome) == (130, "interrupted"), ended
-    assert not alive() and not box.left()
+    assert not alive(box.mark) and not box.left()
     assert_patch_applies(box.scratch, ended)
 
 
+@in_every_box
 def test_a_killed_runner_takes_its_sandbox_along(box):
     """A container of docker is the daemon's, and stays: the next run removes it."""
     going = box.start(STAYS)
@@ -2207,11 +2268,11 @@ def test_a_killed_runner_takes_its_sandbox_along(box):
     going.child.kill()
     going.child.communicate(timeout=60)
     if box.kind == "docker":
-        assert alive() and box.left()
+        assert alive(box.mark) and box.left()
     else:
-        wait_for(lambda: not alive(), "the end of the agent", 20)
+        wait_for(lambda: not alive(box.mark), "the end of the agent", 20)
     assert_proposed(box.scratch, box.propose(EDITS))
-    assert not alive() and not box.left()
+    assert not alive(box.mark) and not box.left()
 
 
 HEARS = """
@@ -2224,6 +2285,7 @@ except KeyboardInterrupt:
 """
 
 
+@in_every_box
 def test_the_gates_sigint_reaches_what_runs_in_the_sandbox(box):
     """It is how pytest tells the stack of a test that hangs."""
     check = box.agent(HEARS)["AGENT_CMD"]
@@ -2233,12 +2295,13 @@ def test_the_gates_sigint_reaches_what_runs_in_the_sandbox(box):
 
 
 @only(["bwrap"])
-def test_a_setup_has_the_network_and_writes_to_the_checkout(box, server):
-    setup = box.scratch.program(f"import socket\nsocket.create_connection(('127.0.0.1', {server}), 5)\n"
-                                "Path('generated.txt').write_text('x')\n", "setup.py")
+def test_a_setup_has_the_network_and_writes_to_the_checkout(box):
     box.scratch.write({".gitignore": "generated.txt\n"})
     box.scratch.commit()
-    ended = box.propose(EDITS, "--setup", setup, checks=("made=cat generated.txt",))
+    with server() as port:
+        setup = box.scratch.program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)\n"
+                                    "Path('generated.txt').write_text('x')\n", "setup.py")
+        ended = box.propose(EDITS, "--setup", setup, checks=("made=cat generated.txt",))
     assert_proposed(box.scratch, ended)
 
 
