@@ -280,6 +280,12 @@ SECRET_NAME = re.compile(
 SECRET_URL = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 
 
+def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without secret-looking variables."""
+    return {name: value for name, value in environ.items()
+            if not SECRET_NAME.search(name) and not SECRET_URL.search(value)}
+
+
 class Mask:
     """Replaces the values of secret-looking variables by their names, in text and in bytes."""
 
@@ -404,13 +410,15 @@ LIVE_LOCK = threading.Lock()
 
 
 def program_open() -> None:
-    """From now on signals end programs, not us, and orphans of what we start come to us."""
+    """From now on signals end programs, not us; orphans of what we start come to us; our environment is our own."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name)
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
     if SUPERVISED:
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        prctl = ctypes.CDLL(None).prctl  # prctl(2)
+        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc/PID/environ, with every secret, is root's alone
 
 
 def program_close() -> None:
@@ -598,8 +606,12 @@ def supervised(argv: list[str]) -> list[str]:
 
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
                  stdin: bytes = b"", seconds: float = 900) -> Ran:
-    """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start."""
+    """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
+
+    `seconds` limits it. Without `env` it gets our environment but for the secrets: others may be able to read it.
+    """
     started = time.monotonic()
+    env = environ_plain(os.environ) if env is None else env
     try:
         with LIVE_LOCK:
             child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
@@ -698,6 +710,7 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
 # their index, HEAD, refs and files stay as they are, and no git command here
 # reads a configuration that an agent could have written.
 
+GIT_OLDEST = (2, 31)  # for `rev-parse --path-format` and `init --object-format` (git's release notes)
 GIT_SETTINGS = [word for setting in (
     f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "core.splitIndex=false", "core.untrackedCache=false",
     "core.sparseCheckout=false", "index.sparse=false", "core.trustctime=true", "core.checkStat=default",
@@ -722,8 +735,9 @@ class Change(NamedTuple):
 
 
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would point a git command at another repository or settings."""
-    return {name: value for name, value in environ.items() if not name.startswith("GIT_") or GIT_KEPT.fullmatch(name)}
+    """The environment without secrets, and without what would point git at another repository or settings."""
+    return {name: value for name, value in environ_plain(environ).items()
+            if not name.startswith("GIT_") or GIT_KEPT.fullmatch(name)}
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
@@ -748,8 +762,17 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
     return os.fsdecode(ran.out)
 
 
+def git_check() -> None:
+    """Raise Stop where git is missing or too old."""
+    said = program_call(["git", "version"]).out.decode("utf-8", "replace").strip()
+    if tuple(map(int, re.findall(r"\d+", said)[:2])) < GIT_OLDEST:
+        raise Stop(EXIT_MISSING, f"{one_line(said) or 'git version says nothing'}: git {GIT_OLDEST[0]}.{GIT_OLDEST[1]} "
+                                 "or newer is needed; update it, or put a newer one first on PATH")
+
+
 def repo_open(start: Path) -> Repo:
     """The repository around a directory; raises Stop where there is none to work with."""
+    git_check()
     def ask(*args: str) -> Ran:
         return program_call(["git", "rev-parse", *args], cwd=start, env=git_environ(os.environ) | {"LC_ALL": "C"})
     ran = ask("--is-bare-repository", "--is-inside-work-tree")
@@ -1137,15 +1160,13 @@ def command_split(text: str, what: str) -> list[str]:
 
 def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables, but for those that AGENT_PASS_ENV names."""
-    passed = agent_passed(environ)
-    return {name: value for name, value in git_environ(environ).items()
-            if name in passed or not (SECRET_NAME.search(name) or SECRET_URL.search(value))}
+    return git_environ(environ) | {name: environ[name] for name in agent_passed(environ)}
 
 
 def agent_passed(environ: Mapping[str, str]) -> list[str]:
     """The variables that AGENT_PASS_ENV names."""
     globs = re.split(r"[,\s]+", environ.get("AGENT_PASS_ENV", "*_API_KEY"))
-    return [name for name in environ if any(fnmatchcase(name, glob) for glob in globs)]
+    return [name for name in environ if any(fnmatchcase(name, glob) for glob in globs) and name[:4] != "GIT_"]
 
 
 def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
@@ -1492,6 +1513,7 @@ def simulated_agent(variant: str) -> int:
 
 def demo_open(command: str) -> Repo:
     """A new throwaway repository for the simulator: in order for issue-to-pr, red for self-heal."""
+    git_check()
     root = Path(tempfile.mkdtemp(prefix="agent-runner-demo-")).resolve()
     repo = Repo(root, root / ".git", sealed=True)
     for name, text in (DEMO_FILES | {"greeting.py": DEMO_STORIES[command][0]}).items():
@@ -2139,8 +2161,7 @@ def tool_find(tool: str, root: Path) -> list[str]:
 
 def gate_environ(environ: Mapping[str, str], private: Path) -> dict[str, str]:
     """The environment of a gate's programs: no secrets (the agent wrote what runs), no settings of our parent."""
-    kept = {name: value for name, value in git_environ(environ).items()
-            if not name.startswith(TOOL_VARIABLES) and not SECRET_NAME.search(name) and not SECRET_URL.search(value)}
+    kept = {name: value for name, value in git_environ(environ).items() if not name.startswith(TOOL_VARIABLES)}
     return kept | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(private / "tmp")}
 
 

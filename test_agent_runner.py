@@ -404,7 +404,7 @@ def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield
     for pool in plugin.pools:
         pool.shutdown(cancel_futures=True)
-    for engine in IMAGES:
+    for engine in [engine for engine in IMAGES if shutil.which(engine)]:
         ran(engine, "rmi", "--force", IMAGE)
 
 
@@ -1169,6 +1169,35 @@ def test_what_of_the_environment_reaches_the_agent(scratch, passed, seen):
     assert [name for name in SECRETS if name in found] == seen
 
 
+def git_instead(scratch: Scratch, script: str) -> dict[str, str]:
+    """The environment in which a shell script stands before git; GIT is the real one."""
+    place = scratch.place / "instead"
+    place.mkdir()
+    (place / "git").write_text(f"#!/bin/sh\nGIT={shutil.which('git')}\n{script}\n")
+    (place / "git").chmod(0o755)
+    return {"PATH": f"{place}{os.pathsep}{scratch.env['PATH']}"}
+
+
+def test_no_git_command_gets_a_secret(scratch):
+    """Its environment can be read by whatever the same user runs, the agent among them."""
+    spies = git_instead(scratch, f'env >> "{scratch.out}/envs"\nexec "$GIT" "$@"')
+    assert_proposed(scratch, scratch.propose(EDITS, env=SECRETS | spies))
+    assert "GIT_OPTIONAL_LOCKS" in scratch.said("envs")
+    assert not [name for name, value in SECRETS.items() if value in scratch.said("envs")]
+
+
+@needs_linux
+@needs_user
+def test_an_agent_cannot_read_the_runners_environment(scratch):
+    """PR_SET_DUMPABLE: but for root, whom nothing stops."""
+    looks = "me = os.getppid()\nwhile me > 1:\n    try:\n        print(Path(f'/proc/{me}/environ').read_bytes())\n" \
+            "    except OSError as error:\n        print(error)\n" \
+            "    me = int(Path(f'/proc/{me}/stat').read_text().rpartition(')')[2].split()[1])\n"
+    ended = scratch.propose(f"{looks}{EDITS}", env={"MY_TOKEN": TOKEN})
+    assert "Permission denied" in ended.text("agent-1.log")
+    assert "masked" not in ended.text("agent-1.log")
+
+
 # === Bad input: one line, an exit code, no record ===========================
 
 ISSUE_ARGS = ("issue-to-pr", "{issue}", "--check", "ok=true")
@@ -1261,6 +1290,13 @@ def test_bad_input(scratch, args, env, prepare, code, said):
     assert ended.err.startswith("agent_runner: ") and said in ended.err, ended
     assert ended.err.count("\n") == 1 and ended.out == "", ended
     assert not scratch.records() and not (scratch.out / "called").exists()
+
+
+@pytest.mark.parametrize("args", [HEAL_ARGS, ("runs",), ("self-heal", "--simulate", "good")])
+def test_a_git_that_is_too_old(scratch, args):
+    ended = scratch.run(*args, agent=CALLED, env=git_instead(scratch, "echo git version 2.30.9"))
+    assert ended.code == 69 and ended.err == (
+        "agent_runner: git version 2.30.9: git 2.31 or newer is needed; update it, or put a newer one first on PATH\n")
 
 
 # === Interrupts: everything has ended, the record is complete, nothing is lost
@@ -1916,7 +1952,7 @@ def test_what_would_keep_a_proposal_from_being_made_is_said_first(scratch: Scrat
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
 IMAGE = "agent-runner-test:here"
-IMAGES: list[str] = []  # the engines that have it
+IMAGES: dict[str, str] = {}  # the engines that were tried, and why one does not work
 IMAGES_LOCK = threading.Lock()
 TOOLS = ("sh", "env", "true", "sleep", "cat")
 
@@ -1963,23 +1999,23 @@ def image_tar(place: Path) -> Path:
     return place / "root.tar"
 
 
-@functools.lru_cache
 def engine_why(engine: str) -> str:
-    """Why a container engine cannot be used here, or ""."""
+    """Why a container engine cannot be used here, or ""; its store has the test image then."""
+    with IMAGES_LOCK:
+        if engine not in IMAGES:
+            IMAGES[engine] = engine_try(engine)
+        return IMAGES[engine]
+
+
+def engine_try(engine: str) -> str:
+    """Import the test image, and try it: with the engine's defaults, then as old cgroups need it; what went wrong, or ""."""
     if not LINUX or not shutil.which(engine):
         return f"{engine} is not installed"
-    answer = ran(engine, "info", "--format", "{{.Driver}}" if engine == "docker" else "{{.Store.GraphDriverName}}")
-    return f"{engine}: {answer.stderr.strip()[-200:]}" if answer.returncode else ""
-
-
-def image_made(engine: str) -> str:
-    """The test image in an engine's store."""
-    with IMAGES_LOCK, tempfile.TemporaryDirectory() as place:
-        if engine not in IMAGES:
-            made = ran(engine, "import", str(image_tar(Path(place))), IMAGE)
-            assert made.returncode == 0, made.stderr
-            IMAGES.append(engine)
-    return IMAGE
+    with tempfile.TemporaryDirectory() as place:
+        made = ran(engine, "import", str(image_tar(Path(place))), IMAGE)
+    old = ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]
+    tries = [made] if made.returncode else [ran(engine, "run", "--rm", *options, IMAGE, "true") for options in ([], old)]
+    return f"{engine}: {tries[-1].stderr.strip()[-200:]}" if all(one.returncode for one in tries) else ""
 
 
 @functools.lru_cache
@@ -1997,7 +2033,7 @@ class Box:
     def __init__(self, place: Path, kind: str) -> None:
         if why := bwrap_why() if kind == "bwrap" else engine_why(kind):
             pytest.skip(why)
-        image = "" if kind == "bwrap" else image_made(kind)
+        image = "" if kind == "bwrap" else IMAGE
         self.kind, self.scratch = kind, Scratch(place)
         self.mark = f"mark-{secrets.token_hex(8)}"  # in the command line of its agents, to find them by
         self.python = "python3" if image else sys.executable
