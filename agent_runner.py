@@ -18,15 +18,12 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import ctypes
 import functools
-import hashlib
 import inspect
 import io
 import json
 import os
 import re
-import secrets
 import selectors
 import shlex
 import shutil
@@ -39,15 +36,18 @@ import threading
 import time
 import tokenize
 import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:  # what takes long to import is imported where it is used
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __version__ = "0.1.0"
 
@@ -274,24 +274,24 @@ def words_clip(text: str, limit: int) -> str:
     return f"{text[:head]}\n[... {len(text) - limit} characters left out ...]\n{text[-tail:]}"
 
 
-SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY|_KEY$|_PAT$|_DSN$|_AUTH$"
-    r"|^SSH_AUTH_SOCK$", re.I)
-SECRET_URL = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+SECRET_NAME = (
+    r"(?i)TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY|_KEY$|_PAT$|_DSN$|_AUTH$"
+    r"|^SSH_AUTH_SOCK$")
+SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
 
 
 def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables."""
     return {name: value for name, value in environ.items()
-            if not SECRET_NAME.search(name) and not SECRET_URL.search(value)}
+            if not re.search(SECRET_NAME, name) and not re.search(SECRET_URL, value)}
 
 
 class Mask:
     """Replaces the values of secret-looking variables by their names, in text and in bytes."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        found = {value.strip(): name for name, value in environ.items() if SECRET_NAME.search(name)}
-        found |= {hit: name for name, value in environ.items() for hit in SECRET_URL.findall(value)}
+        found = {value.strip(): name for name, value in environ.items() if re.search(SECRET_NAME, name)}
+        found |= {hit: name for name, value in environ.items() for hit in re.findall(SECRET_URL, value)}
         # Shorter ones would turn ordinary words into masks ("true", "12345").
         self.names = {value: name for value, name in found.items() if len(value) >= 6}
         self.names |= {json.dumps(value)[1:-1]: name for value, name in list(self.names.items())}
@@ -338,7 +338,7 @@ class Console:
         if os.environ.get("GITHUB_ACTIONS") != "true":
             return self.say(f"{title}\n{text}")
         # The text may come from an agent: no workflow command in it may be obeyed.
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         self.say(f"::group::{title}\n::stop-commands::{token}\n{text}\n::{token}::\n::endgroup::")
 
     @contextlib.contextmanager
@@ -416,7 +416,8 @@ def program_open() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
     if SUPERVISED:
-        prctl = ctypes.CDLL(None).prctl  # prctl(2)
+        import ctypes
+        prctl = ctypes.CDLL(None).prctl
         prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
         prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc/PID/environ, with every secret, is root's alone
 
@@ -510,7 +511,7 @@ def group_signal(pid: int, name: str) -> None:
 
 # On Linux somebody else's program runs under a small parent of its own that adopts orphans:
 # what it puts in the background or in another session, or forks twice, is still found and
-# ended. It also ends everything when the runner itself is killed. The next two functions are
+# ended. It also ends everything when the runner itself is killed. The next five functions are
 # that parent's whole program: it is started from their source, without the rest of this file.
 
 
@@ -533,47 +534,32 @@ def program_kin(top: int, spare: set[int] = frozenset()) -> list[int]:  # type: 
     return found
 
 
-def program_supervise(runner: int, argv: list[str]) -> int:
-    """Run argv with all its offspring; its exit code, as a shell would give it. Ends all of them.
+def supervisor_start(argv: list[str]) -> int:
+    """Start a program in a session of its own, with signals as a shell would leave them; its pid."""
+    if child := os.fork():
+        return child
+    os.setsid()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+    os._exit(127)
 
-    SIGINT asks the program to stop, SIGTERM ends the tree: asked first, then killed.
-    """
-    prctl = ctypes.CDLL(None).prctl  # prctl(2)
-    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would lose us the exit code
-    heard = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-    prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG: the runner's end is ours
-    if os.getppid() != runner:
-        return 143
-    child = os.fork()
-    if not child:
-        os.setsid()
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        try:
-            os.execvp(argv[0], argv)
-        except OSError as error:
-            os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
-            os._exit(127)
-    os.closerange(0, 3)  # the pipe must close when the program closes it
-    codes: dict[int, int] = {}
 
-    def reap() -> None:
-        try:
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
-        except ChildProcessError:
-            pass
+def supervisor_reap(codes: dict[int, int]) -> None:
+    """Collect what has ended: its exit code by its pid, negative for a signal."""
+    try:
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+    except ChildProcessError:
+        pass
 
-    while child not in codes and (number := signal.sigwait(heard)) != signal.SIGTERM:
-        if number == signal.SIGINT:
-            try:
-                os.killpg(child, signal.SIGINT)
-            except OSError:
-                pass
-        reap()
-    told, limit = set(), time.monotonic() + (0.5 if child in codes else 2.0)
+
+def supervisor_end(seconds: float, codes: dict[int, int]) -> None:
+    """End all descendants: they are asked to, and killed after some seconds, until there are none."""
+    told, limit = set(), time.monotonic() + seconds
     while kin := program_kin(os.getpid()):
         late = time.monotonic() > limit
         for pid in kin:
@@ -584,7 +570,33 @@ def program_supervise(runner: int, argv: list[str]) -> int:
                 except OSError:
                     pass
         time.sleep(0.01)
-        reap()
+        supervisor_reap(codes)
+
+
+def supervisor_main(runner: int, argv: list[str]) -> int:
+    """Run argv with all its offspring; its exit code, as a shell would give it. Ends all of them.
+
+    SIGINT asks the program to stop, SIGTERM ends the tree: asked first, then killed.
+    """
+    import ctypes
+    prctl = ctypes.CDLL(None).prctl  # prctl(2)
+    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would lose us the exit code
+    heard = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG: the runner's end is ours
+    if os.getppid() != runner:
+        return 143
+    child, codes = supervisor_start(argv), {}
+    os.closerange(0, 3)  # the pipe must close when the program closes it
+    while child not in codes and (number := signal.sigwait(heard)) != signal.SIGTERM:
+        if number == signal.SIGINT:
+            try:
+                os.killpg(child, signal.SIGINT)
+            except OSError:
+                pass
+        supervisor_reap(codes)
+    supervisor_end(0.5 if child in codes else 2.0, codes)
     code = codes.get(child, -15)
     return code if code >= 0 else 128 - code
 
@@ -592,9 +604,9 @@ def program_supervise(runner: int, argv: list[str]) -> int:
 @functools.cache
 def supervisor_source() -> str:
     """The text of the supervisor's program."""
-    parts = [inspect.getsource(program_kin), inspect.getsource(program_supervise)]
-    main = "sys.exit(program_supervise(int(sys.argv[1]), sys.argv[2:]))"
-    return "\n".join(["import ctypes, os, signal, sys, time", *parts, main])
+    parts = (program_kin, supervisor_start, supervisor_reap, supervisor_end, supervisor_main)
+    main = "sys.exit(supervisor_main(int(sys.argv[1]), sys.argv[2:]))"
+    return "\n".join(["import os, signal, sys, time", *map(inspect.getsource, parts), main])
 
 
 def supervised(argv: list[str]) -> list[str]:
@@ -716,8 +728,9 @@ GIT_SETTINGS = [word for setting in (
     "core.sparseCheckout=false", "index.sparse=false", "core.trustctime=true", "core.checkStat=default",
     "core.safecrlf=false", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false",
     "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always") for word in ("-c", setting)]
-GIT_KEPT = re.compile(r"GIT_(AUTHOR|COMMITTER)_(NAME|EMAIL)|GIT_CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|GIT_SSL_\w+"
-                      r"|GIT_EXEC_PATH")
+GIT_KEPT = (
+    r"GIT_(AUTHOR|COMMITTER)_(NAME|EMAIL)|GIT_CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|GIT_SSL_\w+"
+    r"|GIT_EXEC_PATH")
 
 
 class Change(NamedTuple):
@@ -737,7 +750,7 @@ class Change(NamedTuple):
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secrets, and without what would point git at another repository or settings."""
     return {name: value for name, value in environ_plain(environ).items()
-            if not name.startswith("GIT_") or GIT_KEPT.fullmatch(name)}
+            if not name.startswith("GIT_") or re.fullmatch(GIT_KEPT, name)}
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
@@ -911,7 +924,7 @@ def process_place() -> str:
     parts = [sys.platform]
     with contextlib.suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+    return f"{zlib.crc32(''.join(parts).encode()):08x}"
 
 
 def process_mark(pid: int) -> str:
@@ -921,7 +934,7 @@ def process_mark(pid: int) -> str:
         start = "" if state in (b"Z", b"X") else facts[18].decode()  # proc(5): starttime
     except OSError:
         said = b"" if SUPERVISED else program_call(["ps", "-o", "lstart=", "-p", str(pid)]).out.strip()
-        start = hashlib.sha256(said).hexdigest()[:8] if said else ""
+        start = f"{zlib.crc32(said):08x}" if said else ""
     return start and f"{process_place()}-{pid}-{start}"
 
 
@@ -1189,7 +1202,7 @@ def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
     """The brief of an attempt: the task, the rules, the judge, the conventions, what went wrong before."""
     job = run.job
     # A fence that the text inside cannot know, so that it cannot close it.
-    fence = f"=== {secrets.token_hex(6)} ==="
+    fence = f"=== {os.urandom(6).hex()} ==="
     parts = ["# Your task\nYou are a coding agent, working unattended on the files of "
              f"{place.name!r} in the current directory."]
     if job.issue:
@@ -1317,7 +1330,7 @@ class Sandbox(NamedTuple):
 
     def run(self, argv: list[str], reach: Reach, **how: Any) -> Ran:
         """How a program ended that was run inside; see program_run."""
-        name = f"{self.mark}-{secrets.token_hex(4)}"
+        name = f"{self.mark}-{os.urandom(4).hex()}"
         ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
         if ran.exit is None:
             sandbox_end(self.kind, name)
@@ -1409,7 +1422,7 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
         raise Stop(EXIT_USAGE, f"the sandbox {engine} needs an image that holds the agent and the gate's tools; "
                                "name it in AGENT_IMAGE")
     user = [f"--user={os.getuid()}:{os.getgid()}", *["--userns=keep-id"] * (engine == "podman" and os.getuid() > 0)]
-    mark = f"agent-runner-{secrets.token_hex(6)}"
+    mark = f"agent-runner-{os.urandom(6).hex()}"
     for extra in ENGINES[engine]:
         sandbox = Sandbox(engine, [engine, "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
         with private_directory() as place:
@@ -1546,12 +1559,15 @@ PROTECTED = {  # what only a human should change, or --allow
     "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
     "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
 }
-TEST_FOLDER = re.compile(r"_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes|e2e"
-                         r"|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?", re.I)
-CONFIGURATION = re.compile(r"pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml"
-                           r"|\.coveragerc(\.toml)?|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth"
-                           r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv", re.I)
-COMPILED = re.compile(r".*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)", re.I)
+TEST_FOLDER = (
+    r"(?i)_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes|e2e"
+    r"|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?")
+CONFIGURATION = (
+    r"(?i)pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml"
+    r"|\.coveragerc(\.toml)?|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth"
+    r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv")
+COMPILED_MAGIC = (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe")  # ELF, PE, Mach-O
+COMPILED = r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)"
 
 
 class Naming(NamedTuple):
@@ -1602,9 +1618,9 @@ def glob_match(path: str, globs: Iterable[str]) -> bool:
 def gate_role(path: str, naming: Naming) -> str:
     """What a path is to the gate: "test" (also what tests use), "configuration", or "" for neither."""
     *folders, name = path.split("/")
-    if CONFIGURATION.fullmatch(name):
+    if re.fullmatch(CONFIGURATION, name):
         return "configuration"
-    in_tests = any(TEST_FOLDER.fullmatch(folder) for folder in folders) or glob_match(path, naming.folders)
+    in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, naming.folders)
     return "test" if in_tests or name == "conftest.py" or any(fnmatchcase(name, glob) for glob in naming.files) else ""
 
 
@@ -1643,7 +1659,7 @@ def guard_file(source: Source) -> list[Violation]:
             found.append(Violation("link", path, f"is a link that leaves the tree, to {one_line(target)}"))
     if source.size > SIZE_LIMIT:
         found.append(Violation("size", path, f"is larger than {SIZE_LIMIT} bytes"))
-    if change.new_mode and COMPILED.fullmatch(path) or source.new[:4] in (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe"):
+    if change.new_mode and re.fullmatch(COMPILED, path) or source.new[:4] in COMPILED_MAGIC:
         found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
     for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
         found.append(Violation("secret", path, f"contains the value of {MASK.names[secret.decode()]}"))
@@ -1903,6 +1919,7 @@ def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violat
 
 def signature(path: Path) -> str:
     """What tells one state of a file from another: its contents where it is small, else size and change times."""
+    import hashlib
     try:
         facts = path.stat()
         if facts.st_size < 200_000 and stat.S_ISREG(facts.st_mode):
@@ -1912,8 +1929,8 @@ def signature(path: Path) -> str:
         return ""
 
 
-def tools_state(checks: list[Check], near: Path) -> dict[str, str]:
-    """The files outside the repository that decide what the gate's tools do, with their signatures."""
+def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
+    """The files outside the repository that decide what the gate's tools do in some places, with their signatures."""
     pythons = {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])} | {Path(__file__)}
     files |= {Path(python).parent / "ruff" for python in pythons}
@@ -1930,7 +1947,7 @@ def tools_state(checks: list[Check], near: Path) -> dict[str, str]:
                       for file in (place / name).rglob("*.py")}
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
              "ruff.toml", ".ruff.toml", "conftest.py")
-    files |= {folder / name for folder in near.parents for name in names}
+    files |= {folder / name for place in places for folder in place.parents for name in names}
     home = Path.home()
     files |= {home / name for name in (".config/ruff/ruff.toml", ".config/ruff/.ruff.toml",
                                        ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
@@ -2172,7 +2189,7 @@ class Gate:
         self.run, self.job, self.private = run, run.job, private
         self.checkout = Checkout(self.job.repo, private / self.job.repo.root.name, private / "index")
         self.environ = gate_environ(os.environ, private)
-        self.reports = private / secrets.token_hex(8)
+        self.reports = private / os.urandom(8).hex()
         for folder in (private / name for name in ("tmp", "cache", "judge", self.reports.name)):
             folder.mkdir()
 
@@ -2183,6 +2200,7 @@ class Gate:
         if failed := setup_run(self.job, self.checkout.place, self.environ, self.private / "setup.log"):
             result = GateResult(tree, [failed])
         else:
+            from concurrent.futures import ThreadPoolExecutor
             checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
@@ -2198,7 +2216,7 @@ class Gate:
 
     def _check(self, check: Check, again: bool) -> CheckResult:
         """What one check says of the files in the checkout."""
-        place, report, log = self.checkout.place, self.reports / secrets.token_hex(8), self._log(check.name)
+        place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
             environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
@@ -2251,8 +2269,7 @@ def import_roots(place: Path) -> list[str]:
 
 def judge_write(private: Path, place: Path, root: Path, report: Path) -> tuple[str, str]:
     """The name of a new module in private/judge, the plugin that pytest loads, and that of its tripwire."""
-    name, alarm = (f"{word}_{''.join(secrets.choice('abcdefghijklmnopqrstuvwxyz') for _ in range(12))}"
-                   for word in ("judge", "test"))
+    name, alarm = (f"{word}_{os.urandom(8).hex()}" for word in ("judge", "test"))
     facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
              "REPORT": str(report),
              "ALARM": alarm, "MUST_FAIL": "this test must fail: it shows that the gate can still say no"}
@@ -2400,22 +2417,26 @@ FINDINGS_FULL, CHECK_LIMIT = 2600, 6000  # bytes: of the findings told whole, of
 LOUD = ("error", "exception", "warn", "fatal", "panic", "critical", "segmentation", "abort", "out of memory", "fail",
         "denied", "refused", "not found", "cannot", "can't", "unable", "no such", "invalid", "undefined",
         "unexpected", "missing", "timeout", "timed out", 'file "')
-WORST = re.compile(r"^[\w.]*(?:Error|Exception|Warning)\b|fatal|panic|critical|segmentation|abort|out of memory", re.I)
-MEEK = re.compile(r'\b(?:0|no) (?:error|warning|fail)|file "[/<]', re.I)  # sounds loud, and is not
-FRAME = re.compile(r'([\s|]{0,80})(?:(?=\S)([^:\n|]+):(\d+): in .|File "([^"\n]+)", line (\d+))')
-FOREIGN = re.compile(r"[/<]|\.\.[/\\]|.*-packages/")  # the path of a file that is not the project's
-IDLE = re.compile(r"[\s|]*(?:[\^~][\s^~]*|Traceback(?: .*|:)|\?\?\?)?|>? *(?:available fixtures:|use 'pytest --f).*"
-                  r"|\[gw\d+\] .*|\S[^:]*:\d+|Hint: make sure .*|ImportError while importing test module .*"
-                  r"|E\s*(?:Enable tracemalloc .*|See https://docs\.pytest.*|\+ +(?:where|and) <function .*)?"
-                  r"|  (?:Displaying first|Pass `--full).*")
-CHANGE = re.compile(r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)")
-SIDE = re.compile(r"E\s+([-+]) ")
-SECTION = re.compile(r"^(?:_+ (?P<test>.+?) _+|-+ (?P<captured>Captured \S+(?: \S+)?) -+|-+ generated xml file: .*"
-                     r"|=+ (?:FAILURES|ERRORS|PASSES|warnings summary|short test summary info) =+)$", re.M)
-STEP = re.compile(r"^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
-                  r"| *(?:Timeout \(|Fatal Python error: ).*| *)$", re.M)  # a test as it runs, and how it ended
-DUMP = re.compile(r'(?:Timeout \(\d|Fatal Python error: ).*\n(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*',
-                  re.M)  # faulthandler's
+WORST = r"(?i)^[\w.]*(?:Error|Exception|Warning)\b|fatal|panic|critical|segmentation|abort|out of memory"
+MEEK = r'(?i)\b(?:0|no) (?:error|warning|fail)|file "[/<]'  # sounds loud, and is not
+FRAME = r'([\s|]{0,80})(?:(?=\S)([^:\n|]+):(\d+): in .|File "([^"\n]+)", line (\d+))'
+FOREIGN = r"[/<]|\.\.[/\\]|.*-packages/"  # the path of a file that is not the project's
+IDLE = (
+    r"[\s|]*(?:[\^~][\s^~]*|Traceback(?: .*|:)|\?\?\?)?|>? *(?:available fixtures:|use 'pytest --f).*"
+    r"|\[gw\d+\] .*|\S[^:]*:\d+|Hint: make sure .*|ImportError while importing test module .*"
+    r"|E\s*(?:Enable tracemalloc .*|See https://docs\.pytest.*|\+ +(?:where|and) <function .*)?"
+    r"|  (?:Displaying first|Pass `--full).*")
+CHANGE = r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)"
+SIDE = r"E\s+([-+]) "
+SECTION = (
+    r"(?m)^(?:_+ (?P<test>.+?) _+|-+ (?P<captured>Captured \S+(?: \S+)?) -+|-+ generated xml file: .*"
+    r"|=+ (?:FAILURES|ERRORS|PASSES|warnings summary|short test summary info) =+)$")
+STEP = (
+    r"(?m)^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
+    r"| *(?:Timeout \(|Fatal Python error: ).*| *)$")  # a test as it runs, and how it ended
+DUMP = (  # faulthandler's
+    r'(?m)(?:Timeout \(\d|Fatal Python error: ).*\n'
+    r'(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*')
 NOISE = ("platform ", "cachedir: ", "rootdir: ", "configfile: ", "plugins: ", "collected ", "====", "----", "(to sh")
 
 
@@ -2455,9 +2476,9 @@ def distill_loud(text: str, most: int) -> list[str]:
     found, shapes, said = [], Counter(), set()
     for start, line in sorted(lines.items()):
         shapes[shape := re.sub(r"0x[\da-f]+|\d+", "#", line)] += 1
-        if shapes[shape] <= most and line not in said and not MEEK.search(line):
+        if shapes[shape] <= most and line not in said and not re.search(MEEK, line):
             said.add(line)
-            found.append((shapes[shape], not WORST.search(line), start, line))
+            found.append((shapes[shape], not re.search(WORST, line), start, line))
     return [distill_cut(line) for *_, line in sorted(sorted(found)[:most], key=lambda item: item[2])]
 
 
@@ -2484,12 +2505,12 @@ def distill_trace(text: str) -> list[str]:
     seen: set[str] = set()
     skip, depth = False, -1
     for line in (text if len(text) < 4_000_000 else f"{text[:2_000_000]}\n{text[-2_000_000:]}").splitlines():
-        if frame := FRAME.match(line[:1000]):
-            skip, depth = bool(FOREIGN.match(frame[2] or frame[4])) or line in seen, len(frame[1])
+        if frame := re.match(FRAME, line[:1000]):
+            skip, depth = bool(re.match(FOREIGN, frame[2] or frame[4])) or line in seen, len(frame[1])
             seen.add(line)
         elif len(line) - len(line.lstrip(" |+")) <= depth:
             skip = False
-        if not skip and not (len(line) < 1000 and IDLE.fullmatch(line)):
+        if not skip and not (len(line) < 1000 and re.fullmatch(IDLE, line)):
             kept.append(line)
     return kept
 
@@ -2499,12 +2520,12 @@ def distill_message(lines: list[str]) -> list[str]:
     lines = [line for line in lines if not re.match(r"E\s+\?\s", line)]  # carets
     if len(lines) > 10:
         told = [line for line in lines[2:-2]
-                if CHANGE.match(line[:200]) or any(word in line[:500].lower() for word in LOUD)]
+                if re.match(CHANGE, line[:200]) or any(word in line[:500].lower() for word in LOUD)]
         lines = [*lines[:2], *distill_middle(told, 8, 5), *lines[-2:]]
     kept: list[str] = []
     for line in lines:
-        before = SIDE.match(kept[-1]) if kept and len(line) > 240 else None
-        if before and (side := SIDE.match(line)) and before[1] != side[1]:
+        before = re.match(SIDE, kept[-1]) if kept and len(line) > 240 else None
+        if before and (side := re.match(SIDE, line)) and before[1] != side[1]:
             # Two long lines that differ: both are cut around the first difference.
             old, new = kept[-1][before.end():], line[side.end():]
             at = max(0, len(os.path.commonprefix([old[:1_000_000], new[:1_000_000]])) - 60)
@@ -2528,10 +2549,10 @@ def distill_failure(test: str, text: str) -> Failed:
             lines += distill_message(block)
         block = [] if line else block
         lines += [line] if line else []
-    frames = [frame for line in lines if (frame := FRAME.match(line[:1000]))]
+    frames = [frame for line in lines if (frame := re.match(FRAME, line[:1000]))]
     if not error:  # an exception group, or plain words
         group = re.search(r"^ *\| (?! |Traceback ).*", text, re.M)
-        words = [line for line in lines if not FRAME.match(line[:1000]) and re.match(r"\S*[A-Za-z]", line)]
+        words = [line for line in lines if not re.match(FRAME, line[:1000]) and re.match(r"\S*[A-Za-z]", line)]
         error = group[0] if group else (words or ["failed"])[-1 if frames else 0]
     if error in lines:
         del lines[len(lines) - 1 - lines[::-1].index(error)]  # it is in the headline
@@ -2567,7 +2588,7 @@ def distill_head(test: str, phase: str) -> str:
 def distill_printed(log: str, heads: set[str]) -> dict[str, list[tuple[str, str]]]:
     """By headline, for each of its sections in the log: the subtest's name, and the output that was captured."""
     sections: dict[str, list[tuple[str, str]]] = {}
-    head, marks = "", list(SECTION.finditer(log))
+    head, marks = "", list(re.finditer(SECTION, log))
     for mark, end in zip(marks, [*(after.start() for after in marks[1:]), len(log)]):
         if mark["captured"] and head:
             sub, said = sections[head][-1]
@@ -2603,7 +2624,7 @@ def distill_broken(how: str, log: str, alarm: str = "", told: Iterable[str] = ()
     log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.M)
     if alarm:
         log = re.sub(rf"^_+ \S*{alarm}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{alarm}.*\n?", "", log, flags=re.M)
-    steps, dumps = list(STEP.finditer(log)), list(DUMP.finditer(log))
+    steps, dumps = list(re.finditer(STEP, log)), list(re.finditer(DUMP, log))
     failed = [step[1] for step in steps if step[2] in ("FAILED", "ERROR") and step[1] not in told]
     lines = [f"failed: {distill_cut(test, 160)}" for test in distill_middle(failed, 5, 2)]
     lines += [f"running: {distill_cut(step[1], 160)}" for step in steps[-1:] if not step[2]]
@@ -2613,8 +2634,8 @@ def distill_broken(how: str, log: str, alarm: str = "", told: Iterable[str] = ()
         stack = [line for line, after in zip(stack, [*stack[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
         lines += distill_middle(stack, 12, 6)
     else:
-        rest = [line for line in DUMP.sub("", log).splitlines() if not line.strip().startswith(NOISE)]
-        lines += distill_output("\n".join(distill_trace("\n".join(line for line in rest if not STEP.match(line)))))
+        rest = [line for line in re.sub(DUMP, "", log).splitlines() if not line.strip().startswith(NOISE)]
+        lines += distill_output("\n".join(distill_trace("\n".join(line for line in rest if not re.match(STEP, line)))))
     return "\n".join([": ".join([how, *lines[:1]]), *lines[1:]])
 
 
@@ -2689,7 +2710,8 @@ class Court:
         self.change, self.base = Gate(run, private / "change"), Gate(run, private / "base")
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
-        self.tools = tools_state(run.job.checks, self.base.checkout.place)
+        self.places = [gate.checkout.place for gate in (self.change, self.base)]
+        self.tools = tools_state(run.job.checks, self.places)
         self.user = user_state(run.job.repo)
         self.red: list[str] = []  # the checks that were red when the newest tree was judged
         self.outside = False  # whether something outside the change was touched: no repair mends that
@@ -2711,7 +2733,7 @@ class Court:
         attempt.changed = [change.path for change in changes]
         run.gate, run.as_base, run.violations, run.look_first = None, None, [], []
         sources = sources_read(repo, changes)
-        if touched := tools_touched(self.tools, tools_state(run.job.checks, self.base.checkout.place)):
+        if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
             result = refuse(run, touched)
         elif all(is_only_space(source) for source in sources) and not nested:
             result, said = "no_change", "nothing but white space" if changes else "no file"
@@ -2728,7 +2750,10 @@ class Court:
         """The guardrails' word on a change, then the gate's, in both of its forms."""
         run, name, label = self.run, f"attempt {attempt.number}", str(attempt.number)
         asked = None
-        early = self.naming() if run.baseline else Naming()  # as a rule right: the gate need not wait for the baseline
+        if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
+            self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+        # As a rule this is right: the gate need not wait for the baseline.
+        early = self.naming() if run.baseline or self.baseline and self.baseline.done() else Naming()
         if not self.guard(sources, nested, early)[0]:
             if self.red:  # what was red is asked first, and alone: still red is enough to know
                 first = gate_step(f"gate, {name}, what was red", self.change, attempt.tree, f"{label}-first", self.red)
@@ -2854,6 +2879,7 @@ def ledger_lost(before: GateResult, after: GateResult, other: GateResult | None,
 
 def blueprint(run: Run) -> str:
     """The outcome of a run: every step of it, in order."""
+    from concurrent.futures import ThreadPoolExecutor
     job, heals = run.job, run.job.command == "self-heal"
     with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(2) as pool:
         workspace = None
@@ -2957,7 +2983,7 @@ def scope_ask(run: Run) -> dict[str, Any]:
     """The scope that the agent answers with; whatever else it changes is thrown away. Raises ValueError."""
     with private_directory() as own:
         workspace = Workspace(run, own)
-        fence = f"=== {secrets.token_hex(6)} ==="
+        fence = f"=== {os.urandom(6).hex()} ==="
         wanted = run.job.issue.text if run.job.issue else "\n".join(run.findings)
         with CONSOLE.step("agent, scope") as said:
             said["result"] = "no answer"
@@ -3042,7 +3068,7 @@ DECISIONS = {  # the one decision that a handoff asks for
 def run_open(job: Job, base: Base) -> Run:
     """A new run with a folder of its own in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(timezone.utc)
-    run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    run_id = f"{now:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     runs = job.repo.root / ".agent-runs"
     new = runs / f".new-{run_id}"
     run = Run(job, run_id, new, base, now.isoformat(timespec="seconds"), record_write)

@@ -2630,33 +2630,36 @@ def soak(runs: int = 200, at_once: int = 10) -> None:
     environ |= {"HOME": str(home), "TMPDIR": str(place_tmp), "AGENT_TIMEOUT": "2"}
     kills = Counter[str]()
 
-    def one(number: int) -> int:
+    def one(number: int) -> tuple[int, list[str]]:
         command = chance.choice(["issue-to-pr none.md", "self-heal"]).split()
         variant = chance.choice(list(runner_module().SIMULATIONS))
         child = subprocess.Popen([sys.executable, str(RUNNER), *command, "--simulate", variant], cwd=home, env=environ,
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if chance.random() < 0.5:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(chance.random() * 10)
             name = chance.choice(["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
             kills[name] += child.poll() is None
             child.send_signal(getattr(signal, name))
-        return child.wait()
+        said = child.communicate()[1].decode("utf-8", "replace")
+        return child.returncode, re.findall(r"^run (\S+):", said, re.M)
 
     with ThreadPoolExecutor(at_once) as pool:
-        codes = Counter(pool.map(one, range(runs)))
+        ended = list(pool.map(one, range(runs)))
+    codes = Counter(code for code, _ in ended)
     demos = list(place_tmp.glob("agent-runner-demo-*"))
     sizes = [sum(file.lstat().st_size for file in demo.rglob("*")) for demo in demos]
     environ.pop("AGENT_TIMEOUT")
     last = subprocess.run([sys.executable, str(RUNNER), "self-heal", "--simulate", "good"], cwd=home, env=environ, capture_output=True)
     records = [json.loads(file.read_bytes()) for demo in demos for file in demo.glob(".agent-runs/*/run_summary.json")]
+    lost = {run_id for _, told in ended for run_id in told} - {record["run_id"] for record in records}
     unfinished = [record["run_id"] for record in records if not record["outcome"] and not record["error"]]
     processes = [path for path in Path("/proc").glob("[0-9]*") if str(place) in os.fsdecode(process_file(path, "cwd"))]
     strays = [path for path in place_tmp.iterdir() if not path.name.startswith("agent-runner-demo-")]
-    print(f"runs {runs}, exit codes {dict(codes)}, killed {dict(kills)}, records {len(records)}, unfinished {len(unfinished)}, "
+    print(f"runs {runs}, exit codes {dict(codes)}, killed {dict(kills)}, records {len(records)}, lost {len(lost)}, unfinished {len(unfinished)}, "
           f"stray processes {len(processes)}, stray directories {len(strays)}, largest demo {max(sizes) / 1e6:.1f} MB, "
           f"outcomes {dict(Counter(record['outcome'] for record in records))}")
-    assert last.returncode == 0 and not unfinished and not processes and not strays, (last.stderr, unfinished, processes, strays)
+    assert last.returncode == 0 and not lost and not unfinished and not processes and not strays, (last.stderr, unfinished, processes, strays)
     shutil.rmtree(place)
 
 
@@ -2681,6 +2684,20 @@ def paired(ours: list[str], bare: list[str], scratch: Scratch, rounds: int = 5, 
     return (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(a / b for a, b in pairs))
 
 
+RUN = [sys.executable, str(RUNNER)]
+WORKTREE = """set -e
+t=$(mktemp -d); git worktree add -q --detach "$t/w"; git -C "$t/w" status -s; git worktree remove --force "$t/w"; rm -rf "$t"
+"""
+
+
+def memory_most(argv: list[str], scratch: Scratch, **environ: str) -> float:
+    """The most memory that a command has held, in MB."""
+    # Between us and it a shell: what a program is started from counts as its own (getrusage(2)).
+    child = subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *argv], cwd=scratch.root, env=scratch.env | environ,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return os.wait4(child.pid, 0)[2].ru_maxrss / (1024 if LINUX else 1024 ** 2)
+
+
 def bench_suite(place: Path, tests: int, seconds: float, red: bool = False) -> Scratch:
     """A repository whose tests take about tests * seconds, one of them red if asked for."""
     wrong = "\n\ndef test_red():\n    from app import double\n    assert double(2) == 4\n"
@@ -2693,57 +2710,66 @@ def bench_suite(place: Path, tests: int, seconds: float, red: bool = False) -> S
 BARE = """set -e
 tree=$(mktemp -d); git worktree add -q --detach "$tree/w" HEAD; cd "$tree/w"
 sleep {think}; {edit}
-ruff check -q .; python -m pytest -q {lasting}; git commit -qam x; cd /; git -C {root} worktree remove --force "$tree/w"; rm -rf "$tree"
+ruff check -q .; python -m pytest -q; git commit -qam x; cd /; git -C {root} worktree remove --force "$tree/w"; rm -rf "$tree"
 """
 
 
-def bench_briefs(place: Path) -> str:
-    """Brief size and facts kept, told against pasting the output: two lines for the table of `make bench`."""
-    lines, facts = [], sum(len(facts) for _, _, facts in RED_GATES.values())
+def bench_briefs(place: Path) -> Iterator[str]:
+    """Brief size and facts kept, told against pasting the output: two rows of the table."""
+    facts = sum(len(facts) for _, _, facts in RED_GATES.values())
     texts = {name: red_gate((place / f"gate{number}").resolve(), name) for number, name in enumerate(RED_GATES)}
-    for label, which in (("whole output", 0), ("distilled", 1)):
+    for label, which in (("the whole output", 0), ("distilled", 1)):
         sizes = sorted(len(pair[which].encode()) for pair in texts.values())
         kept = facts - sum(len(facts_lost(name, pair[which])) for name, pair in texts.items())
-        lines.append(f"{label:<13} facts {kept}/{facts}  median {statistics.median(sizes):.0f} B  max {sizes[-1]:,} B")
-    return "\n".join(lines)
+        yield f"findings of {len(texts)} red gates, {label} | {kept} of {facts} facts | median {statistics.median(sizes):.0f} B, most {sizes[-1]:,} B | |"
+
+
+def bench_runs(place: Path) -> Iterator[str]:
+    """Whole runs against doing the same bare."""
+    scratch = bench_suite(place / "a", 100, 0.02)
+    edit = "sed -i.bak 's/x \\* 2/x + x/' app.py; rm app.py.bak"
+    for think, box, aim in ((0, "none", "1.25"), (2.5, "none", "1.0"), (2.5, "bwrap", "-")):
+        if box == "bwrap" and bwrap_why():
+            continue
+        agent = scratch.place / "agent.sh"
+        agent.write_text(f"#!/bin/sh\ncat >/dev/null\nsleep {think}\n{edit}\n")
+        agent.chmod(0o755)
+        bare = ["sh", "-c", BARE.format(think=think, edit=edit, root=scratch.root)]
+        figures = paired([*RUN, "issue-to-pr", scratch.issue(), "--sandbox", box], bare, scratch, AGENT_CMD=str(agent))
+        yield row_told(f"issue-to-pr, the agent takes {think:g} s, sandbox {box}, against worktree, agent, ruff, pytest, commit", *figures, aim)
+    red = bench_suite(place / "c", 200, 0.01, red=True)
+    agent = red.program("app = Path('app.py')\napp.write_text(app.read_text() + '# still wrong\\n')")
+    bare = ["sh", "-c", "for n in 1 2 3; do ruff check -q .; python -m pytest -q; done"]
+    yield row_told("a stuck self-heal, against three full gates", *paired([*RUN, "self-heal"], bare, red, AGENT_CMD=agent), "0.5")
+
+
+def bench_overhead(place: Path) -> Iterator[str]:
+    """What a run costs beyond the agent and the gate: its start, its files, its memory."""
+    scratch = Scratch(place / "d")
+    imports = [sys.executable, "-c", "import argparse, json, pathlib, re, shlex, subprocess, tempfile"]
+    yield row_told("--help, against bare imports", *paired([*RUN, "--help"], imports, scratch, 25), "1.3")
+    for files in (100, 1000, 10_000, 50_000):
+        big = Scratch(place / f"f{files}", FILES | {f"d{n % 100}/f{n}": f"{n}\n" for n in range(files)})
+        figures = paired([*RUN, "issue-to-pr", big.issue(), "--check", "ok=true"], ["sh", "-c", WORKTREE], big, 5, AGENT_CMD=big.program(EDITS))
+        yield row_told(f"a run with {files:,} files, against git worktree add and git status", *figures, "2")
+    for size in (10, 100, 1000):
+        agent = scratch.program(f"{EDITS}\nfor _ in range({size}):\n    os.write(1, b'x' * 1_000_000)")
+        memory = memory_most([*RUN, "issue-to-pr", scratch.issue(), "--check", "ok=true"], scratch, AGENT_CMD=agent)
+        yield f"memory of the runner at {size:,} MB of agent output | {memory:.0f} MB | | | 40 MB"
+
+
+def row_told(what: str, ours: float, bare: float, ratio: float, aim: str) -> str:
+    """One row of the table."""
+    return f"{what} | {ours:.2f} s | {bare:.2f} s | {ratio:.2f} | {aim}"
 
 
 def bench() -> None:
     """Print the table of the README; every row is measured here, side by side."""
-    runner = [sys.executable, str(RUNNER)]
+    print("| What | here | bare | ratio | aim |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        place = Path(name).resolve()
-        rows = []
-        scratch = bench_suite(place / "a", 100, 0.02)
-        edit = "sed -i.bak 's/x \\* 2/x + x/' app.py; rm app.py.bak"
-        for think, aim in ((0, "1.25"), (3, "1.0")):
-            agent = scratch.place / "agent.sh"
-            agent.write_text(f"#!/bin/sh\ncat >/dev/null\nsleep {think}\n{edit}\n")
-            agent.chmod(0o755)
-            bare = ["sh", "-c", BARE.format(think=think, edit=edit, lasting="", root=scratch.root)]
-            figures = paired([*runner, "issue-to-pr", scratch.issue()], bare, scratch, AGENT_CMD=str(agent))
-            rows.append((f"issue-to-pr, the agent thinks {think} s, against a bare script", *figures, aim))
-        red = bench_suite(place / "c", 200, 0.01, red=True)
-        agent = red.program("app = Path('app.py')\napp.write_text(app.read_text() + '# still wrong\\n')")
-        bare = ["sh", "-c", "for n in 1 2 3; do ruff check -q .; python -m pytest -q; done"]
-        rows.append(("a stuck self-heal, against three full gates", *paired([*runner, "self-heal"], bare, red, AGENT_CMD=agent), "0.5"))
-        imports = [sys.executable, "-c", "import argparse, json, pathlib, re, shlex, subprocess, tempfile"]
-        rows.append(("--help, against bare imports", *paired([*runner, "--help"], imports, scratch, 15), "1.3"))
-        for files in (100, 1000, 10_000, 50_000):
-            big = Scratch(place / f"f{files}", FILES | {f"d{n % 100}/f{n}": f"{n}\n" for n in range(files)})
-            bare = ["sh", "-c", "t=$(mktemp -d); git worktree add -q --detach $t/w; git -C $t/w status -s; git worktree remove --force $t/w; rm -rf $t"]
-            figures = paired([*runner, "issue-to-pr", big.issue(), "--check", "ok=true"], bare, big, 3, AGENT_CMD=big.program(EDITS))
-            rows.append((f"{files:,} files, against git worktree add and status", *figures, "2"))
-        print("| What | ours | bare | ratio | aim |\n|---|---|---|---|---|")
-        for what, ours, other, ratio, aim in rows:
-            print(f"| {what} | {ours:.2f} s | {other:.2f} s | {ratio:.2f} | {aim} |")
-        for size in (10, 100, 1000):
-            agent = scratch.program(f"{EDITS}\nfor _ in range({size}):\n    os.write(1, b'x' * 1_000_000)")
-            child = subprocess.Popen([*runner, "issue-to-pr", scratch.issue(), "--check", "ok=true"], cwd=scratch.root, stdin=subprocess.DEVNULL,
-                                     env=scratch.env | {"AGENT_CMD": agent}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            usage = os.wait4(child.pid, 0)[2]
-            print(f"| memory at {size:,} MB of output | {usage.ru_maxrss / 1024:.0f} MB | | | 40 MB |")
-        print(bench_briefs(place))
+        for part in (bench_runs, bench_overhead, bench_briefs):
+            for row in part(Path(name).resolve()):
+                print(f"| {row} |", flush=True)
 
 
 if __name__ == "__main__":
