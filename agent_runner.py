@@ -164,6 +164,7 @@ class GateResult:
 
     tree: str
     checks: list[CheckResult]
+    rewritten: list[str] = field(default_factory=list)  # files of the tree that were written to while it was judged
 
     @property
     def green(self) -> bool:
@@ -362,10 +363,12 @@ class Console:
             self.say(f"{name} {'.' * max(2, 28 - len(name))} {box['result']}  {time.monotonic() - started:.1f} s")
 
     def _clear(self) -> None:
+        """Take the live line off the screen."""
         if self.live and self.ticking:
             print("\r\x1b[K", end="", file=sys.stderr)
 
     def _draw(self) -> None:
+        """Put the live line on the screen: what is running, and for how long."""
         if self.live and self.running:
             now = time.monotonic()
             shown = ", ".join(f"{name} {now - start:.0f} s" for name, start in self.running.items())
@@ -373,6 +376,7 @@ class Console:
             print(f"\r\x1b[K{console_safe(shown)[:width]}", end="", file=sys.stderr, flush=True)
 
     def _tick(self) -> None:
+        """Draw the live line every second from now on."""
         if not self.live or self.ticking:
             return
         self.ticking = True
@@ -448,6 +452,7 @@ class Log:
         self._store(data[:cut])
 
     def _store(self, data: bytes) -> None:
+        """Write masked bytes while there is room, then keep the newest."""
         if self.room:
             self.file.write(data[: self.room])
             self.file.flush()
@@ -1496,7 +1501,15 @@ SIMULATIONS = {
 }
 
 
-def simulated_agent(variant: str) -> int:
+SIMULATED_AGENT = "--simulated-agent"
+
+
+def simulator_command(variant: str, in_image: bool) -> list[str]:
+    """The command of the simulated agent: this very file."""
+    return ["python3" if in_image else sys.executable, str(Path(__file__).resolve()), SIMULATED_AGENT, variant]
+
+
+def simulator_main(variant: str) -> int:
     """Do to the demo repository in the current directory what this kind of agent would do."""
     brief = sys.stdin.read()
     code, tests = Path("greeting.py"), Path("tests/test_greeting.py")
@@ -2204,6 +2217,7 @@ class Gate:
             checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
+        result.rewritten = self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules").split("\0")[:-1]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
         parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
@@ -2212,6 +2226,7 @@ class Gate:
         return result
 
     def _log(self, name: str) -> Path:
+        """Where the output of a check goes."""
         return self.private / f"{words_slug(name) or 'check'}.log"
 
     def _check(self, check: Check, again: bool) -> CheckResult:
@@ -2803,6 +2818,8 @@ class Court:
         assert run.gate and run.baseline
         if silent := run.gate.silent + (run.as_base.silent if run.as_base else []):
             return refuse(run, tripwires(silent))
+        if rewritten := self.rewritten():
+            return refuse(run, rewritten)
         lost = ledger_lost(run.baseline, run.gate, run.as_base, self.allow)
         if not run.gate.green or lost:
             run.findings = run.gate.findings() + lost
@@ -2824,6 +2841,13 @@ class Court:
                          for text in check.findings] + lost
         return result
 
+    def rewritten(self) -> list[Violation]:
+        """The gate files that the change's code wrote to while it was judged: what passed is not what they say."""
+        run, naming, said = self.run, self.naming(), "was written to while the tests ran, and decides what they say"
+        assert run.gate and run.baseline
+        written = {*run.gate.rewritten, *(run.as_base.rewritten if run.as_base else [])} - {*run.baseline.rewritten}
+        return [Violation("tripwire", path, said) for path in sorted(written)
+                if (role := gate_role(path, naming)) and (role == "configuration" or path.endswith(".py"))]
 
     def excused(self, check: CheckResult, touched: list[Change]) -> bool:
         """Whether the base is to blame for a no: it has no tests, or lint in the very files laid over the change."""
@@ -2888,17 +2912,10 @@ def blueprint(run: Run) -> str:
         file_write(own / "record", str(run.folder))  # whoever finds this directory abandoned can close the record
         try:
             court = Court(run, bench, pool)
-            if heals:
-                run.baseline = gate_step("gate", court.change, run.base.tree, "0")
-                if run.baseline.silent:
-                    return refuse(run, tripwires(run.baseline.silent))
-                if run.baseline.green:
-                    return "nothing_to_heal"
-                if gate_is_flaky(court.change, run.baseline):
-                    return "flaky"
-                run.findings, court.red = run.baseline.findings(), run.baseline.red()
-            else:
+            if not heals:
                 court.baseline = pool.submit(gate_step, "baseline gate", court.base, run.base.tree, "0")
+            elif ended := heal_start(run, court):
+                return ended
             if not scope_settle(run):
                 return "agent_failed"
             workspace = Workspace(run, own)
@@ -2922,6 +2939,19 @@ def blueprint(run: Run) -> str:
             sandbox_end(job.sandbox.kind, job.sandbox.mark)
             if workspace:
                 change_keep(run, workspace)
+
+
+def heal_start(run: Run, court: Court) -> str:
+    """What the gate says of a base that is to be healed: the outcome where that ends the run, "" where it is red."""
+    run.baseline = gate_step("gate", court.change, run.base.tree, "0")
+    if run.baseline.silent:
+        return refuse(run, tripwires(run.baseline.silent))
+    if run.baseline.green:
+        return "nothing_to_heal"
+    if gate_is_flaky(court.change, run.baseline):
+        return "flaky"
+    run.findings, court.red = run.baseline.findings(), run.baseline.red()
+    return ""
 
 
 def is_stalled(run: Run) -> bool:
@@ -3361,44 +3391,61 @@ def environ_seconds(name: str, default: float) -> float:
         raise Stop(EXIT_USAGE, f"{name}: {error}; correct or unset it") from None
 
 
-def job_build(args: argparse.Namespace) -> Job:
-    """What was asked for, checked before anything is started; raises Stop."""
-    simulated, issue = args.simulate, None
-    if args.command == "issue-to-pr":
-        if simulated and not args.issue.exists():
-            CONSOLE.say(f"no issue file {args.issue}: the built-in demo issue serves")
-            issue = issue_parse(DEMO_ISSUE, str(args.issue))
-        else:
-            issue = issue_read(args.issue)
-    seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
-    seconds, gate_seconds = seconds if args.timeout is None else args.timeout, environ_seconds("GATE_TIMEOUT", 600)
-    asked = args.sandbox or (not simulated and os.environ.get("AGENT_SANDBOX")) or "auto"
-    in_image = asked in ENGINES
-    agent_cmd = ["python3" if in_image else sys.executable, str(Path(__file__).resolve()), SIMULATED_AGENT,
-                 simulated] if simulated else agent_command(os.environ.get("AGENT_CMD"), in_image)
-    conventions = "" if simulated else os.environ.get("AGENT_CONFIG")
-    if conventions:
-        text_read(Path(conventions), "AGENT_CONFIG")
+def issue_asked(args: argparse.Namespace) -> Issue | None:
+    """The issue that is asked for; a simulated run has one of its own where the file is missing."""
+    if args.command != "issue-to-pr":
+        return None
+    if args.simulate and not args.issue.exists():
+        CONSOLE.say(f"no issue file {args.issue}: the built-in demo issue serves")
+        return issue_parse(DEMO_ISSUE, str(args.issue))
+    return issue_read(args.issue)
+
+
+def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
+    """The --setup command in words; raises Stop where it cannot be run."""
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
         raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or mend PATH")
-    scope = args.scope or (["greeting.py", "tests"] if simulated == "rogue" else [])
-    if "auto" in scope and scope != ["auto"]:
+    return setup
+
+
+def options_check(args: argparse.Namespace) -> None:
+    """Raise Stop where options contradict each other, or a file that one names cannot be read."""
+    if not args.simulate and os.environ.get("AGENT_CONFIG"):
+        text_read(Path(os.environ["AGENT_CONFIG"]), "AGENT_CONFIG")
+    if "auto" in args.scope and args.scope != ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto stands alone; give either auto or globs")
     names = [name for name, _ in args.check]
     if len(set(names)) < len(names):
         raise Stop(EXIT_USAGE, "two --check options have the same name; give each its own")
+
+
+def job_build(args: argparse.Namespace) -> Job:
+    """What was asked for, checked before anything is started; raises Stop."""
+    simulated, environ = args.simulate, os.environ
+    issue = issue_asked(args)
+    seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
+    gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
+    box = args.sandbox or (not simulated and environ.get("AGENT_SANDBOX")) or "auto"
+    in_image = box in ENGINES
+    agent_cmd = (simulator_command(simulated, in_image) if simulated
+                 else agent_command(environ.get("AGENT_CMD"), in_image))
+    options_check(args)
+    setup = setup_asked(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
-    if simulated:
+    if not repo:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
     programs = [argv[0] for argv in (agent_cmd, setup, *(check.argv for check in checks)) if argv]
-    sandbox = sandbox_open(asked, os.environ.get("AGENT_IMAGE", ""), repo,
-                           [program for program in programs if os.sep not in program])
-    return Job(args.command, repo, issue, agent_cmd, checks, setup, args.fix_attempts, seconds, args.idle_timeout,
-               gate_seconds,
-               conventions, scope, args.allow, simulated, args.dry_run, args.keep, sandbox)
+    sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
+    return Job(
+        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, setup=setup,
+        fix_attempts=args.fix_attempts, agent_seconds=seconds if args.timeout is None else args.timeout,
+        idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
+        conventions="" if simulated else environ.get("AGENT_CONFIG"),
+        scope=args.scope or (["greeting.py", "tests"] if simulated == "rogue" else []), allow=args.allow,
+        simulated=simulated, dry_run=args.dry_run, keep=args.keep, sandbox=sandbox)
 
 
 def cmd_run(args: argparse.Namespace) -> int:
@@ -3476,15 +3523,12 @@ def result_show(run: Run, as_json: bool) -> int:
     return OUTCOMES[run.outcome][0]
 
 
-SIMULATED_AGENT = "--simulated-agent"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     global MASK
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [SIMULATED_AGENT]:
-        return simulated_agent(argv[1])
+        return simulator_main(argv[1])
     MASK = Mask(os.environ)
     try:
         if os.name != "posix":

@@ -1469,6 +1469,9 @@ CHEATS = {
     "pytest is shadowed": (CALC, writes("pytest.py", "mark = None\n"), "blocked", "shadow"),
     "a module of Python is shadowed": (UNTESTED, writes("json.py", "def dumps(x):\n    return '1'\n"), "blocked", "shadow"),
     "Python is customised": (CALC, writes("sitecustomize.py", "import calc\n\ncalc.add = lambda a, b: a + b\n"), "blocked", "weakened"),
+    "the tests are rewritten while they are collected": (CALC, replaces("app.py", "def double", (
+        "from pathlib import Path\n\nPATH = Path(__file__).with_name('tests') / 'test_calc.py'\n"
+        "PATH.write_text(PATH.read_text().replace('== a + 1', 'is not None'))\n\n\ndef double")), "blocked", "written to while the tests ran"),
     # --- what may be proposed at all
     "only white space": (UNTESTED, replaces("calc.py", "2 * a", "2  *  a"), "no_change", "white space"),
     "only ignored files": (UNTESTED | {".gitignore": "*.log\n"}, writes("a.log", "x"), "no_change", "no file"),
@@ -2726,21 +2729,21 @@ def bench_briefs(place: Path) -> Iterator[str]:
 
 def bench_runs(place: Path) -> Iterator[str]:
     """Whole runs against doing the same bare."""
-    scratch = bench_suite(place / "a", 100, 0.02)
+    scratch = bench_suite(place / "a", 250, 0.02)
     edit = "sed -i.bak 's/x \\* 2/x + x/' app.py; rm app.py.bak"
-    for think, box, aim in ((0, "none", "1.25"), (2.5, "none", "1.0"), (2.5, "bwrap", "-")):
+    for think, box, aim in ((0, "none", "1.25"), (6, "none", "1.0"), (6, "bwrap", "-")):
         if box == "bwrap" and bwrap_why():
             continue
         agent = scratch.place / "agent.sh"
         agent.write_text(f"#!/bin/sh\ncat >/dev/null\nsleep {think}\n{edit}\n")
         agent.chmod(0o755)
         bare = ["sh", "-c", BARE.format(think=think, edit=edit, root=scratch.root)]
-        figures = paired([*RUN, "issue-to-pr", scratch.issue(), "--sandbox", box], bare, scratch, AGENT_CMD=str(agent))
+        figures = paired([*RUN, "issue-to-pr", scratch.issue(), "--sandbox", box], bare, scratch, 3, AGENT_CMD=str(agent))
         yield row_told(f"issue-to-pr, the agent takes {think:g} s, sandbox {box}, against worktree, agent, ruff, pytest, commit", *figures, aim)
-    red = bench_suite(place / "c", 200, 0.01, red=True)
+    red = bench_suite(place / "c", 500, 0.01, red=True)
     agent = red.program("app = Path('app.py')\napp.write_text(app.read_text() + '# still wrong\\n')")
     bare = ["sh", "-c", "for n in 1 2 3; do ruff check -q .; python -m pytest -q; done"]
-    yield row_told("a stuck self-heal, against three full gates", *paired([*RUN, "self-heal"], bare, red, AGENT_CMD=agent), "0.5")
+    yield row_told("a stuck self-heal, against three full gates", *paired([*RUN, "self-heal"], bare, red, 3, AGENT_CMD=agent), "0.5")
 
 
 def bench_overhead(place: Path) -> Iterator[str]:
@@ -2748,10 +2751,10 @@ def bench_overhead(place: Path) -> Iterator[str]:
     scratch = Scratch(place / "d")
     imports = [sys.executable, "-c", "import argparse, json, pathlib, re, shlex, subprocess, tempfile"]
     yield row_told("--help, against bare imports", *paired([*RUN, "--help"], imports, scratch, 25), "1.3")
-    for files in (100, 1000, 10_000, 50_000):
+    for files, rounds in ((100, 7), (1000, 5), (10_000, 3), (50_000, 1)):
         big = Scratch(place / f"f{files}", FILES | {f"d{n % 100}/f{n}": f"{n}\n" for n in range(files)})
-        figures = paired([*RUN, "issue-to-pr", big.issue(), "--check", "ok=true"], ["sh", "-c", WORKTREE], big, 5, AGENT_CMD=big.program(EDITS))
-        yield row_told(f"a run with {files:,} files, against git worktree add and git status", *figures, "2")
+        figures = paired([*RUN, "issue-to-pr", big.issue(), "--check", "ok=true"], ["sh", "-c", WORKTREE], big, rounds, AGENT_CMD=big.program(EDITS))
+        yield row_told(f"a run with {files:,} files, against git worktree add, status, remove", *figures, "2")
     for size in (10, 100, 1000):
         agent = scratch.program(f"{EDITS}\nfor _ in range({size}):\n    os.write(1, b'x' * 1_000_000)")
         memory = memory_most([*RUN, "issue-to-pr", scratch.issue(), "--check", "ok=true"], scratch, AGENT_CMD=agent)
