@@ -1347,10 +1347,16 @@ class Sandbox(NamedTuple):
             return [*self.words, *bwrap_words(argv, reach, self.shown), "--", *signals_set("0")]
         if self.kind not in ENGINES:
             return [word.replace("{workspace}", str(reach.workspace)) for word in self.words]
-        ways = [(path, "rw") for path in (reach.workspace, *reach.write)] + [(path, "ro") for path in reach.read]
-        return [*self.words, f"--name={name}", f"--workdir={reach.workspace}",
-                *["--network=none"] * (not reach.network), *(f"--volume={path}:{path}:{way}" for path, way in ways),
-                *(f"--env={variable}" for variable in reach.names), self.image]
+        mounts = [engine_mount(path, "") for path in (reach.workspace, *reach.write)]
+        mounts += [engine_mount(path, ",readonly") for path in reach.read]
+        return [*self.words, f"--name={name}", f"--workdir={reach.workspace}", *mounts,
+                *["--network=none"] * (not reach.network), *(f"--env={name}" for name in reach.names), self.image]
+
+
+def engine_mount(path: Path, how: str) -> str:
+    """The option that shows a container a path of ours at the same place; a CSV record, so a name may hold anything."""
+    place = str(path).replace('"', '""')
+    return f'--mount=type=bind,"source={place}","target={place}"{how}'
 
 
 def signals_set(how: str) -> list[str]:

@@ -2103,6 +2103,15 @@ def test_a_simulated_run_in_the_sandbox(box):
 
 
 @in_every_box
+def test_a_repository_with_any_name_in_the_sandbox(box):
+    """Its name is the workspace's, too."""
+    moved = box.scratch.root.with_name('re:po, "é" {x}')
+    box.scratch.root.rename(moved)
+    box.scratch.root = moved
+    assert_proposed(box.scratch, box.propose(EDITS))
+
+
+@in_every_box
 def test_an_agents_exit_code_comes_through_the_sandbox(box):
     ended = box.propose("print('so long')\nsys.exit(7)")
     assert (ended.code, ended.outcome, ended.summary["attempts"][0]["agent_exit"]) == (4, "agent_failed", 7), ended
