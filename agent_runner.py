@@ -80,7 +80,7 @@ OUTCOMES = {
 }
 EXIT_USAGE, EXIT_MISSING = 64, 69  # sysexits.h: EX_USAGE, EX_UNAVAILABLE
 
-LOG_HEAD, LOG_TAIL = 12_000_000, 8_000_000  # bytes kept of one program's output
+LOG_HEAD, LOG_TAIL = 14_000_000, 6_000_000  # bytes kept of one program's output
 TEXT_LIMIT = 1_000_000  # bytes of an issue or conventions file
 FINDINGS_LIMIT = 12_000  # characters of findings in one brief
 HEAL_TITLE = "Heal the red gate"  # of self-heal's proposals

@@ -2702,12 +2702,18 @@ t=$(mktemp -d); git worktree add -q --detach "$t/w"; git -C "$t/w" status -s; gi
 """
 
 
+MEMORY = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def memory_most(argv: list[str], scratch: Scratch, **environ: str) -> float:
     """The most memory that a command has held, in MB."""
-    # Between us and it a shell: what a program is started from counts as its own (getrusage(2)).
-    child = subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *argv], cwd=scratch.root, env=scratch.env | environ,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return os.wait4(child.pid, 0)[2].ru_maxrss / (1024 if LINUX else 1024 ** 2)
+    # By a small program between us and it: a process starts with the peak of what it was forked from (getrusage(2)).
+    said = subprocess.run([sys.executable, "-I", "-S", "-c", MEMORY, *argv], cwd=scratch.root, env=scratch.env | environ,
+                          capture_output=True, check=True).stdout
+    return int(said) / (1024 if LINUX else 1024 ** 2)
 
 
 def bench_suite(place: Path, tests: int, seconds: float, red: bool = False) -> Scratch:
