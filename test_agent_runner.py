@@ -1082,6 +1082,18 @@ def test_a_red_gate_is_healed(red):
     assert "RED" in ended.text("proposal.md") and "passed" in ended.text("proposal.md")
 
 
+# An agent that follows a finding to the log, and works only if the cause is there.
+READS_LOG = f"""import re
+name = re.search(r"all of it: (\\S+)\\)", sys.stdin.read())[1]
+assert "return 6" not in Path("..", name).read_text() and "assert 6 == 4" in Path("..", name).read_text()
+Path("app.py").write_text({APP!r})
+"""
+
+
+def test_the_log_that_a_finding_names_is_beside_the_workspace(red):
+    assert_proposed(red, red.heal(READS_LOG, checks=TESTS_ONLY))
+
+
 def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     scratch.write({"other.py": "other = 1\n", "gone.py": "gone = 1\n"})
     head = scratch.commit()
@@ -2131,6 +2143,14 @@ def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
         env["AGENT_CMD"] += " {prompt_file}" * ("argv" in words)
         ended = box.scratch.propose("", "--sandbox", box.kind, env=env)
         assert_proposed(box.scratch, ended)
+
+
+@in_every_box
+def test_a_finding_can_be_followed_to_its_log_in_the_sandbox(box):
+    box.scratch.write({"app.py": APP_WRONG})
+    box.scratch.commit()
+    ended = box.scratch.run("self-heal", "--sandbox", box.kind, "--check", "pytest=pytest", env=box.agent(READS_LOG))
+    assert_proposed(box.scratch, ended)
 
 
 REACHES = """
