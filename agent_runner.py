@@ -924,12 +924,13 @@ def nested_repositories(place: Path) -> list[str]:
 
 
 @functools.cache
-def process_place() -> str:
-    """What tells this machine's processes, as we see them, from those of another boot or container."""
-    parts = [sys.platform]
+def process_place() -> tuple[str, str]:
+    """What tells this machine (or container) from others, and this boot of it from its other ones."""
+    here, boot = [sys.platform, os.uname().nodename], ""
     with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return f"{zlib.crc32(''.join(parts).encode()):08x}"
+        here.append(os.readlink("/proc/self/ns/pid"))
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return f"{zlib.crc32(''.join(here).encode()):08x}", f"{zlib.crc32(boot.encode()):08x}"
 
 
 def process_mark(pid: int) -> str:
@@ -940,7 +941,14 @@ def process_mark(pid: int) -> str:
     except OSError:
         said = b"" if SUPERVISED else program_call(["ps", "-o", "lstart=", "-p", str(pid)]).out.strip()
         start = f"{zlib.crc32(said):08x}" if said else ""
-    return start and f"{process_place()}-{pid}-{start}"
+    return start and "-".join([*process_place(), str(pid), start])
+
+
+def process_dead(mark: str) -> bool:
+    """Whether the process with this mark has ended; False where that is not for us to say. Raises ValueError."""
+    place, boot, pid, _ = mark.split("-")
+    here, now = process_place()
+    return place == here and (boot != now or process_mark(int(pid)) != mark)
 
 
 @contextlib.contextmanager
@@ -966,11 +974,10 @@ def directory_remove(place: Path) -> None:
 def directories_abandoned() -> list[Path]:
     """The private directories of runs whose process is dead, now ours: they are renamed to say so."""
     found = []
-    for place in Path(tempfile.gettempdir()).glob(f"agent-runner-{process_place()}-*-*-*"):
+    for place in Path(tempfile.gettempdir()).glob("agent-runner-*-*-*-*-*"):
         mark, _, rest = place.name.removeprefix("agent-runner-").rpartition("-")
-        pid = mark.split("-")[1]
-        with contextlib.suppress(OSError):  # another run was quicker
-            if place.lstat().st_uid == os.getuid() and pid.isdigit() and process_mark(int(pid)) != mark:
+        with contextlib.suppress(OSError, ValueError):  # another run was quicker; or it is no name of ours
+            if place.lstat().st_uid == os.getuid() and process_dead(mark):
                 found.append(place.rename(place.with_name(f"agent-runner-{process_mark(os.getpid())}-{rest}")))
     return found
 
@@ -3123,20 +3130,33 @@ def run_open(job: Job, base: Base) -> Run:
     return run
 
 
+def summary_write(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the summary of a run into its folder."""
+    file_write(folder / "run_summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
 def runs_recover(repo: Repo) -> None:
     """Close the records of runs that were killed, save their work as a patch, and remove what they left behind."""
+    unsaved = []
     for place in directories_abandoned():
-        with contextlib.suppress(OSError, ValueError, KeyError, Stop):
-            run_close(Path((place / "record").read_text()), place)
+        with contextlib.suppress(FileNotFoundError):  # it held no workspace, or its record was deleted
+            folder = Path((place / "record").read_text()).resolve(strict=True)
+            try:
+                run_close(folder, place)
+            except (OSError, ValueError, KeyError, Stop) as error:
+                CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
+                            "the next run tries again")
+                unsaved.append(folder)
+                continue
         directory_remove(place)
-    for mark in repo.root.glob(".agent-runs/*/owner"):  # killed, and the temporary directory is gone as well
+    for mark in repo.root.resolve().glob(".agent-runs/*/owner"):  # killed, and the temporary directory is gone as well
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            owner = mark.read_text()
-            if owner.startswith(process_place()) and process_mark(int(owner.split("-")[1])) != owner:
-                if mark.parent.name.startswith(".new-"):
-                    directory_remove(mark.parent)
-                else:
-                    run_close(mark.parent, None)
+            if mark.parent in unsaved or not process_dead(mark.read_text()):
+                continue
+            if mark.parent.name.startswith(".new-"):
+                directory_remove(mark.parent)
+            else:
+                run_close(mark.parent, None)
 
 
 def run_close(folder: Path, place: Path | None) -> None:
@@ -3145,7 +3165,8 @@ def run_close(folder: Path, place: Path | None) -> None:
     Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
     """
     facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
-    sandbox_end(facts["sandbox"]["kind"], facts["sandbox"]["mark"] or "")  # a daemon's containers outlive us
+    if box := facts.get("sandbox"):
+        sandbox_end(box["kind"], box["mark"] or "")  # a daemon's containers outlive us
     if facts["outcome"]:
         return (folder / "owner").unlink(missing_ok=True)
     if place and any(name.endswith(place.name.rpartition("-")[2]) for name in facts["places"]):
@@ -3156,7 +3177,7 @@ def run_close(folder: Path, place: Path | None) -> None:
             file_write(folder / "diff.patch", patch)
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
-    file_write(folder / "run_summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    summary_write(folder, facts)
     (folder / "owner").unlink(missing_ok=True)
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
@@ -3179,10 +3200,10 @@ def record_facts(run: Run) -> dict[str, Any]:
         "base": run.base.commit, "head": run.base.head, "left_out": run.base.left_out[:100], "dry_run": job.dry_run,
         "branch": run.branch or None, "commit": run.commit or None, "tree": run.tree or None,
         "outcome": run.outcome or None, "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None,
-            "error": run.error or None,
-        "started": run.started, "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
+        "error": run.error or None, "started": run.started,
+        "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
+        "attempts": [asdict(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
-            "attempts": [asdict(attempt) for attempt in run.attempts],
         "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
         "violations": run.violations, "look_first": run.look_first, "places": run.places, "next": run.next,
     }
@@ -3190,7 +3211,7 @@ def record_facts(run: Run) -> dict[str, Any]:
 
 def record_write(run: Run) -> None:
     """Write run_summary.json as far as the run has come."""
-    file_write(run.folder / "run_summary.json", json.dumps(record_facts(run), indent=2, ensure_ascii=False) + "\n")
+    summary_write(run.folder, record_facts(run))
 
 
 def record_finish(run: Run) -> None:

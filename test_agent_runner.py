@@ -1887,8 +1887,8 @@ def test_a_full_disk(scratch: Scratch) -> None:
 
 
 @needs_linux
-@pytest.mark.parametrize("temporary", [True, False])
-def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, temporary: bool) -> None:
+@pytest.mark.parametrize("how", ["by SIGKILL", "by a loss of power", "and the temporary directory is emptied"])
+def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, how: str) -> None:
     """Its work becomes a patch, its directories go, and one line says so; what is alive is left alone."""
     agent = f"{EDITS}\n(OUT / 'ready').write_text(str(os.getpid()))\n{SLEEPS}"
     alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
@@ -1899,27 +1899,54 @@ def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, temporary: bool) -
     killed.child.kill()
     killed.child.wait()
     wait_for(lambda: process_gone(int(scratch.said("ready") or 0)), "the end of its agent")
-    folder = next(place for place in scratch.records() if json.loads((place / "owner").read_text().split("-")[1]) == killed.child.pid)
-    if not temporary:
-        for name in json.loads((folder / "run_summary.json").read_bytes())["places"]:
-            shutil.rmtree(name)
+    folder = next(place for place in scratch.records() if (place / "owner").read_text().split("-")[2] == str(killed.child.pid))
+    places = [Path(name) for name in json.loads((folder / "run_summary.json").read_bytes())["places"]]
+    if how == "and the temporary directory is emptied":
+        for place in places:
+            shutil.rmtree(place)
+    if how == "by a loss of power":  # as if it had run before the machine was started
+        here, boot, *rest = (folder / "owner").read_text().split("-")
+        (folder / "owner").write_text("-".join([here, "0" * 8, *rest]))
+        for place in places:
+            place.rename(place.with_name(place.name.replace(f"{here}-{boot}", f"{here}-00000000")))
     going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
     ended = scratch.ended(going, others=1)
     assert ended.outcome == "proposed" and ended.err.count(f"the run {folder.name} was killed") == 1, ended
     facts = json.loads((folder / "run_summary.json").read_bytes())
     assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "owner").exists()
-    if temporary:
+    if how.startswith("by"):
         scratch.git("apply", "--check", str(folder / "diff.patch"))
     alive.child.terminate()
     assert scratch.ended(alive, others=1).outcome == "interrupted"
     assert not list(scratch.tmp.iterdir()), "every private directory is gone"
 
 
+def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
+    """The record of a killed run has no room for its patch: the workspace stays until it has."""
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
+    wait_for((scratch.out / "ready").exists, "the agent")
+    going.child.kill()
+    going.child.communicate(timeout=60)
+    folder, = scratch.records()
+    (folder / "diff.patch").mkdir()
+    ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
+    assert ended.outcome == "proposed" and f"the work of the killed run {folder.name} cannot be saved" in ended.err, ended
+    left, = scratch.tmp.glob("agent-runner-*")
+    assert "x + x" in (left / "repo/app.py").read_text() and str(left) in ended.err
+    (folder / "diff.patch").rmdir()
+    ended = scratch.propose(EDITS)
+    assert f"the run {folder.name} was killed" in ended.err, ended
+    scratch.git("apply", "--check", str(folder / "diff.patch"))
+
+
 def test_a_recycled_pid_is_not_taken_for_the_owner() -> None:
     """A process is its number and when it started, on this boot and in this container."""
     mark = runner_module().process_mark
-    assert mark(os.getpid()) == mark(os.getpid()) and mark(os.getpid()).split("-")[1] == str(os.getpid())
+    assert mark(os.getpid()) == mark(os.getpid()) and mark(os.getpid()).split("-")[2] == str(os.getpid())
     assert mark(os.getppid()) != mark(os.getpid()) and mark(2 ** 22 + 1) == ""
+    dead, (here, boot, pid, start) = runner_module().process_dead, mark(os.getpid()).split("-")
+    assert not dead(mark(os.getpid())) and dead(f"{here}-{boot}-{pid}-1") and dead(f"{here}-00000000-{pid}-{start}")
+    assert not dead(f"00000000-{boot}-{pid}-1"), "another machine's, or another container's"
 
 
 def test_ten_runs_at_once(scratch: Scratch) -> None:
