@@ -1708,16 +1708,19 @@ def is_only_space(source: Source) -> bool:
 # tokens and marks from syntax: the same words in a string or in prose are none.
 
 SUPPRESSING_COMMENTS = {
-    "noqa": r"#\s*((ruff|flake8)\s*:\s*)?noqa\b", "ruff: ignore": r"#\s*ruff\s*:\s*(file-)?(ignore|disable)\b",
+    "noqa": r"#\s*((ruff|flake8)\s*:\s*)?noqa\b",
+    "ruff: ignore": r"#\s*ruff\s*:\s*(file-)?(ignore|disable)\b",
     "isort: skip": r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)",
-                        "type: ignore": r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)",
+    "type: ignore": r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)",
     "mypy: ignore": r"#\s*mypy\s*:\s*(ignore|disable|allow)",
-                        "pragma: no cover": r"#\s*pragma\s*:\s*no\s*(cover|branch)",
-    "fmt: off": r"#\s*fmt\s*:\s*(off|skip)", "nosec": r"#\s*nosec\b",
+    "pragma: no cover": r"#\s*pragma\s*:\s*no\s*(cover|branch)",
+    "fmt: off": r"#\s*fmt\s*:\s*(off|skip)",
+    "nosec": r"#\s*nosec\b",
 }
-SKIP_WORDS = {"skipif", "xfail", "importorskip", "skipIf", "skipUnless", "skipTest", "expectedFailure", "SkipTest",
-              "collect_ignore",
-              "collect_ignore_glob", "__test__"}
+SKIP_WORDS = {
+    "skipif", "xfail", "importorskip", "skipIf", "skipUnless", "skipTest", "expectedFailure", "SkipTest",
+    "collect_ignore", "collect_ignore_glob", "__test__",
+}
 
 
 def suppressions(source: bytes) -> list[tuple[int, str]]:
@@ -1764,18 +1767,22 @@ def guard_suppressions(sources: list[Source]) -> list[Violation]:
 # ends or patches the process it runs in, or is equal to everything.
 
 JUDGES = ("pytest", "_pytest", "pluggy", "xdist")
-PROCESS = {"sys._getframe", "sys._current_frames", "sys._getframemodulename", "inspect.stack", "inspect.currentframe",
-         "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
-           "gc.get_referrers",
-         "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack", "sys.meta_path", "sys.path_hooks",
-         "unittest.mock.patch", "unittest.mock.patch.object", "unittest.mock.patch.dict"}
-ENDS = {"os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit",
-        "signal.raise_signal"}
-OWN_HOOKS = {"sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv",
-             "sys.tracebacklimit",
-             "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning", "warnings.formatwarning",
-             "threading.excepthook",
-             "os.environ", "logging.raiseExceptions"}
+PROCESS = {
+    "sys._getframe", "sys._current_frames", "sys._getframemodulename", "inspect.stack", "inspect.currentframe",
+    "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
+    "gc.get_referrers", "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack",
+    "sys.meta_path", "sys.path_hooks", "unittest.mock.patch", "unittest.mock.patch.object",
+    "unittest.mock.patch.dict",
+}
+ENDS = {
+    "os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit",
+    "signal.raise_signal",
+}
+OWN_HOOKS = {
+    "sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv",
+    "sys.tracebacklimit", "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning",
+    "warnings.formatwarning", "threading.excepthook", "os.environ", "logging.raiseExceptions",
+}
 
 
 def judge_seeking(source: bytes) -> list[tuple[int, str]]:
