@@ -875,13 +875,15 @@ def test_setup_runs_in_every_checkout_and_leaves_nothing_in_the_commit(scratch):
 
 
 @pytest.mark.parametrize(("command", "setup", "said"), [
-    ("issue-to-pr", "fails", "cannot set up"), ("self-heal", "is missing", "no-such-tool")])
+    ("issue-to-pr", "fails", "setup.log"), ("self-heal", "is missing", "no-such-tool")])
 def test_a_setup_that(scratch, command, setup, said):
     """It is the user's own command that is wrong, not a change: nothing is judged, and no attempt is used up."""
     program = scratch.program("sys.exit('cannot set up')", "setup.py") if setup == "fails" else "no-such-tool x"
     ended = (scratch.propose if command == "issue-to-pr" else scratch.heal)(CALLED, "--setup", program)
     assert ended.code == 69 and "--setup" in ended.err and said in ended.err, ended
     assert not scratch.proposals() and not (scratch.out / "called").exists()
+    if setup == "fails":
+        assert ended.text("setup.log") == "cannot set up\n"
 
 
 def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
@@ -1085,7 +1087,7 @@ def test_a_red_gate_is_healed(red):
 # An agent that follows a finding to the log, and works only if the cause is there.
 READS_LOG = f"""import re
 name = re.search(r"all of it: (\\S+)\\)", sys.stdin.read())[1]
-assert "return 6" not in Path("..", name).read_text() and "assert 6 == 4" in Path("..", name).read_text()
+assert "return 6" not in Path("../..", name).read_text() and "assert 6 == 4" in Path("../..", name).read_text()
 Path("app.py").write_text({APP!r})
 """
 
@@ -1278,6 +1280,7 @@ def no_commit(scratch: Scratch) -> Path:
     pytest.param((*ISSUE_ARGS, "--base=--all"), {}, None, 64, "--base --all", id="base like an option"),
     pytest.param(HEAL_ARGS, {}, record_blocked, 69, ".agent-runs", id=".agent-runs a file"),
     pytest.param((*HEAL_ARGS, "--check", "ok=false"), {}, None, 64, "same name", id="two checks of one name"),
+    pytest.param(("runs", "--prune", "x"), {}, None, 64, "'x' is not a number (0 or more)", id="prune"),
     pytest.param(("self-heal", "--check", "true"), {}, None, 64, "NAME=COMMAND", id="check without a name"),
     pytest.param(("self-heal", "--check", "ok="), {}, None, 64, "--check ok", id="check without a command"),
     pytest.param(("self-heal", "--check", "ok='x"), {}, None, 64, "quotes", id="unbalanced check"),
@@ -1351,6 +1354,38 @@ def test_a_killed_runner_leaves_nothing_running(scratch):
     going.child.communicate(timeout=60)
     for who in ("me", "child"):
         wait_for(lambda who=who: process_gone(int(scratch.said(who))), f"the end of the agent ({who})", 20)
+
+
+def test_nobody_listens_any_more(scratch):
+    """As with `2>&1 | tee log` and Ctrl-C, which ends tee as well: the record is complete all the same."""
+    environ = scratch.env | {"AGENT_CMD": scratch.program(WAITS_AGENT)}
+    child = subprocess.Popen([sys.executable, str(RUNNER), "issue-to-pr", scratch.issue(), "--check", "ok=true"], cwd=scratch.root, env=environ,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for((scratch.out / "ready").exists, "the agent")
+    child.stdout.close()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+    summary = json.loads(next(iter(scratch.records())).joinpath("run_summary.json").read_bytes())
+    assert (summary["outcome"], summary["error"]) == ("interrupted", None)
+    assert not list(scratch.tmp.iterdir())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_outputs(scratch, closed):
+    command = shlex.join([sys.executable, str(RUNNER), "issue-to-pr", scratch.issue(), "--check", "ok=true"])
+    env = scratch.env | {"AGENT_CMD": scratch.program(EDITS)}
+    ended = subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=scratch.root, env=env, capture_output=True, timeout=60)
+    assert ended.returncode == 0 and b"Traceback" not in ended.stderr, ended
+    assert scratch.proposals() == ["agent/say-double-in-another-way"]
+
+
+@pytest.mark.parametrize("name", ["tmp", "index", "brief-1.md", "files"])
+def test_a_repository_with_the_name_of_something_of_ours(scratch, name):
+    (scratch.place / "at").mkdir()
+    scratch.write({"app.py": APP_WRONG})
+    scratch.commit()
+    scratch.root = scratch.root.rename(scratch.place / "at" / name)
+    assert_proposed(scratch, scratch.heal(writes("app.py", APP), checks=TESTS_ONLY))
 
 
 # === What stands around the file ============================================
@@ -1932,7 +1967,7 @@ def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
     assert ended.outcome == "proposed" and f"the work of the killed run {folder.name} cannot be saved" in ended.err, ended
     left, = scratch.tmp.glob("agent-runner-*")
-    assert "x + x" in (left / "repo/app.py").read_text() and str(left) in ended.err
+    assert "x + x" in (left / "files/repo/app.py").read_text() and str(left) in ended.err
     (folder / "diff.patch").rmdir()
     ended = scratch.propose(EDITS)
     assert f"the run {folder.name} was killed" in ended.err, ended
@@ -2195,7 +2230,7 @@ said = {
     'home': tries((home / 'settings').write_text, 'x'),
     'records': tries(os.listdir, root / '.agent-runs'),
     'other': tries((tmp / 'agent-runner-other/report').read_text),
-    'own': sorted(os.listdir('..')),
+    'own': sorted(os.listdir('../..')),
     'host': tries(lambda: socket.create_connection(('127.0.0.1', int(os.environ['PORT'])), 5)),
     'pids': len([name for name in os.listdir('/proc') if name.isdigit()]),
     'seen': sum(('MY_TOKEN' + '=').encode() in path.read_bytes() for path in Path('/proc').glob('[0-9]*/environ')),
@@ -2231,7 +2266,7 @@ def test_what_an_agent_can_reach_in_bwrap(box):
     refused = {said.pop(name) for name in ("file", "git", "removed")}
     assert refused == {"OSError"}, said  # a read-only file system
     assert said.pop("pids") <= 4
-    assert said == {"home": "yes", "records": [], "other": "FileNotFoundError", "own": ["brief-1.md", "repo", "tmp"],
+    assert said == {"home": "yes", "records": [], "other": "FileNotFoundError", "own": ["brief-1.md", "files", "tmp"],
                     "host": "yes", "seen": 0}
     assert (box.scratch.home / "settings").exists()
 
@@ -2447,6 +2482,34 @@ def test_auto_takes_bwrap_where_it_works(scratch):
     ended = scratch.propose(f"assert os.getpid() < 9\n{EDITS}", env={"AGENT_SANDBOX": "auto"})
     assert_proposed(scratch, ended)
     assert ended.summary["sandbox"]["kind"] == "bwrap" and ", sandbox bwrap\n" in ended.err
+
+
+BWRAP_FAILS = """echo . >> {calls}
+if [ "$(wc -l < {calls})" -{when} ]; then echo "bwrap: Can't bind mount /oldroot/ on /newroot/" >&2; exit 1; fi
+exec {bwrap} "$@"
+"""
+
+
+@pytest.mark.parametrize(("when", "code"), [("eq 3", 0), ("eq 1", 0), ("gt 2", 69)])
+def test_a_bwrap_that_does_not_start(scratch, when, code):
+    """As it happens where a mount comes or goes meanwhile: that is no verdict on anything."""
+    if bwrap_why():
+        pytest.skip(bwrap_why())
+    place = scratch.place / "few"
+    place.mkdir()
+    (place / "bwrap").write_text("#!/bin/sh\n" + BWRAP_FAILS.format(calls=scratch.out / "calls", when=when, bwrap=shutil.which("bwrap")))
+    (place / "bwrap").chmod(0o755)
+    ended = scratch.propose(EDITS, "--sandbox", "bwrap", env={"PATH": f"{place}{os.pathsep}{scratch.env['PATH']}"})
+    assert ended.code == code and ("the sandbox bwrap did not start: bwrap: Can't bind" in ended.err) == bool(code), ended
+    assert len(scratch.proposals()) == (code == 0)
+
+
+@only(["bwrap"])
+def test_records_elsewhere_are_hidden_too(box):
+    (box.scratch.place / "records").mkdir()
+    (box.scratch.root / ".agent-runs").symlink_to(box.scratch.place / "records")
+    ended = box.propose(f"assert not os.listdir({str(box.scratch.place / 'records')!r})\n{EDITS}")
+    assert_proposed(box.scratch, ended)
 
 
 def test_a_prefix_command_of_the_users_own(scratch):
