@@ -1625,16 +1625,19 @@ PROTECTED = {  # what only a human should change, or --allow
         "**/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md **/agent-config.md .agent/** .agents/** "
         ".claude/** .codex/** .cursor/** .cursorrules .gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
         ".aider*"),
+    "it registers plugins, as an installed package does": "**/*.dist-info/** **/*.egg-info/** **/entry_points.txt",
     "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
     "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
 }
 TEST_FOLDER = (
     r"(?i)_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes|e2e"
     r"|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?")
+TEST_FILES = ("*.test.*", "*.spec.*", "*_test.go", "*_spec.rb", "*_test.rb")  # of other languages
 CONFIGURATION = (
     r"(?i)pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml"
     r"|\.coveragerc(\.toml)?|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth"
-    r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv")
+    r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv|package\.json|\.mocharc\.\w+|\.eslintrc(\.\w+)?"
+    r"|(jest|vitest|eslint|playwright)\.config\.\w+")
 COMPILED_MAGIC = (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe")  # ELF, PE, Mach-O
 COMPILED = r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)"
 
@@ -1644,6 +1647,7 @@ class Naming(NamedTuple):
 
     files: tuple[str, ...] = ("test_*.py", "*_test.py")
     folders: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ()  # what the checks start
 
 
 class Violation(NamedTuple):
@@ -1687,10 +1691,11 @@ def glob_match(path: str, globs: Iterable[str]) -> bool:
 def gate_role(path: str, naming: Naming) -> str:
     """What a path is to the gate: "test" (also what tests use), "configuration", or "" for neither."""
     *folders, name = path.split("/")
-    if re.fullmatch(CONFIGURATION, name):
+    if re.fullmatch(CONFIGURATION, name) or path in naming.scripts:
         return "configuration"
     in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, naming.folders)
-    return "test" if in_tests or name == "conftest.py" or any(fnmatchcase(name, glob) for glob in naming.files) else ""
+    named = any(fnmatchcase(name, glob) for glob in ("conftest.py", *naming.files, *TEST_FILES))
+    return "test" if in_tests or named else ""
 
 
 def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
@@ -1814,8 +1819,9 @@ PROCESS = {
     "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
     "gc.get_referrers", "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack",
     "sys.meta_path", "sys.path_hooks", "unittest.mock.patch", "unittest.mock.patch.object",
-    "unittest.mock.patch.dict",
+    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy", "atexit.register",
 }
+FRAMES = {"f_back", "f_locals", "f_globals", "tb_frame", "gi_frame", "cr_frame", "ag_frame"}
 ENDS = {
     "os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit",
     "signal.raise_signal",
@@ -1895,10 +1901,10 @@ def judge_seeking_node(node: ast.AST, aliases: Mapping[str, str]) -> list[str]:
     else:
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     found = [f"imports the test runner ({name})" for name in imported if name.split(".")[0] in JUDGES]
-    found += ["imports ANY, which is equal to everything"] * ("unittest.mock.ANY" in imported)
     name = dotted(node, aliases)
-    if name in PROCESS:
-        found.append(f"looks at its callers, or reaches into the process it runs in ({name})")
+    found += ["uses ANY, which is equal to everything"] * ("unittest.mock.ANY" in (*imported, name))
+    if name in PROCESS or isinstance(node, ast.Attribute) and node.attr in FRAMES:
+        found.append(f"looks at its callers, or reaches into the process it runs in ({name or node.attr})")
     if judge_asked(node, aliases):
         found.append("asks whether pytest is running it")
     targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
@@ -2118,7 +2124,7 @@ TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_CO
 # is taken from the gate's checkout instead, and what was imported from there all the same is told.
 # It also sets the tripwire: tests that must fail, under names that nobody can know in advance.
 JUDGE = '''
-import json, os, pytest, sys
+import hashlib, json, os, pytest, sys
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -2194,7 +2200,8 @@ def pytest_unconfigure(config):
     files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     wrong = sorted(f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file)
     roots = {os.path.relpath(place, HERE) for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)}
-    said = {"wrong_origin": wrong, "alarms": getattr(Moved, "alarms", 0), "roots": sorted(roots),
+    mark = hashlib.sha256(open(REPORT, "rb").read()).hexdigest() if os.path.exists(REPORT) else ""
+    said = {"mark": mark, "wrong_origin": wrong, "alarms": getattr(Moved, "alarms", 0), "roots": sorted(roots),
             "files": config.getini("python_files"), "folders": config.getini("testpaths")}
     with open(f"{REPORT}-{os.getpid()}", "w", encoding="utf-8", errors="surrogateescape") as file:
         json.dump(said, file)
@@ -2231,6 +2238,13 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
         mend = "install it, or mend PATH" if kind == "command" else pip
         raise Stop(EXIT_MISSING, f"{tool} is missing (check {name!r}); {mend}")
     return Check(name, [*found, *rest], kind)
+
+
+def check_script(check: Check) -> str:
+    """The file of the repository that a check starts, itself or by a shell; any other path, or "", for none."""
+    first, *rest = check.argv
+    shell = os.path.basename(first) in ("sh", "bash", "dash", "zsh")
+    return os.path.normpath(next((word for word in rest if not word.startswith("-")), "") if shell else first)
 
 
 def tool_find(tool: str, root: Path) -> list[str]:
@@ -2279,7 +2293,10 @@ class Gate:
             checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
-        result.rewritten = self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules").split("\0")[:-1]
+        # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
+        written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc"))
+        result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
         parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
@@ -2448,6 +2465,9 @@ def judge_read(report: Path) -> dict[str, Any]:
     told = [json.loads(path.read_bytes()) for path in report.parent.glob(f"{report.name}-*")]
     if not told:
         raise ValueError("and it did not end as it should")
+    import hashlib
+    if hashlib.sha256(report.read_bytes()).hexdigest() not in [judge["mark"] for judge in told]:
+        raise ValueError("and the report is not the one that pytest wrote")
     merged = {key: sorted({value for judge in told for value in judge[key]})
               for key in ("wrong_origin", "roots", "files", "folders")}
     return merged | {"alarms": max(judge["alarms"] for judge in told)}
@@ -2791,6 +2811,8 @@ class Court:
         self.places = [gate.checkout.place for gate in (self.change, self.base)]
         self.tools = tools_state(run.job.checks, self.places)
         self.user = user_state(run.job.repo)
+        paths = tree_paths(run.job.repo, run.base.tree)
+        self.scripts = tuple(path for check in run.job.checks if (path := check_script(check)) in paths)
         self.red: list[str] = []  # the checks that were red when the newest tree was judged
         self.outside = False  # whether something outside the change was touched: no repair mends that
 
@@ -2802,7 +2824,7 @@ class Court:
         files = tuple(glob for judge in seen for glob in judge["files"])
         folders = [folder for judge in seen for folder in judge["folders"]
                    if folder.strip("./") not in ("", "src", "lib")]
-        return Naming(files or Naming().files, tuple(folders))
+        return Naming(files or Naming().files, tuple(folders), self.scripts)
 
     def judge(self, attempt: Attempt, nested: list[str]) -> str:
         """The whole judgement of a snapshot: green, red, or the outcome that it comes to."""
@@ -2831,7 +2853,8 @@ class Court:
         if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
             self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
         # As a rule this is right: the gate need not wait for the baseline.
-        early = self.naming() if run.baseline or self.baseline and self.baseline.done() else Naming()
+        known = run.baseline or self.baseline and self.baseline.done()
+        early = self.naming() if known else Naming(scripts=self.scripts)
         if not self.guard(sources, nested, early)[0]:
             if self.red:  # what was red is asked first, and alone: still red is enough to know
                 first = gate_step(f"gate, {name}, what was red", self.change, attempt.tree, f"{label}-first", self.red)
@@ -2910,7 +2933,7 @@ class Court:
         assert run.gate and run.baseline
         written = {*run.gate.rewritten, *(run.as_base.rewritten if run.as_base else [])} - {*run.baseline.rewritten}
         return [Violation("tripwire", path, said) for path in sorted(written)
-                if (role := gate_role(path, naming)) and (role == "configuration" or path.endswith(".py"))]
+                if gate_role(path, naming) or path.endswith(".pyc")]
 
     def excused(self, check: CheckResult, touched: list[Change]) -> bool:
         """Whether the base is to blame for a no: it has no tests, or lint in the very files laid over the change."""
