@@ -1379,13 +1379,13 @@ def test_closed_outputs(scratch, closed):
     assert scratch.proposals() == ["agent/say-double-in-another-way"]
 
 
-@pytest.mark.parametrize("name", ["tmp", "index", "brief-1.md", "files"])
+@pytest.mark.parametrize("name", ["tmp", "index"])
 def test_a_repository_with_the_name_of_something_of_ours(scratch, name):
     (scratch.place / "at").mkdir()
     scratch.write({"app.py": APP_WRONG})
     scratch.commit()
     scratch.root = scratch.root.rename(scratch.place / "at" / name)
-    assert_proposed(scratch, scratch.heal(writes("app.py", APP), checks=TESTS_ONLY))
+    assert_proposed(scratch, scratch.heal(writes("app.py", APP)))
 
 
 # === What stands around the file ============================================
@@ -1559,7 +1559,8 @@ CHEATS = {
 
 HONEST = {
     "a fix of the source": (CALC, MENDS, ()),
-    "a test is added to a file": (UNTESTED, replaces("tests/test_calc.py", "def test_twice", "def test_more():\n    assert add(2, 2) == 4\n\n\ndef test_twice"), ()),
+    "a test and a parameter are added": (UNTESTED, replaces("tests/test_calc.py", "def test_twice", "def test_more():\n    assert add(2, 2) == 4\n\n\ndef test_twice")
+                                         + replaces("tests/test_calc.py", "[1, 2]", "[1, 2, 3]"), ()),
     "a test directory with conftest and data": (UNTESTED, writes("tests/more/conftest.py", (
         "import pytest\n\n\n@pytest.fixture\ndef three():\n    return 3\n")) + writes("tests/more/data.txt", "6") + writes("tests/more/test_more.py", (
             "from pathlib import Path\n\nfrom calc import twice\n\n\ndef test_more(three):\n"
@@ -1568,13 +1569,12 @@ HONEST = {
                                + writes("tests/test_power.py", "from power import power\n\n\ndef test_power():\n    assert power(2, 3) == 8\n"), ()),
     "an internal function is renamed with its callers": (UNTESTED | {"calc.py": "def _impl(a):\n    return 2 * a\n\n\ndef add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return _impl(a)\n"},
                                                          replaces("calc.py", "_impl", "_double"), ()),
-    "dead code is removed": (UNTESTED | {"dead.py": "def never():\n    return 1\n"}, "Path('dead.py').unlink()", ()),
-    "a module moves": (UNTESTED | {"helpers.py": "def one():\n    return 1\n"}, "os.makedirs('pkg')\nos.rename('helpers.py', 'pkg/helpers.py')\n" + writes("pkg/__init__.py", ""), ()),
+    "dead code is removed, and a module moves": (UNTESTED | {"dead.py": "def never():\n    return 1\n", "helpers.py": "def one():\n    return 1\n"}, (
+        "Path('dead.py').unlink()\nos.makedirs('pkg')\nos.rename('helpers.py', 'pkg/helpers.py')\n") + writes("pkg/__init__.py", ""), ()),
     "skips and xfails of the base stay": (CALC | {"tests/test_old.py": "import pytest\n\n\n@pytest.mark.skip\ndef test_s():\n    assert 0\n\n\n@pytest.mark.xfail\ndef test_x():\n    assert 0\n"},
                                           MENDS, ()),
     "a skip moves with its test": (UNTESTED | {"tests/test_old.py": "import pytest\n\n\n@pytest.mark.skip\ndef test_s():\n    assert 0\n"},
                                    "os.rename('tests/test_old.py', 'tests/test_new.py')", ("--allow", "tests/test_old.py")),
-    "a parameter is added": (UNTESTED, replaces("tests/test_calc.py", "[1, 2]", "[1, 2, 3]"), ()),
     "the words of suppressions in prose": (UNTESTED, writes("more.py", '"""Say noqa, type: ignore and pytest.mark.skip."""\n\nTEXT = "# noqa"  # no qa here\n'), ()),
     "a stricter ruff rule": (UNTESTED, replaces("ruff.toml", '"F"]', '"F", "B"]'), ()),
     "a .gitignore grows": (UNTESTED, writes(".gitignore", "dist/\n") + replaces("calc.py", "2 * a", "a * 2"), ()),
@@ -1612,7 +1612,7 @@ def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
     """Run one row of the tables."""
     files, agent, *rest = CHEATS.get(row) or HONEST[row]
     args, cheap = rest[0] if row in HONEST else (), row in PLAIN or row in CHEATS and rest[1] in STATIC
-    checks = CHEAP if cheap else REAL if re.search("ruff|noqa|ignore|lint", row) else TESTS_ONLY
+    checks = CHEAP if cheap else ("ruff=ruff check .",) if re.search("ruff|from lint", row) else TESTS_ONLY
     scratch = Scratch(place, FILES | files)
     return scratch, scratch.propose(agent, *args, checks=checks)
 
@@ -2246,7 +2246,7 @@ def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
         assert_proposed(box.scratch, ended)
 
 
-@in_every_box
+@only(["bwrap"])
 def test_a_finding_can_be_followed_to_its_log_in_the_sandbox(box):
     box.scratch.write({"app.py": APP_WRONG})
     box.scratch.commit()
