@@ -1333,17 +1333,14 @@ ENGINES = {  # with what is tried in turn, until a container can write to a dire
 }
 # bwrap would die of a signal that is meant for what runs in it, and take that along. So it is
 # started with those ignored ("1"), and what runs in it with those as usual ("0").
-# Inside, the file in argv[2] says that bwrap could start: its own failure looks like the command's.
 SIGNALS = """\
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.Handlers(int(sys.argv[1])))
-if sys.argv[2]:
-    open(sys.argv[2], "w").close()
 try:
-    os.execvp(sys.argv[3], sys.argv[3:])
+    os.execvp(sys.argv[2], sys.argv[2:])
 except OSError as error:
-    sys.exit(f"{sys.argv[3]}: {error.strerror}")
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
 """
 
 
@@ -1380,18 +1377,16 @@ class Sandbox(NamedTuple):
             ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
             if ran.exit is None:
                 sandbox_end(self.kind, name)
-            if self.kind != "bwrap" or ran.exit is None or (reach.temp / name).exists():
-                (reach.temp / name).unlink(missing_ok=True)
-                return ran
-        said = how["log"].read_bytes()[-500:].decode("utf-8", "replace")
+            said = how["log"].read_bytes()[:500].decode("utf-8", "replace") if self.kind == "bwrap" else ""
+            if ran.exit != 1 or not said.startswith("bwrap: "):
+                return ran  # a command that says the same gains nothing: without a sandbox there is no verdict
         raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(said)}; "
                                  "run this again, or use --sandbox none")
 
-    def prefix(self, argv: list[str], reach: Reach, name: str) -> list[str]:
-        """What stands before a command; inside bwrap a file of that name in the temporary directory tells the start."""
+    def prefix(self, argv: list[str], reach: Reach, name: str = "") -> list[str]:
+        """What stands before a command; a container gets the name."""
         if self.kind == "bwrap":
-            inner = signals_set("0", str(reach.temp / name))
-            return [*self.words, *bwrap_words(argv, reach, self.shown), "--", *inner]
+            return [*self.words, *bwrap_words(argv, reach, self.shown), "--", *signals_set("0")]
         if self.kind not in ENGINES:
             return [word.replace("{workspace}", str(reach.workspace)) for word in self.words]
         mounts = [engine_mount(path, "") for path in (reach.workspace, *reach.write)]
@@ -1406,9 +1401,9 @@ def engine_mount(path: Path, how: str) -> str:
     return f'--mount=type=bind,"source={place}","target={place}"{how}'
 
 
-def signals_set(how: str, started: str = "") -> list[str]:
-    """The prefix that starts a command with SIGINT and SIGTERM ignored ("1") or as usual ("0"), and makes a file."""
-    return [sys.executable, "-I", "-S", "-c", SIGNALS, how, started]
+def signals_set(how: str) -> list[str]:
+    """The prefix that starts a command with SIGINT and SIGTERM ignored ("1") or as usual ("0")."""
+    return [sys.executable, "-I", "-S", "-c", SIGNALS, how]
 
 
 def bwrap_words(argv: list[str], reach: Reach, shown: list[Path]) -> list[str]:
@@ -1465,7 +1460,7 @@ def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
     with private_directory() as place:
         for open_ in (True, False):
             reach = Reach(place, place, network=open_, home=open_)
-            argv = [*sandbox.prefix([], reach, "probe"), sys.executable, "-S", "-c", ""]
+            argv = [*sandbox.prefix([], reach), sys.executable, "-S", "-c", ""]
             # More than once: it fails where somebody else's mount comes or goes just then.
             tries = (program_call(argv, cwd=place) for _ in range(SANDBOX_TRIES))
             if (ran := next((ran for ran in tries if not ran.exit), None) or program_call(argv, cwd=place)).exit:
@@ -3554,6 +3549,9 @@ def cmd_run(args: argparse.Namespace) -> int:
     run = run_open(job, base)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")
+    for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
+        if globs:
+            CONSOLE.say(f"the issue itself says {word}: {', '.join(globs)}")
     if base.left_out:
         CONSOLE.say(f"left out, not part of the base: {', '.join(base.left_out[:5])}"
                     + (f" and {len(base.left_out) - 5} more" if len(base.left_out) > 5 else ""))

@@ -1634,7 +1634,7 @@ def test_every_honest_change_is_proposed(tmp_path: Path, row: str) -> None:
     """Supervision that refuses honest work would be turned off."""
     _, ended = row_run(row, tmp_path)
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
-    if HONEST[row][2] and "moves" not in row:
+    if "allowed" in row:
         assert "Look here first" in ended.text("proposal.md")
 
 
@@ -1720,7 +1720,7 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
 def test_an_issue_file_may_allow(scratch: Scratch) -> None:
     """It is the user's own: what it lets pass is what a reviewer sees first."""
     ended = scratch.propose(EDITS + "\n" + writes("Makefile", "all:\n"), issue=ISSUE + "\nAllow: Makefile\n")
-    assert ended.outcome == "proposed", ended
+    assert ended.outcome == "proposed" and "the issue itself says Allow: Makefile\n" in ended.err, ended
     assert "allowed: protected: Makefile" in ended.text("proposal.md").partition("## What changed")[0]
 
 
