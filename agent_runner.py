@@ -1377,8 +1377,9 @@ class Sandbox(NamedTuple):
             ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
             if ran.exit is None:
                 sandbox_end(self.kind, name)
-            said = how["log"].read_bytes()[:500].decode("utf-8", "replace") if self.kind == "bwrap" else ""
-            if ran.exit != 1 or not said.startswith("bwrap: "):
+            with open(how["log"], "rb") as file:
+                said = file.read(500).decode("utf-8", "replace")
+            if self.kind != "bwrap" or ran.exit != 1 or not said.startswith("bwrap: "):
                 return ran  # a command that says the same gains nothing: without a sandbox there is no verdict
         raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(said)}; "
                                  "run this again, or use --sandbox none")
@@ -1392,7 +1393,7 @@ class Sandbox(NamedTuple):
         mounts = [engine_mount(path, "") for path in (reach.workspace, *reach.write)]
         mounts += [engine_mount(path, ",readonly") for path in reach.read]
         return [*self.words, f"--name={name}", f"--workdir={reach.workspace}", *mounts,
-                *["--network=none"] * (not reach.network), *(f"--env={name}" for name in reach.names), self.image]
+                *["--network=none"] * (not reach.network), *(f"--env={key}" for key in reach.names), self.image]
 
 
 def engine_mount(path: Path, how: str) -> str:
