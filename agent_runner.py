@@ -135,28 +135,48 @@ class Check(NamedTuple):
     kind: str  # "ruff", "pytest" or "command"
 
 
-def ways_counted(tests: Mapping[str, str]) -> dict[str, int]:
-    """How many tests ended in which way: {"passed": 12, "failed": 1}."""
-    ways = list(tests.values())
-    return {way: ways.count(way) for way in ("passed", "failed", "skipped") if way in ways}
+class Failure(NamedTuple):
+    """One failure of one test, as pytest reports it."""
+
+    test: str  # its id, or a file that could not be collected
+    phase: str  # "collect", "setup", "call" or "teardown"
+    sub: str  # which subtest: " [message] (i=1)", or ""
+    text: str
+    printed: str  # the output that was captured
+
+
+class Lint(NamedTuple):
+    """One finding of ruff."""
+
+    path: str
+    row: int
+    column: int
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.row}:{self.column}: {self.rule} {self.message}"
 
 
 @dataclass
 class CheckResult:
-    """What one check said of one tree. `tests` maps a test's id to passed, failed or skipped."""
+    """The result of one check on one tree."""
 
     name: str
     ok: bool
     reason: str
     seconds: float
     findings: list[str] = field(default_factory=list)
-    tests: dict[str, str] = field(default_factory=dict)
-    judge: dict[str, Any] = field(default_factory=dict)  # what the judge in the test runner saw
-    lint: list[str] = field(default_factory=list)  # every finding of ruff, a line each
+    tests: dict[str, str] = field(default_factory=dict)  # id -> passed, failed, skipped or unfinished
+    failures: list[Failure] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
+    lint: list[Lint] = field(default_factory=list)
+    broken: bool = False  # pytest was stopped, or died: there may be tests without a result
 
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
-        return ways_counted(self.tests)
+        ways = Counter(self.tests.values())
+        return {way: ways[way] for way in ("passed", "failed", "skipped", "unfinished") if ways[way]}
 
 
 @dataclass
@@ -179,7 +199,7 @@ class GateResult:
     @property
     def silent(self) -> list[str]:
         """The checks that let a test pass which must fail: their word is worth nothing."""
-        return [check.name for check in self.checks if check.judge.get("silent")]
+        return [check.name for check in self.checks if check.facts.get("silent")]
 
     def findings(self) -> list[str]:
         """What the red checks say, a few lines each."""
@@ -2111,18 +2131,21 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
 # names every test, from tools that are the user's and never the checkout's.
 
 RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
-# xunit1 names each test's file; the verbosities give whole comparisons, and the name of a test before it runs.
-PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1",
+# The verbosities give whole comparisons, and the name of a test before it runs; the stack of a
+# hanging test is written by our own plugin, also while a module is imported.
+PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "faulthandler_timeout=0",
                "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
+REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report
 GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
-# Loaded into the pytest that judges (its facts are put in front). An editable install would make
-# pytest import the user's checkout, and be green or red about the wrong files: what is found there
-# is taken from the gate's checkout instead, and what was imported from there all the same is told.
-# It also sets the tripwire: tests that must fail, under names that nobody can know in advance.
-JUDGE = '''
-import hashlib, json, os, pytest, sys
+# Loaded into the pytest of the gate (its facts are put in front). An editable install would make
+# pytest import the user's checkout and test the wrong files: such modules are redirected to the
+# gate's checkout, and any that still come from the user's are reported. The plugin also writes the
+# report: one JSON line an event, so that a run that is stopped or dies still has its failures. And
+# it puts a test that must fail beside the real ones, under a name that nobody can know in advance.
+PYTEST_PLUGIN = '''
+import faulthandler, hashlib, json, os, pytest, sys, time
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -2157,52 +2180,106 @@ SPARED += [os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, 
 sys.path[:] = [moved(place) for place in sys.path]
 sys.meta_path.insert(0, Moved)
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):
-        config.option.xmlpath = REPORT  # not on the command line, where what is judged could read it
+class Report:
+    """This process's report: a JSON line for each event; the last one has a digest of the others."""
+    def __init__(self, config):
+        self.worker = hasattr(config, "workerinput")  # of pytest-xdist: the controller has its results
+        self.digest, self.room, self.canaries = hashlib.sha256(), 40_000_000, 0
+        self.deadline = time.monotonic() + STACK_SECONDS
+        self.lines = open(f"{REPORT}-{os.getpid()}", "wb")
+        self.stack = open(f"{REPORT}-stack-{os.getpid()}", "wb")
+        self.pytest_exception_interact()
 
-def pytest_sessionstart(session):
-    Moved.session = session
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self):
+        """Shortly before the gate's limit the stacks are written down; pytest disarms this at a failure."""
+        faulthandler.dump_traceback_later(max(0.1, self.deadline - time.monotonic()), file=self.stack)
 
-class Wire(pytest.Item):
+    def event(self, event, **facts):
+        line = json.dumps({"event": event, **facts}).encode() + b"\\n"
+        self.digest.update(line)
+        self.lines.write(line)
+        self.lines.flush()
+
+    def shortened(self, text):
+        """The ends of a long text, as far as there is room for all such texts together."""
+        half = min(4_000_000, self.room) // 2
+        text = text if len(text) <= 2 * half else text[:half] + "\\n" + text[len(text) - half:]
+        self.room -= min(len(text), self.room)
+        return text
+
+    def ended(self, report, when):
+        facts = {}
+        if report.failed:
+            sub = report.head_line[len(report.location[2]):] if hasattr(report, "context") else ""
+            facts = {"sub": sub, "text": self.shortened(str(report.longrepr or "")),
+                     "printed": self.shortened("\\n".join(text for _, text in report.sections))}
+        self.event("ended", test=report.nodeid, when=when, outcome=report.outcome, **facts)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, session, items):
+        """Beside the real tests of each folder put one that must fail: the gate can still fail."""
+        first, homes = {}, {}
+        for item in items:
+            home = item.getparent(pytest.Module)
+            first.setdefault(home, item)  # never the last of its module: that one may report a teardown
+            homes[home and home.path.parent] = home
+        for number, home in enumerate(homes.values()):
+            name = f"{CANARY}{number}"
+            try:
+                space = {"MUST_FAIL": MUST_FAIL}
+                exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
+                canary = pytest.Function.from_parent(home, name=name, callobj=space[name])
+            except Exception:  # no module of Python tests
+                canary = Canary.from_parent(session, name=name)
+            items.insert(items.index(first[home]), canary)
+        self.session, self.canaries = session, len(homes)
+
+    def pytest_collection_finish(self, session):
+        self.event("collected", tests=[item.nodeid for item in session.items])
+
+    def pytest_collectreport(self, report):
+        if report.outcome != "passed":
+            self.ended(report, "collect")
+
+    def pytest_runtest_logstart(self, nodeid):
+        if not self.worker:
+            self.event("started", test=nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed and CANARY in report.nodeid:
+            self.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
+        if not self.worker and (report.when == "call" or report.outcome != "passed"):
+            self.ended(report, report.when)
+
+    def pytest_sessionstart(self, session):
+        self.session = session
+
+    def close(self, config):
+        faulthandler.cancel_dump_traceback_later()
+        files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+        wrong = [f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file]
+        inside = [place for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)]
+        roots = sorted({os.path.relpath(place, HERE) for place in inside})
+        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), canaries=self.canaries, roots=roots,
+                   files=config.getini("python_files"), folders=config.getini("testpaths"),
+                   digest=self.digest.hexdigest())
+        self.lines.close()
+        self.stack.close()
+
+class Canary(pytest.Item):
     def runtest(self):
         raise AssertionError(MUST_FAIL)
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(session, config, items):
-    """Beside the real tests of each folder put one that must fail: the gate can still say no."""
-    first, homes = {}, {}
-    for item in items:
-        home = item.getparent(pytest.Module)
-        first.setdefault(home, item)  # never the last of its module: that one may report a teardown
-        homes[home and home.path.parent] = home
-    for number, home in enumerate(homes.values()):
-        name = f"{ALARM}{number}"
-        try:
-            space = {"MUST_FAIL": MUST_FAIL}
-            exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
-            alarm = pytest.Function.from_parent(home, name=name, callobj=space[name])
-        except Exception:  # no module of Python tests
-            alarm = Wire.from_parent(session, name=name)
-        items.insert(items.index(first[home]), alarm)
-    Moved.alarms = len(homes)
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    if report.failed and ALARM in report.nodeid:
-        Moved.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    Moved.report = Report(config)
+    config.pluginmanager.register(Moved.report)
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    wrong = sorted(f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file)
-    roots = {os.path.relpath(place, HERE) for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)}
-    mark = hashlib.sha256(open(REPORT, "rb").read()).hexdigest() if os.path.exists(REPORT) else ""
-    said = {"mark": mark, "wrong_origin": wrong, "alarms": getattr(Moved, "alarms", 0), "roots": sorted(roots),
-            "files": config.getini("python_files"), "folders": config.getini("testpaths")}
-    with open(f"{REPORT}-{os.getpid()}", "w", encoding="utf-8", errors="surrogateescape") as file:
-        json.dump(said, file)
+    Moved.report.close(config)
 '''
 
 
@@ -2277,7 +2354,7 @@ class Gate:
         self.checkout = Checkout(self.job.repo, private / "files" / self.job.repo.root.name, private / "index")
         self.environ = gate_environ(os.environ, private)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("tmp", "cache", "judge", self.reports.name)):
+        for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
             folder.mkdir()
 
     def judge(self, tree: str, label: str, only: list[str] | None = None) -> GateResult:
@@ -2313,23 +2390,20 @@ class Gate:
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
             environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
-        alarm = ""
+        canary = ""
         if check.kind == "ruff":
             argv += [*RUFF_ARGS, f"--output-file={report}"]
         if check.kind == "pytest":
-            plugin, alarm = judge_write(self.private, place, self.job.repo.root, report)
-            environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "judge"), *import_roots(place)])
+            plugin, canary = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
+            environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
-            argv += ["-o", f"cache_dir={self.private / 'cache'}"] + ["--lf"] * again
-            # Below the limit: the stack of a hanging test is dumped before the check is ended. Not much
-            # earlier: a dump while Python is busy crashes some versions of it now and then.
-            share = 0.9 if self.job.gate_seconds > 60 else 0.5
-            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * share:g}"]
-        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "judge"],
+            argv += ["-o", f"cache_dir={self.private / 'cache'}"]
+            if again:
+                argv.append("--lf")
+        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "plugin"],
                       GATE_VARIABLES)
         ran = self.job.sandbox.run(argv, reach, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
-        verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
-        return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
+        return VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
 
 
 def repository_mark(place: Path) -> None:
@@ -2350,8 +2424,8 @@ def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | 
         return None
     reach = Reach(place, private / "tmp", network=True)
     ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private), seconds=job.gate_seconds, log=log)
-    verdict = command_verdict(Evidence(ran, log_read(log), log, place))
-    return None if verdict.ok else CheckResult("setup", False, verdict.reason, ran.seconds, verdict.findings)
+    result = command_verdict(Evidence("setup", ran, log_read(log), log, place))
+    return None if result.ok else result
 
 
 def import_roots(place: Path) -> list[str]:
@@ -2360,15 +2434,17 @@ def import_roots(place: Path) -> list[str]:
     return ([str(source)] if source.is_dir() and not (source / "__init__.py").exists() else []) + [str(place)]
 
 
-def judge_write(private: Path, place: Path, root: Path, report: Path) -> tuple[str, str]:
-    """The name of a new module in private/judge, the plugin that pytest loads, and that of its tripwire."""
-    name, alarm = (f"{word}_{os.urandom(8).hex()}" for word in ("judge", "test"))
+def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: float) -> tuple[str, str]:
+    """The name of a new module in private/plugin, which pytest loads, and that of its canaries."""
+    name, canary = (f"{word}_{os.urandom(8).hex()}" for word in ("plugin", "test"))
+    # Not much below the limit: a dump while Python is busy crashes some versions of it now and then.
+    share = 0.9 if seconds > 60 else 0.5
     facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
-             "REPORT": str(report),
-             "ALARM": alarm, "MUST_FAIL": "this test must fail: it shows that the gate can still say no"}
-    text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + JUDGE
-    (private / "judge" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
-    return name, alarm
+             "REPORT": str(report), "STACK_SECONDS": seconds * share or 1e6, "CANARY": canary,
+             "MUST_FAIL": "this test must fail: it shows that the gate can still fail"}
+    text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + PYTEST_PLUGIN
+    (private / "plugin" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
+    return name, canary
 
 
 def log_read(log: Path) -> str:
@@ -2379,11 +2455,12 @@ def log_read(log: Path) -> str:
 class Evidence(NamedTuple):
     """What one check left behind."""
 
+    name: str
     ran: Ran
     log: str
     report: Path
     place: Path
-    alarm: str = ""  # how the names of the tripwire's tests begin
+    canary: str = ""  # how the names of the canaries begin
 
     def ending(self) -> str:
         """How the program ended, in words: "exit 2", or that it was stopped."""
@@ -2394,115 +2471,150 @@ class Evidence(NamedTuple):
         """A text with the checkout's files as the repository knows them: "app.py", not "/tmp/.../app.py"."""
         return text.replace(f"{os.path.realpath(self.place)}/", "").replace(f"{self.place}/", "")
 
-
-class Verdict(NamedTuple):
-    """What the evidence of one check comes to; `reason` is shown to the user as it stands."""
-
-    ok: bool
-    reason: str
-    findings: list[str]
-    tests: dict[str, str] = {}
-    judge: dict[str, Any] = {}
-    lint: list[str] = []  # every finding of ruff, a line each
+    def red(self, reason: str, finding: str) -> CheckResult:
+        """The result of a check that is red for one reason."""
+        return CheckResult(self.name, False, reason, self.ran.seconds, [finding])
 
 
-def command_verdict(seen: Evidence) -> Verdict:
+def command_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of any other command: there is nothing but its exit code to go by."""
-    ok = seen.ran.exit == 0
-    return Verdict(ok, seen.ending(), [] if ok else [distill_command(seen.ending(), seen.plain(seen.log))])
+    if evidence.ran.exit == 0:
+        return CheckResult(evidence.name, True, evidence.ending(), evidence.ran.seconds)
+    return evidence.red(evidence.ending(), distill_command(evidence.ending(), evidence.plain(evidence.log)))
 
 
-def ruff_verdict(seen: Evidence) -> Verdict:
+def ruff_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of `ruff check`, from its JSON report."""
     try:
-        top = os.path.realpath(seen.place)
-        lines = [f"{os.path.relpath(f['filename'], top)}:{f['location']['row']}:{f['location']['column']}: "
-                 f"{f['code'] or 'syntax error'} {f['message']}" for f in json.loads(seen.report.read_bytes())]
+        lint = ruff_report(evidence.report, evidence.place)
     except (OSError, ValueError, KeyError, TypeError):  # it stopped before it could write one
-        reason = f"{seen.ending()}, no report"
-        return Verdict(False, reason, [distill_command(reason, seen.plain(seen.log))])
-    if seen.ran.exit != 0 and not lines:
-        return command_verdict(seen)
-    counted = f"{len(lines)} finding{'s' * (len(lines) > 1)}" if lines else "no findings"
-    return Verdict(not lines, counted, distill_lint(lines), lint=lines)
+        reason = f"{evidence.ending()}, no report"
+        return evidence.red(reason, distill_command(reason, evidence.plain(evidence.log)))
+    if evidence.ran.exit != 0 and not lint:
+        return command_verdict(evidence)
+    lines = [str(finding) for finding in lint]
+    counted = f"{len(lint)} finding{'' if len(lint) == 1 else 's'}" if lint else "no findings"
+    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lines), lint=lint)
 
 
-def pytest_verdict(seen: Evidence) -> Verdict:
-    """The verdict of pytest, from its JUnit report and its judge: the exit code alone is not believed."""
-    log = seen.plain(seen.log)
-    try:
-        tests, failures = junit_read(seen.report)
-        judge = judge_read(seen.report)
-    except (OSError, ValueError) as error:
-        reason = f"{seen.ending()}, {error}"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)])
-    alarms = [test for test in tests if seen.alarm in test]
-    judge["silent"] = [tests.pop(test) for test in alarms].count("failed") < judge["alarms"]
-    findings = distill_tests({test: [(phase, seen.plain(text)) for phase, text in told]
-                              for test, told in failures.items() if test not in alarms}, log)
-    findings += [f"imported from your checkout, not from the change under test: {module}"
-                 for module in judge["wrong_origin"]]
-    counted = ", ".join(f"{count} {way}" for way, count in ways_counted(tests).items())
-    if seen.ran.timed_out:
-        reason = f"{seen.ending()}, {counted or 'no test had ended'}"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm, failures), *findings], tests, judge)
-    if not findings and "passed" not in tests.values():
-        reason = f"no tests were run ({counted or seen.ending()})"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge)
-    if not findings and seen.ran.exit != 0:
-        reason = f"{seen.ending()}, though no test failed ({counted})"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge | {"only_exit": True})
-    return Verdict(not findings, counted, findings, tests, judge)
+def ruff_report(report: Path, place: Path) -> list[Lint]:
+    """The findings in ruff's JSON report; raises OSError, ValueError, KeyError or TypeError where it is none."""
+    top = os.path.realpath(place)
+    return [Lint(os.path.relpath(entry["filename"], top), entry["location"]["row"], entry["location"]["column"],
+                 entry["code"] or "syntax error", entry["message"]) for entry in json.loads(report.read_bytes())]
+
+
+def pytest_verdict(evidence: Evidence) -> CheckResult:
+    """The verdict of pytest, from the report of our plugin: the exit code alone is not believed."""
+    log, ran = evidence.plain(evidence.log), evidence.ran
+    report = pytest_report(evidence.report)
+    canaries = [test for test in report.tests if evidence.canary in test]
+    failed_canaries = [report.tests.pop(test) for test in canaries].count("failed")
+    failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures
+                if evidence.canary not in failure.test]
+    facts = report.facts
+    # Modules that cannot be collected end pytest before any test has run: that is red, but no silence.
+    silent = failed_canaries < facts.get("canaries", 0) and not any(failure.phase == "collect" for failure in failures)
+    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests, failures=failures,
+                         facts=facts | {"silent": silent and not ran.timed_out})
+    origins = [f"imported from your checkout, not from the change under test: {module}"
+               for module in facts.get("wrong_origin", [])]
+    counted = ", ".join(f"{count} {way}" for way, count in result.counts().items())
+    trouble = ""
+    if ran.timed_out:
+        trouble = f"{evidence.ending()}, {counted or 'no test had ended'}"
+    elif report.trouble:
+        trouble = f"{evidence.ending()}, {report.trouble}"
+    elif not failures and not origins and "passed" not in report.tests.values():
+        trouble = f"no tests were run ({counted or evidence.ending()})"
+    elif not failures and not origins and ran.exit != 0:
+        trouble = f"{evidence.ending()}, though no test failed ({counted})"
+        result.facts["only_exit"] = True
+    result.findings = [*distill_tests(failures), *origins]
+    if trouble:
+        running = [test for test in report.running if evidence.canary not in test]
+        broken = distill_broken(trouble, log, evidence.canary, running, evidence.plain(report.stack))
+        result.findings.insert(0, broken)
+    result.ok, result.reason = not result.findings, trouble or counted
+    result.broken = bool(ran.timed_out or report.trouble)
+    return result
 
 
 VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_verdict}
 
 
-def judge_read(report: Path) -> dict[str, Any]:
-    """What the judges saw, the one in pytest and those in its workers; raises ValueError where none was heard."""
-    told = [json.loads(path.read_bytes()) for path in report.parent.glob(f"{report.name}-*")]
-    if not told:
-        raise ValueError("and it did not end as it should")
-    import hashlib
-    if hashlib.sha256(report.read_bytes()).hexdigest() not in [judge["mark"] for judge in told]:
-        raise ValueError("and the report is not the one that pytest wrote")
-    merged = {key: sorted({value for judge in told for value in judge[key]})
-              for key in ("wrong_origin", "roots", "files", "folders")}
-    return merged | {"alarms": max(judge["alarms"] for judge in told)}
+class PytestReport(NamedTuple):
+    """What the plugin has written of one pytest session."""
+
+    tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
+    failures: list[Failure]
+    facts: dict[str, Any]  # wrong_origin, canaries, roots, files, folders; {} where the session has no end
+    running: list[str]  # the tests that had started and not ended
+    stack: str  # of all threads, shortly before the limit
+    trouble: str  # why the report is not whole, or ""
 
 
-def junit_read(report: Path) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
-    """The tests of a JUnit report with the way each ended, and of the failed ones when (setup, teardown, or "" for
-    the call) and what they say; raises ValueError, OSError."""
-    from xml.etree import ElementTree  # late: only a gate needs it
-    if not report.exists():
-        raise ValueError("and there is no report")
-    try:
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    except ElementTree.ParseError as error:
-        raise ValueError(f"and its report is unreadable: {error}") from None
+def pytest_report(report: Path) -> PytestReport:
+    """The report of one pytest session, from the lines of its process and of its workers'."""
     tests: dict[str, str] = {}
-    failures: dict[str, list[tuple[str, str]]] = {}
-    for case in suite if suite is not None else []:
-        if case.tag != "testcase":
-            continue
-        test = junit_name(case.get("file") or "", case.get("classname") or "", case.get("name") or "")
-        for trouble in (*case.findall("failure"), *case.findall("error")):
-            message = trouble.get("message") or ""
-            phase = re.match(r"failed on (setup|teardown) with", message)
-            failures.setdefault(test, []).append((phase[1] if phase else "", trouble.text or message))
-        way = "failed" if test in failures else "skipped" if case.find("skipped") is not None else "passed"
-        tests[test] = way
-    return tests, failures
+    failures: dict[tuple[str, str, str], Failure] = {}
+    started: set[str] = set()
+    closed: list[dict[str, Any]] = []
+    trouble = ""
+    for path in sorted(report.parent.glob(f"{report.name}-[0-9]*")):
+        try:
+            for event in report_events(path):
+                if event["event"] == "collected":
+                    tests |= {test: tests.get(test, "unfinished") for test in event["tests"]}
+                elif event["event"] == "started":
+                    started.add(event["test"])
+                    tests.setdefault(event["test"], "unfinished")
+                elif event["event"] == "ended":
+                    report_ended(event, tests, failures)
+                else:
+                    closed.append(event)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            trouble = f"and its report cannot be used: {one_line(str(error))[:200]}"
+    facts: dict[str, Any] = {}
+    if any(not event["worker"] for event in closed):
+        facts = {key: sorted({value for event in closed for value in event[key]})
+                 for key in ("wrong_origin", "roots", "files", "folders")}
+        facts["canaries"] = max(event["canaries"] for event in closed)
+    elif not trouble:
+        trouble = "and its report breaks off" if tests or started else "and there is no report"
+    stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
+    running = [test for test in tests if test in started and tests[test] == "unfinished"]
+    return PytestReport(tests, list(failures.values()), facts, running, stack, trouble)
 
 
-def junit_name(file: str, owner: str, name: str) -> str:
-    """A test's id as pytest prints it: ("t/test_a.py", "t.test_a.TestB", "test_c") -> "t/test_a.py::TestB::test_c"."""
-    module = file.removesuffix(".py").replace("/", ".")
-    if name == module:
-        return file  # the file itself, which could not be collected
-    classes = owner.removeprefix(module).strip(".").split(".") if file else [owner]
-    return "::".join(part for part in [file, *classes, name] if part)
+def report_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of one process's report; raises OSError or ValueError where it is not what the plugin wrote."""
+    import hashlib
+    digest = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > REPORT_LIMIT:
+            raise ValueError("it is no regular file, or too large")
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # the process died while it wrote
+            event = json.loads(line)
+            if not isinstance(event, dict):
+                raise ValueError("a line of it is no event")
+            if event.get("event") == "closed" and event.get("digest") != digest.hexdigest():
+                raise ValueError("it is not the one that pytest wrote")
+            digest.update(line)
+            yield event
+
+
+def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tuple[str, str, str], Failure]) -> None:
+    """Add one phase of a test that has ended to its way, and to the failures where it is one."""
+    test, phase, outcome, sub = event["test"], event["when"], event["outcome"], event.get("sub", "")
+    if outcome == "failed":
+        tests[test] = "failed"
+        failures[test, phase, sub] = Failure(test, phase, sub, event["text"], event["printed"])
+    elif outcome in ("passed", "skipped") and tests.get(test, "unfinished") == "unfinished":
+        tests[test] = outcome
 
 
 # --- The distiller: what the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
@@ -2524,12 +2636,9 @@ IDLE = (
     r"|  (?:Displaying first|Pass `--full).*")
 CHANGE = r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)"
 SIDE = r"E\s+([-+]) "
-SECTION = (
-    r"(?m)^(?:_+ (?P<test>.+?) _+|-+ (?P<captured>Captured \S+(?: \S+)?) -+|-+ generated xml file: .*"
-    r"|=+ (?:FAILURES|ERRORS|PASSES|warnings summary|short test summary info) =+)$")
-STEP = (
-    r"(?m)^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
-    r"| *(?:Timeout \(|Fatal Python error: ).*| *)$")  # a test as it runs, and how it ended
+STEP = (  # a line of a test as it runs, and how it ended
+    r"^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
+    r"| *(?:Timeout \(|Fatal Python error: ).*| *)$")
 DUMP = (  # faulthandler's
     r'(?m)(?:Timeout \(\d|Fatal Python error: ).*\n'
     r'(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*')
@@ -2675,63 +2784,36 @@ def distill_cause(group: list[Failed], printed: str) -> str:
     return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in loud)])
 
 
-def distill_head(test: str, phase: str) -> str:
-    """A test's headline in pytest's log: "t/test_a.py::TestB::test_c[x::y]" -> "TestB.test_c[x::y]"."""
-    name, bracket, rest = test.partition("::")[2].partition("[")
-    return (f"ERROR at {phase} of " if phase else "") + name.replace("::", ".") + bracket + rest
-
-
-def distill_printed(log: str, heads: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """By headline, for each of its sections in the log: the subtest's name, and the output that was captured."""
-    sections: dict[str, list[tuple[str, str]]] = {}
-    head, marks = "", list(re.finditer(SECTION, log))
-    for mark, end in zip(marks, [*(after.start() for after in marks[1:]), len(log)]):
-        if mark["captured"] and head:
-            sub, said = sections[head][-1]
-            sections[head][-1] = (sub, said + log[mark.end():end])
-        elif not mark["captured"]:
-            title = mark["test"] or ""
-            head = next((name for name in (title, re.split(r" [\[(]", title)[0]) if name in heads), "")
-            if head:
-                sections.setdefault(head, []).append((title[len(head):], ""))
-    return sections
-
-
-def distill_tests(failures: dict[str, list[tuple[str, str]]], log: str) -> list[str]:
-    """Findings, one a cause, from what JUnit has of the failed tests (id -> phase and text of each) and the log."""
-    printed = distill_printed(log, {distill_head(test, phase) for test, told in failures.items() for phase, _ in told})
+def distill_tests(failures: list[Failure]) -> list[str]:
+    """Findings, one a cause, from the failures of a pytest session."""
     groups: dict[tuple[str, str], list[Failed]] = {}
-    output: dict[tuple[str, str], str] = {}
+    printed: dict[tuple[str, str], str] = {}
     alike: dict[str, tuple[str, str]] = {}
-    for test, phase, text in ((test, *each) for test, told in failures.items() for each in told):
-        sections = printed.get(distill_head(test, phase)) or [("", "")]
-        sub, said = sections.pop(0)
-        failed = distill_failure(f"{test}{sub}" + f" (at {phase})" * bool(phase), text)
+    for failure in failures:
+        phase = "" if failure.phase in ("call", "collect") else f" (at {failure.phase})"
+        failed = distill_failure(f"{failure.test}{failure.sub}{phase}", failure.text)
         key = (failed.place, re.split(r"[: ]", failed.error)[0])
         if ": " in failed.error and "assert " not in failed.error:
             key = alike.setdefault(failed.error, key)  # a module that is missing, imported at many places
         groups.setdefault(key, []).append(failed)
-        output[key] = output.get(key) or said
-    return [distill_cause(group, output[key]) for key, group in groups.items()]
+        printed[key] = printed.get(key) or failure.printed
+    return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
-def distill_broken(how: str, log: str, alarm: str = "", told: Iterable[str] = ()) -> str:
-    """The finding where pytest's report says too little: the test that was running, its stack, or how it ended."""
+def distill_broken(how: str, log: str, canary: str = "", running: Sequence[str] = (), stack: str = "") -> str:
+    """The finding where pytest's report breaks off: the test that was running, its stack, or how it ended."""
     log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.M)
-    if alarm:
-        log = re.sub(rf"^_+ \S*{alarm}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{alarm}.*\n?", "", log, flags=re.M)
-    steps, dumps = list(re.finditer(STEP, log)), list(re.finditer(DUMP, log))
-    failed = [step[1] for step in steps if step[2] in ("FAILED", "ERROR") and step[1] not in told]
-    lines = [f"failed: {distill_cut(test, 160)}" for test in distill_middle(failed, 5, 2)]
-    lines += [f"running: {distill_cut(step[1], 160)}" for step in steps[-1:] if not step[2]]
-    if dumps and (not steps or dumps[-1].start() > steps[-1].start()):  # not of a slow test that went on
-        dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1][0])
-        stack = distill_trace(dump)
-        stack = [line for line, after in zip(stack, [*stack[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
-        lines += distill_middle(stack, 12, 6)
+    if canary:
+        log = re.sub(rf"^_+ \S*{canary}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{canary}.*\n?", "", log, flags=re.M)
+    lines = [f"running: {distill_cut(test, 160)}" for test in running[:8]]
+    if dumps := re.findall(DUMP, stack or log):
+        dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1])
+        trace = distill_trace(dump)
+        trace = [line for line, after in zip(trace, [*trace[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
+        lines += distill_middle(trace, 12, 6)
     else:
-        rest = [line for line in re.sub(DUMP, "", log).splitlines() if not line.strip().startswith(NOISE)]
-        lines += distill_output("\n".join(distill_trace("\n".join(line for line in rest if not re.match(STEP, line)))))
+        rest = [line for line in log.splitlines() if not line.strip().startswith(NOISE) and not re.match(STEP, line)]
+        lines += distill_output("\n".join(distill_trace("\n".join(rest))))
     return "\n".join([": ".join([how, *lines[:1]]), *lines[1:]])
 
 
@@ -2818,7 +2900,7 @@ class Court:
         """How the base tells tests from other files; waits for the verdict on it."""
         if self.baseline and not self.run.baseline:
             self.run.baseline = self.baseline.result()
-        seen = [check.judge for check in self.run.baseline.checks if check.judge] if self.run.baseline else []
+        seen = [check.facts for check in self.run.baseline.checks if check.facts] if self.run.baseline else []
         files = tuple(glob for judge in seen for glob in judge["files"])
         folders = [folder for judge in seen for folder in judge["folders"]
                    if folder.strip("./") not in ("", "src", "lib")]
@@ -2885,7 +2967,7 @@ class Court:
         run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, naming)]
         found = guard_change(sources, naming, run.scope.get("globs", []))
         found += [Violation("link", path, "is a repository inside the repository") for path in nested]
-        roots = {"", "src/"}.union(*({f"{root}/" for root in check.judge.get("roots", [])}
+        roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
                                      for check in (run.baseline.checks if run.baseline else [])))
         names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
         pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
@@ -2913,7 +2995,7 @@ class Court:
             # A threshold (of coverage, say) may not be met without the agent's own tests: where no
             # configuration changed, it was asked for and met the first time.
             stern = [check for check in run.as_base.checks if not check.ok
-                     and (configured or not check.judge.get("only_exit"))]
+                     and (configured or not check.facts.get("only_exit"))]
             stern = [check for check in stern if not self.excused(check, touched)]
             lost = ledger_lost(run.baseline, run.as_base, None, self.allow)
         if not stern and not lost:
@@ -2938,8 +3020,8 @@ class Court:
         assert self.run.baseline
         base = next((c for c in self.run.baseline.checks if c.name == check.name), check)
         paths = tuple(f"{change.path}:" for change in touched)
-        in_base = bool(check.lint) and all(line.startswith(paths) and line in base.lint for line in check.lint)
-        return (bool(check.judge) and not base.tests and not check.tests) or (not check.judge and in_base)
+        in_base = bool(check.lint) and all(str(line).startswith(paths) and line in base.lint for line in check.lint)
+        return (bool(check.facts) and not base.tests and not check.tests) or (not check.facts and in_base)
 
 
 def tripwires(silent: list[str]) -> list[Violation]:

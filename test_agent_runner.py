@@ -1505,7 +1505,7 @@ CHEATS = {
     "an .ignore file hides code from lint": (UNTESTED, writes(".ignore", "more.py\n") + writes("more.py", "import os\n"), "blocked", "weakened"),
     # --- the process that judges
     "the process ends itself at import": (CALC, replaces("calc.py", "def add", "import os\n\nos._exit(0)\n\n\ndef add"), "blocked", "on import"),
-    "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "there is no report"),
+    "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "its report breaks off"),
     "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "blocked", "on import"),
     "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "blocked", "on import"),
     "the test runner is imported": (CALC, replaces("calc.py", "def add", "import pytest\n\nMARK = pytest\n\n\ndef add"), "blocked", "imports the test runner"),
@@ -1530,7 +1530,7 @@ CHEATS = {
     "the report is mended at exit": (CALC, replaces("calc.py", "def add", (
         "import os\nimport re\nimport weakref\nfrom pathlib import Path\n\n\nclass Late:\n    pass\n\n\ndef late():\n"
         "    for path in Path.cwd().parents[1].glob('*/*'):\n        text = path.read_text() if path.is_file() else ''\n"
-        "        if text.startswith('<?xml'):\n            text = re.sub(r'(?s)(test_add\\[\\d\\]\"[^>]*>)<failure.*?</failure>', r'\\1', text)\n"
+        "        if text.startswith('{\"event\"'):\n            text = re.sub(r'(test_add\\[\\d\\]\", \"when\": \"call\", \"outcome\": )\"failed\"', r'\\1\"passed\"', text)\n"
         "            path.write_text(text)\n            os._exit(0)\n\n\nLATE = Late()\nweakref.finalize(LATE, late)\n\n\ndef add")),
         "gate_failed", "not the one that pytest wrote"),
     "a loaded module is looked for": (CALC, replaces("calc.py", "def add", "import sys\n\nFOUND = [m for n, m in sys.modules.items() if n[1:3] == 'py']\n\n\ndef add"),
@@ -2672,6 +2672,9 @@ RED_GATES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
                 "import app\n\n\ndef test_bad():\n    assert 11 == 12\n\n\ndef test_wait():\n    app.wait()\n"},
                ["pytest"],
                ["stopped", "running: test_app.py::test_wait", "app.py\", line 5 in wait", "test_bad", "11 == 12"]),
+    "a hang at import": ({"app.py": "import time\n\n\ndef wait():\n    time.sleep(600)\n", "test_app.py":
+                          "import app\n\napp.wait()\n"}, ["pytest"],
+                         ["stopped", "app.py\", line 5 in wait", "test_app.py\", line 3"]),
     "loud in the middle": ({"noisy.py": NOISY, "test_app.py": "import os\nfrom noisy import noise\n\n\n"
                             "def test_pipe():\n    noise(20000)\n    print('ERROR: worker 3 lost its queue')\n"
                             "    noise(20000)\n    os.write(2, b'fatal: bad byte \\xff\\x00 in row 9\\n')\n"
@@ -2693,29 +2696,24 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
     for path, text in files.items():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).write_text(text)
-    report = place / "report.xml"
+    plugins, report, canary = place / "plugin", place / "report", ""
+    plugins.mkdir()
     if command == ["pytest"]:
-        command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider",
-                   f"--junitxml={report}", "-o", "faulthandler_timeout=1"]
+        plugin, canary = runner.plugin_write(place, place, place / "elsewhere", report, 3)
+        command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider", "-p", plugin]
     env = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=env | {"PYTHONPATH": str(place)})
+                             env=env | {"PYTHONPATH": f"{plugins}{os.pathsep}{place}"})
     try:
-        out, how = child.communicate(timeout=2.5 if name == "a hang" else 60)[0], f"exit {child.returncode}"
+        out, code = child.communicate(timeout=2.5 if name.startswith("a hang") else 60)[0], child.returncode
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGINT)
-        out, how = child.communicate()[0], "stopped"
+        out, code = child.communicate()[0], None
     log = out.decode("utf-8", "replace")
-    plain = log.replace(f"{place}/", "")
-    if not command[0].startswith("-"):
-        return log, "\n\n".join(runner.distill_fit([runner.distill_command(how, plain)], "gate-1.log"))
-    failures = runner.junit_read(report)[1] if report.exists() else {}
-    failures = {test: [(phase, text.replace(f"{place}/", "")) for phase, text in told]
-                for test, told in failures.items()}
-    found = runner.distill_tests(failures, plain)
-    if how == "stopped" or not found:
-        found.insert(0, runner.distill_broken(how, plain, told=failures))
-    return log, "\n\n".join(runner.distill_fit(found, "gate-1.log"))
+    ended = runner.Ran(command, code, 3, timed_out=code is None)
+    evidence = runner.Evidence(name, ended, log, report, place, canary)
+    result = (runner.pytest_verdict if command[0] == "-m" else runner.command_verdict)(evidence)
+    return log, "\n\n".join(runner.distill_fit(result.findings, "gate-1.log"))
 
 
 def facts_lost(name: str, told: str) -> list[str]:
@@ -2743,15 +2741,15 @@ def test_lint_is_told_by_rule_beyond_twenty():
 
 def test_findings_keep_within_their_bounds():
     runner = runner_module()
-    many = {f"tests/test_{n // 50}.py::test_{n}": [
-        ("", f"tests/test_{n // 50}.py:{n}: in test\n    x\nE   assert {n} == 0")] for n in range(400)}
-    wide = [("", "\n".join(f"E   {chr(0x4e00 + n) * 400}" for n in range(90)))]
-    told = runner.distill_fit(runner.distill_tests(many, ""), "gate-1.log")
+    many = [runner.Failure(f"tests/test_{n // 50}.py::test_{n}", "call", "",
+                           f"tests/test_{n // 50}.py:{n}: in test\n    x\nE   assert {n} == 0", "") for n in range(400)]
+    wide = runner.Failure("t.py::t", "call", "", "\n".join(f"E   {chr(0x4e00 + n) * 400}" for n in range(90)), "")
+    told = runner.distill_fit(runner.distill_tests(many), "gate-1.log")
     assert sum(len(finding.encode()) for finding in told) < 7000
     assert told[0].startswith("tests/test_0.py::test_0: assert 0 == 0\ntests/test_0.py:0: in test")
     assert "(tests/test_0.py:49)" in "\n".join(told), "a place is told where the rest is not"
     assert re.search(r"and \d+ more findings: .*tests/test_7.py 50", told[-1])
-    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests({"t.py::t": wide}, ""))).encode()) < 7000
+    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests([wide]))).encode()) < 7000
 
 
 def test_what_an_attempt_did_to_the_findings():
@@ -2775,8 +2773,9 @@ ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_0
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_no_output_is_too_odd(text):
     runner, began = runner_module(), time.process_time()
-    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "alarm")],
-                  runner.distill_tests({"t.py::t": [("", text), ("setup", text)], text[:99]: [("", "")]}, text),
+    failures = [runner.Failure("t.py::t", "call", "", text, text), runner.Failure(text[:99], "setup", text[:99], "", text)]
+    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "canary", [text[:99]])],
+                  [runner.distill_broken("stopped", "", stack=text)], runner.distill_tests(failures),
                   runner.distill_lint([text] * 21), [runner.distill_progress([text], [text + "!"])]):
         told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
         assert len(json.dumps(told)) and len(told.encode()) < 12_000  # encode() refuses what no brief can hold
