@@ -171,12 +171,17 @@ class CheckResult:
     failures: list[Failure] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
     lint: list[Lint] = field(default_factory=list)
+    hidden: list[Lint] = field(default_factory=list)  # what suppressions keep out of `lint`
     broken: bool = False  # pytest was stopped, or died: there may be tests without a result
 
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
         ways = Counter(self.tests.values())
         return {way: ways[way] for way in ("passed", "failed", "skipped", "unfinished") if ways[way]}
+
+    def finding_lines(self) -> list[str]:
+        """What stands against it, with the check's name."""
+        return [f"{self.name}: {text}" for text in self.findings or [self.reason]]
 
 
 @dataclass
@@ -192,10 +197,6 @@ class GateResult:
         """Whether there were checks and each of them is satisfied."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
-    def red(self) -> list[str]:
-        """The names of the checks that are not satisfied."""
-        return [check.name for check in self.checks if not check.ok]
-
     @property
     def silent(self) -> list[str]:
         """The checks that let a test pass which must fail: their word is worth nothing."""
@@ -203,7 +204,7 @@ class GateResult:
 
     def findings(self) -> list[str]:
         """What the red checks say, a few lines each."""
-        return [f"{c.name}: {text}" for c in self.checks if not c.ok for text in c.findings or [c.reason]]
+        return [line for check in self.checks if not check.ok for line in check.finding_lines()]
 
     def facts(self) -> dict[str, Any]:
         """The verdict as it stands in run_summary.json."""
@@ -234,6 +235,7 @@ class Job:
     issue: Issue | None
     agent_cmd: list[str]
     checks: list[Check]
+    strict: bool  # whether an issue's change must make the whole gate green, too
     setup: list[str]
     fix_attempts: int
     agent_seconds: float
@@ -246,6 +248,11 @@ class Job:
     dry_run: bool
     keep: bool
     sandbox: Sandbox
+
+    @property
+    def heals(self) -> bool:
+        """Whether the run starts from a red gate, not from an issue."""
+        return self.command == "self-heal"
 
 
 @dataclass
@@ -261,7 +268,7 @@ class Run:
     attempts: list[Attempt] = field(default_factory=list)
     baseline: GateResult | None = None
     gate: GateResult | None = None  # the newest verdict on a change as the agent left it
-    as_base: GateResult | None = None  # the same with the base's gate files, where the change touches any
+    recheck: GateResult | None = None  # the same with the base's gate files, where the change touches any
     scope: dict[str, Any] = field(default_factory=dict)  # globs, why, source
     findings: list[str] = field(default_factory=list)
     progress: str = ""  # which findings the newest attempt made, mended or left
@@ -1679,7 +1686,7 @@ class Violation(NamedTuple):
         """Whether --allow or the issue lets it pass; a secret never does."""
         return self.rule != "secret" and glob_match(re.sub(r":\d+$", "", self.path), globs)
 
-    def said(self) -> str:
+    def line(self) -> str:
         """The line that the agent and the reviewer read."""
         return f"{self.rule}: {one_line(self.path)}: {self.reason}"
 
@@ -1723,19 +1730,35 @@ def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
     return [Source(c, *blobs.get(c.new_blob, absent), blobs.get(c.old_blob, absent)[1]) for c in changes]
 
 
-def guard_change(sources: list[Source], naming: Naming, scope: list[str]) -> list[Violation]:
-    """What stands against a change, file by file."""
+def guard_change(sources: list[Source], naming: Naming, scope: list[str],
+                 checks: list[Check]) -> tuple[list[Violation], list[str]]:
+    """What stands against a change, and what a reviewer should know of it."""
     found = [Violation("scope", source.change.path, "is outside the scope of this task") for source in sources
              if scope and not glob_match(source.change.path, scope)]
     for source in sources:
         found += guard_file(source)
-        if source.change.path.endswith((".py", ".pyi")) and not gate_role(source.change.path, naming):
-            before = Counter(reason for _, reason in judge_seeking(source.old))
-            for line, reason in judge_seeking(source.new):
-                before[reason] -= 1
-                if before[reason] < 0:
-                    found.append(Violation("judge", f"{source.change.path}:{line}", reason))
-    return found + guard_suppressions(sources)
+    python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
+    product = [source for source in python if not gate_role(source.change.path, naming)]
+    found += [Violation("judge", f"{path}:{line}", reason) for path, line, reason in added(product, judge_seeking)]
+    marks, notes = guard_marks(python, checks)
+    tests = [source for source in python if gate_role(source.change.path, naming) == "test"]
+    return found + marks + guard_assertions(tests), notes
+
+
+def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]) -> list[tuple[str, int, str]]:
+    """What a reader of source finds more often after the whole change than before it: (path, line, what)."""
+    pairs = [(source.change.path, reader(source.old), reader(source.new)) for source in sources]
+    more = Counter(what for _, _, new in pairs for _, what in new)
+    more.subtract(what for _, old, _ in pairs for _, what in old)
+    result = []
+    for path, old, new in pairs:
+        here = Counter(what for _, what in old)
+        for line, what in new:
+            here[what] -= 1
+            if here[what] < 0 and more[what] > 0:
+                more[what] -= 1
+                result.append((path, line, what))
+    return result
 
 
 def guard_file(source: Source) -> list[Violation]:
@@ -1769,63 +1792,188 @@ def is_only_space(source: Source) -> bool:
     return False
 
 
-# --- Suppressions: marks that tell a checker, or pytest, to look away. Comments are read from
-# tokens and marks from syntax: the same words in a string or in prose are none.
+# --- Marks: comments that make a tool look away. What they hide from ruff, ruff itself reports
+# (hidden_lint); the others count where a check of the gate runs the tool that they are for.
 
-SUPPRESSING_COMMENTS = {
-    "noqa": r"#\s*((ruff|flake8)\s*:\s*)?noqa\b",
-    "ruff: ignore": r"#\s*ruff\s*:\s*(file-)?(ignore|disable)\b",
-    "isort: skip": r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)",
-    "type: ignore": r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)",
-    "mypy: ignore": r"#\s*mypy\s*:\s*(ignore|disable|allow)",
-    "pragma: no cover": r"#\s*pragma\s*:\s*no\s*(cover|branch)",
-    "fmt: off": r"#\s*fmt\s*:\s*(off|skip)",
-    "nosec": r"#\s*nosec\b",
-}
-SKIP_WORDS = {
-    "skipif", "xfail", "importorskip", "skipIf", "skipUnless", "skipTest", "expectedFailure", "SkipTest",
-    "collect_ignore", "collect_ignore_glob", "__test__",
+MARKS = {  # what it looks like, and the tools that obey it
+    "noqa": (r"#\s*(flake8\s*:\s*)?noqa\b", "flake8"),
+    "pylint: disable": (r"#\s*pylint\s*:\s*(disable|skip)", "pylint"),
+    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort"),
+    "type: ignore": (r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)", "mypy|dmypy|pyright|ty|pyrefly"),
+    "mypy: ignore": (r"#\s*mypy\s*:\s*(ignore|disable|allow)", "mypy|dmypy"),
+    "pragma: no cover": (r"#\s*pragma\s*:\s*no\s*(cover|branch)", "coverage|--cov"),
+    "fmt: off": (r"#\s*fmt\s*:\s*(off|skip)", "black|format"),
+    "nosec": (r"#\s*nosec\b", "bandit"),
 }
 
 
-def suppressions(source: bytes) -> list[tuple[int, str]]:
-    """The suppressions in Python source, as (line, kind)."""
-    found, text = [], source.decode("utf-8", "replace")
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT:
-                found += [(token.start[0], kind) for kind, pattern in SUPPRESSING_COMMENTS.items()
-                          if re.search(pattern, token.string, re.I)]
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
-        return found  # what does not parse does not pass the gate either
-    names = {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom)
-             and (node.module or "").split(".")[0] in ("pytest", "unittest") for alias in node.names}
-    for node in nodes:
-        word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        of = ast.unparse(node.value) if isinstance(node, ast.Attribute) and word == "skip" else ""
-        if (word in SKIP_WORDS and (isinstance(node, ast.Attribute) or word in names
-                                    or word.startswith(("collect_", "__")))
-                or word == "skip" and (of.split(".")[-1] in ("mark", "pytest", "unittest")
-                                       or isinstance(node, ast.Name) and word in names)):
-            found.append((node.lineno, f"skip or xfail ({word})"))
-    return found
-
-
-def guard_suppressions(sources: list[Source]) -> list[Violation]:
-    """The suppressions that a change adds on the whole: moving or renaming them is nothing new."""
-    pairs = [(s, suppressions(s.old), suppressions(s.new)) for s in sources if s.change.path.endswith((".py", ".pyi"))]
-    balance = Counter(kind for _, _, new in pairs for _, kind in new)
-    balance.subtract(kind for _, old, _ in pairs for _, kind in old)
+def marks_read(source: bytes) -> list[tuple[int, str]]:
+    """The marks in Python source, as (line, kind): comments are read from tokens, so words in a string are none."""
     found = []
-    for source, old, new in pairs:
-        before = Counter(kind for _, kind in old)
-        for line, kind in new:
-            before[kind] -= 1
-            if before[kind] < 0 and balance[kind] > 0:
-                balance[kind] -= 1
-                found.append(Violation("suppression", f"{source.change.path}:{line}", f"adds a suppression: {kind}"))
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # what does not parse does not pass the gate either
+        for token in tokenize.generate_tokens(io.StringIO(source.decode("utf-8", "replace")).readline):
+            if token.type == tokenize.COMMENT:
+                found += [(token.start[0], kind) for kind, (pattern, _) in MARKS.items()
+                          if re.search(pattern, token.string, re.I)]
     return found
+
+
+def guard_marks(sources: list[Source], checks: list[Check]) -> tuple[list[Violation], list[str]]:
+    """The added marks for tools of this gate, refused; and a line on those for other tools."""
+    words = [word for check in checks for argument in check.argv for word in (argument, Path(argument).name)]
+    tools = {kind for kind, (_, names) in MARKS.items() if any(re.match(f"({names})(=|$)", word) for word in words)}
+    marks = added(sources, marks_read)
+    found = [Violation("suppression", f"{path}:{line}", f"adds a suppression: {kind}")
+             for path, line, kind in marks if kind in tools]
+    others = [f"{kind} at {path}:{line}" for path, line, kind in marks if kind not in tools and kind != "noqa"]
+    return found, [f"adds marks for tools outside this gate: {', '.join(others[:10])}"] if others else []
+
+
+# --- Tests of the base that assert less: read from syntax, function by function.
+
+
+class TestFunction(NamedTuple):
+    """One test function as its source has it."""
+
+    whole: str  # its syntax with the decorators, without the docstring
+    body: str
+    asserts: list[str]  # what it asserts, as source text
+    empty: list[str]  # those of them that cannot fail
+
+    __test__ = False  # pytest would take the name for a test's
+
+
+@functools.lru_cache(maxsize=300)
+def tests_read(source: bytes) -> dict[str, TestFunction]:
+    """The test functions of a Python file by name ("TestA::test_b"); {} for what cannot be parsed."""
+    functions: dict[str, TestFunction] = {}
+    try:
+        queue: list[tuple[str, ast.stmt]] = [("", node) for node in ast.parse(source).body]
+        for prefix, node in queue:
+            if isinstance(node, ast.ClassDef):
+                queue += [(f"{prefix}{node.name}::", child) for child in node.body]
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+                functions[f"{prefix}{node.name}"] = test_function(node)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    return functions
+
+
+def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
+    """What a test function's syntax says."""
+    if ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    asserts, empty = [], []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Assert):
+            asserts.append(f"assert {ast.unparse(part.test)}")
+            empty += asserts[-1:] if cannot_fail(part.test) else []
+        elif isinstance(part, ast.Call):
+            name = getattr(part.func, "attr", getattr(part.func, "id", ""))
+            if re.match(r"assert|raises$|warns$|deprecated_call$|fail$", name):
+                asserts.append(ast.unparse(part))
+                empty += asserts[-1:] if call_cannot_fail(name, part.args) else []
+    return TestFunction(ast.dump(node), "".join(map(ast.dump, node.body)), asserts, empty)
+
+
+def cannot_fail(test: ast.expr) -> bool:
+    """Whether an asserted expression holds whatever happens: a constant, `... or True`, equal sides."""
+    if isinstance(test, ast.Constant):
+        return bool(test.value)
+    if isinstance(test, (ast.Tuple, ast.List, ast.Dict)):
+        return bool(test.keys if isinstance(test, ast.Dict) else test.elts)
+    if isinstance(test, ast.BoolOp):
+        return (any if isinstance(test.op, ast.Or) else all)(cannot_fail(value) for value in test.values)
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.Is, ast.LtE, ast.GtE)):
+        return len(test.ops) == 1 and ast.dump(test.left) == ast.dump(test.comparators[0])
+    return False
+
+
+def call_cannot_fail(name: str, args: list[ast.expr]) -> bool:
+    """Whether a call of one of unittest's methods holds whatever happens."""
+    if name == "assertTrue":
+        return bool(args) and cannot_fail(args[0])
+    return name in ("assertEqual", "assertIs") and len(args) > 1 and ast.dump(args[0]) == ast.dump(args[1])
+
+
+def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
+    """The test functions that are there before and after, as (path, name, old, new); also in a renamed file."""
+    new_files = [tests_read(source.new) for source in sources if not source.old]
+    pairs = []
+    for source in sources:
+        after = tests_read(source.new)
+        for name, old in tests_read(source.old).items():
+            here = [after[name]] if name in after else []
+            elsewhere = [tests[name] for tests in new_files if name in tests and not source.new]
+            pairs += [(source.change.path, name, old, new) for new in (here or elsewhere)[:1]]
+    return pairs
+
+
+def guard_assertions(sources: list[Source]) -> list[Violation]:
+    """The tests of the base that have fewer assertions than before, or one that cannot fail: nothing needs that."""
+    pairs = tests_pairs(sources)
+    # An assertion that stands in another test now has moved.
+    elsewhere = Counter(text for source in sources for test in tests_read(source.new).values()
+                        for text in test.asserts)
+    for _, _, old, new in pairs:
+        elsewhere -= Counter(old.asserts) & Counter(new.asserts)
+    found = []
+    for path, name, old, new in pairs:
+        gone = Counter(old.asserts) - Counter(new.asserts)
+        moved = sum((gone & elsewhere).values())
+        if len(new.asserts) + moved < len(old.asserts):
+            found.append(Violation("weakened", path, f"{name} has {len(new.asserts)} assertions where the base has "
+                                                     f"{len(old.asserts)}: `{one_line(next(iter(gone)))}` is gone"))
+        elif len(new.empty) > len(old.empty):
+            found.append(Violation("weakened", path, f"{name} has an assertion that cannot fail: "
+                                                     f"`{one_line(new.empty[-1])}`"))
+    return found
+
+
+def tests_rewritten(source: Source) -> list[str]:
+    """The tests of the base that a changed file has in another form."""
+    return [name for _, name, old, new in tests_pairs([source]) if old.whole != new.whole]
+
+
+def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
+    """Where the bodies of changed files' test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
+    places: dict[str, set[str]] = {}
+    for source in sources:
+        for name, test in tests_read(source.new).items():
+            if name not in tests_read(source.old):
+                places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
+    return {f"{source.change.path}::{name}": places[test.body] for source in sources
+            for name, test in tests_read(source.old).items() if test.body in places}
+
+
+def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
+    """How the assertions of some tests changed: ["test_a: `assert f() == 1` became `assert f()`"]."""
+    wanted = {function_of(test).partition("::")[2] for test in tests}
+    lines = []
+    for _, name, old, new in tests_pairs([source]):
+        gone, come = (list((Counter(a) - Counter(b)).elements())
+                      for a, b in ((old.asserts, new.asserts), (new.asserts, old.asserts)))
+        if name in wanted and gone:
+            now = f"became `{one_line(come[0])[:200]}`" if come else "is gone"
+            lines.append(f"{name}: `{one_line(gone[0])[:200]}` {now}")
+    return lines
+
+
+def is_same_beside_tests(source: Source) -> bool:
+    """Whether a test module changed only in its test functions and imports."""
+    def rest(data: bytes) -> list[str]:
+        nodes = list(ast.parse(data).body)
+        for node in nodes:
+            if isinstance(node, ast.ClassDef):
+                nodes += node.body
+                node.body = []
+        names = ("Import", "ImportFrom")
+        return [ast.dump(node) for node in nodes if type(node).__name__ not in names
+                and not getattr(node, "name", "").startswith("test")]
+    try:
+        return rest(source.old) == rest(source.new)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 # --- Code that looks for its judge: source outside the tests that asks whether it is being tested,
@@ -1837,13 +1985,9 @@ PROCESS = {
     "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
     "gc.get_referrers", "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack",
     "sys.meta_path", "sys.path_hooks", "unittest.mock.patch", "unittest.mock.patch.object",
-    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy", "atexit.register",
+    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy",
 }
 FRAMES = {"f_back", "f_locals", "f_globals", "tb_frame", "gi_frame", "cr_frame", "ag_frame"}
-ENDS = {
-    "os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit",
-    "signal.raise_signal",
-}
 OWN_HOOKS = {
     "sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv",
     "sys.tracebacklimit", "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning",
@@ -1856,17 +2000,13 @@ def judge_seeking(source: bytes) -> list[tuple[int, str]]:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # perhaps only newer than this Python
-        words = re.finditer(rb"\bpytest\b|_pytest|PYTEST_\w+|\b_getframe\b|\b_exit\b|\batexit\b", source)
+        words = re.finditer(rb"\bpytest\b|_pytest|PYTEST_\w+|\b_getframe\b", source)
         return [(source.count(b"\n", 0, hit.start()) + 1, f"says {hit[0].decode()}, and cannot be parsed here")
                 for hit in words]
     aliases = imported_names(tree)
     found = []
     for node in ast.walk(tree):
         found += [(getattr(node, "lineno", 1), reason) for reason in judge_seeking_node(node, aliases)]
-    for node in import_time_nodes(tree):
-        ends = node.func if isinstance(node, ast.Call) else node.exc if isinstance(node, ast.Raise) else None
-        if (name := dotted(ends, aliases)) in ENDS:
-            found.append((ends.lineno, f"may end the process that judges it, on import ({name})"))
     return sorted(set(found))
 
 
@@ -1889,20 +2029,6 @@ def dotted(node: ast.AST | None, aliases: Mapping[str, str]) -> str:
         parts.insert(0, node.attr)
         node = node.value
     return ".".join([aliases.get(node.id, node.id), *parts]) if isinstance(node, ast.Name) else ""
-
-
-def import_time_nodes(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: no function bodies, nothing under `if __name__ == ...`."""
-    queue: list[ast.AST] = list(tree.body)
-    while queue:
-        node = queue.pop()
-        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-            queue += node.orelse
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            queue += [ast.Call(decorator, [], []) for decorator in node.decorator_list]
-        elif not isinstance(node, ast.Lambda):
-            yield node
-            queue += ast.iter_child_nodes(node)
 
 
 def constant_text(node: ast.AST | None) -> str:
@@ -2357,17 +2483,20 @@ class Gate:
         for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
             folder.mkdir()
 
-    def judge(self, tree: str, label: str, only: list[str] | None = None) -> GateResult:
-        """The verdict on a tree, its output in gate-LABEL.log. `only` names the checks to repeat, failures first."""
+    def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
+        """The result on a tree, its output in gate-LABEL.log.
+
+        `only` names the checks to run (none: all), `further` has more arguments for pytest.
+        """
         self.checkout.lay(tree)
         repository_mark(self.checkout.place)
         if failed := setup_run(self.job, self.checkout.place, self.private, self._log("setup")):
             result = GateResult(tree, [failed])
         else:
             from concurrent.futures import ThreadPoolExecutor
-            checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
+            checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
-                result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
+                result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
                    self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc"))
@@ -2384,8 +2513,8 @@ class Gate:
         numbers = {check.name: str(number) for number, check in enumerate(self.job.checks)}
         return self.private / f"check-{numbers.get(name, name)}.log"
 
-    def _check(self, check: Check, again: bool) -> CheckResult:
-        """What one check says of the files in the checkout."""
+    def _check(self, check: Check, further: Sequence[str]) -> CheckResult:
+        """The result of one check on the files in the checkout; pytest gets some further arguments."""
         place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
@@ -2397,13 +2526,20 @@ class Gate:
             plugin, canary = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
-            argv += ["-o", f"cache_dir={self.private / 'cache'}"]
-            if again:
-                argv.append("--lf")
+            argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
         reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "plugin"],
                       GATE_VARIABLES)
-        ran = self.job.sandbox.run(argv, reach, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
-        return VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
+        how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
+        ran = self.job.sandbox.run(argv, reach, log=log, **how)
+        result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
+        if check.kind == "ruff":
+            # The same once more without suppressions: what is reported only now is what they hide.
+            open_report = report.with_name(f"{report.name}-open")
+            argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
+            self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+        return result
 
 
 def repository_mark(place: Path) -> None:
@@ -2520,24 +2656,34 @@ def pytest_verdict(evidence: Evidence) -> CheckResult:
     origins = [f"imported from your checkout, not from the change under test: {module}"
                for module in facts.get("wrong_origin", [])]
     counted = ", ".join(f"{count} {way}" for way, count in result.counts().items())
-    trouble = ""
-    if ran.timed_out:
-        trouble = f"{evidence.ending()}, {counted or 'no test had ended'}"
-    elif report.trouble:
-        trouble = f"{evidence.ending()}, {report.trouble}"
-    elif not failures and not origins and "passed" not in report.tests.values():
-        trouble = f"no tests were run ({counted or evidence.ending()})"
-    elif not failures and not origins and ran.exit != 0:
-        trouble = f"{evidence.ending()}, though no test failed ({counted})"
-        result.facts["only_exit"] = True
     result.findings = [*distill_tests(failures), *origins]
-    if trouble:
+    broken = pytest_broken(evidence, report, counted)
+    doubt = "" if broken or result.findings else pytest_doubt(evidence, report, counted)
+    if broken or doubt:
         running = [test for test in report.running if evidence.canary not in test]
-        broken = distill_broken(trouble, log, evidence.canary, running, evidence.plain(report.stack))
-        result.findings.insert(0, broken)
-    result.ok, result.reason = not result.findings, trouble or counted
-    result.broken = bool(ran.timed_out or report.trouble)
+        stack = evidence.plain(report.stack)
+        result.findings.insert(0, distill_broken(broken or doubt, log, evidence.canary, running, stack))
+    result.ok, result.reason, result.broken = not result.findings, broken or doubt or counted, bool(broken)
+    result.facts["only_exit"] = bool(doubt) and "passed" in report.tests.values()
     return result
+
+
+def pytest_broken(evidence: Evidence, report: PytestReport, counted: str) -> str:
+    """Why a pytest session did not come to its end, or ""."""
+    if evidence.ran.timed_out:
+        return f"{evidence.ending()}, {counted or 'no test had ended'}"
+    if report.trouble:
+        return f"{evidence.ending()}, {report.trouble}"
+    if evidence.ran.exit not in (0, 1, 2, 5):  # pytest's own, for failures, errors in collection and no tests
+        return f"{evidence.ending()} after the last test ({counted})"
+    return ""
+
+
+def pytest_doubt(evidence: Evidence, report: PytestReport, counted: str) -> str:
+    """Why a pytest session without a failure is red all the same, or ""."""
+    if "passed" not in report.tests.values():
+        return f"no tests were run ({counted or evidence.ending()})"
+    return f"{evidence.ending()}, though no test failed ({counted})" if evidence.ran.exit != 0 else ""
 
 
 VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_verdict}
@@ -2868,20 +3014,152 @@ def distill_progress(before: list[str], now: list[str]) -> str:
                      for word, heads in parts.items() if heads)
 
 
-# --- The judgement: guardrails, then two questions. Is the change green as the agent leaves it, as
-# CI will see it? And is it green as the base would judge it, with the base's own gate files?
+# --- The comparison: what a change has made of the base's tests and findings. Nothing is run here.
+
+RED_WAYS = ("failed", "unfinished")
 
 
-def gate_step(name: str, gate: Gate, tree: str, label: str, only: list[str] | None = None) -> GateResult:
-    """The gate's verdict on a tree, told as a step of the run."""
-    with CONSOLE.step(name) as said:
-        result = gate.judge(tree, label, only)
-        said["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
+def function_of(test: str) -> str:
+    """A test's id without its parameters: "t.py::test_a[1]" -> "t.py::test_a"."""
+    return test.partition("[")[0]
+
+
+def file_of(test: str) -> str:
+    """The file of a test's id: "t.py::test_a[1]" -> "t.py"."""
+    return test.partition("::")[0]
+
+
+def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The tests that fail or do not end now, and did neither on the base, if they were there at all."""
+    # Ids may change from run to run (a time, an address): those of one function are counted.
+    room = Counter(function_of(test) for test, way in before.items() if way in RED_WAYS and test not in after)
+    worse = []
+    for test, way in after.items():
+        known = before.get(test) in RED_WAYS or before.get(file_of(test)) in RED_WAYS
+        if way not in RED_WAYS or known:
+            continue
+        function = function_of(test)
+        if test not in before and room[function] > 0:
+            room[function] -= 1
+        else:
+            worse.append(test)
+    return worse
+
+
+def tests_lost(before: Mapping[str, str], after: Mapping[str, str],
+               moved: Mapping[str, set[str]] | None = None) -> dict[str, str]:
+    """The tests of the base that did not run now, and what became of each: {"t.py::test_a": "is gone"}."""
+    became = {"skipped": "is skipped now", "unfinished": "did not end", "gone": "is gone"}
+    ran = {test for test, way in after.items() if way in ("passed", "failed")}
+    room = Counter(function_of(test) for test in ran if test not in before)
+    files, functions = {file_of(test) for test in after if "::" in test}, {function_of(test) for test in ran}
+    lost = {}
+    for test, way in before.items():
+        now, function = after.get(test, "gone"), function_of(test)
+        if way == "skipped" or test in ran or (now == "unfinished" and way in RED_WAYS):
+            continue
+        if now == "gone" and "[" in test and room[function] > 0:
+            room[function] -= 1
+        elif now == "gone" and test in files:
+            pass  # a file that could not be collected, and now it can
+        elif not (moved or {}).get(function, set()) & functions:
+            lost[test] = became[now]
+    return lost
+
+
+def lint_new(before: Sequence[Lint], after: Sequence[Lint]) -> list[Lint]:
+    """The findings of ruff that were not there before, by rule and text: lines and files may move."""
+    room = Counter((finding.rule, finding.message) for finding in before)
+    new = []
+    for finding in after:
+        room[finding.rule, finding.message] -= 1
+        if room[finding.rule, finding.message] < 0:
+            new.append(finding)
+    return new
+
+
+def check_problems(before: CheckResult | None, after: CheckResult, strict: bool) -> list[str]:
+    """What stands against the result of a check: where it must be green all of it, else what is worse than before."""
+    everything = after.findings or [after.reason]
+    if after.ok:
+        return []
+    if strict or before is None or before.ok:
+        return everything
+    if after.lint and before.lint:
+        return distill_lint([str(finding) for finding in lint_new(before.lint, after.lint)])
+    if not after.facts and not after.tests:  # a command, or a report that is missing as it was before
+        return [] if before.broken == after.broken and not before.lint else everything
+    if before.broken and not before.tests:
+        return []  # nothing ran before
+    unlike = after.broken and not before.broken or after.facts.get("only_exit") and not before.facts.get("only_exit")
+    if unlike or after.facts.get("wrong_origin") or not {"passed", *RED_WAYS} & {*after.tests.values()}:
+        return everything
+    worse = tests_worse(before.tests, after.tests)
+    failures = distill_tests([failure for failure in after.failures if failure.test in worse])
+    return failures or [f"{test} did not end" for test in worse]
+
+
+def gate_problems(before: GateResult | None, after: GateResult, strict: Iterable[str]) -> list[str]:
+    """What stands against a tree; `strict` names the checks that must be green."""
+    earlier = {check.name: check for check in before.checks} if before else {}
+    return [f"{check.name}: {text}" for check in after.checks
+            for text in check_problems(earlier.get(check.name), check, check.name in strict)]
+
+
+def base_red(before: GateResult, after: GateResult | None = None) -> list[str]:
+    """What is red on the base, and how it is with the change: ["ruff 24 findings, none new"]."""
+    later = {check.name: check for check in after.checks} if after else {}
+    lines = []
+    for check in before.checks:
+        now = later.get(check.name)
+        if check.ok:
+            continue
+        line = f"{check.name} {check.reason}"
+        if now and now.ok:
+            line += ", green now"
+        elif now and check.lint:
+            line += f", {len(lint_new(check.lint, now.lint)) or 'none'} new"
+        elif now:
+            line += f"; with the change {now.reason}"
+        lines.append(line)
+    return lines
+
+
+# --- The judgement: guardrails, then two questions. Does the gate pass with the change as the agent
+# leaves it, as CI will see it? And does it with the base's own gate files laid over it (the recheck)?
+
+
+class Judgement(NamedTuple):
+    """What one change comes to."""
+
+    outcome: str  # "green", "red", or the word of OUTCOMES that the change comes to
+    findings: list[str] = []  # for the next brief
+    violations: list[Violation] = []
+    look_first: list[str] = []  # for the reviewer
+    final: bool = False  # whether no repair can change it
+
+
+def refused(violations: list[Violation], findings: Sequence[str] = (), final: bool = False) -> Judgement:
+    """The judgement on a change that the guardrails refuse."""
+    scoped = all(violation.rule == "scope" for violation in violations)
+    lines = [f"refused, {violation.line()}" for violation in violations[:40]]
+    return Judgement("scope_disagreement" if scoped else "blocked", [*lines, *findings], violations, final=final)
+
+
+FAILURES_FIRST = ("--lf",)  # of pytest's cache: what failed before, alone
+
+
+def gate_step(name: str, gate: Gate, tree: str, label: str, only: Sequence[str] = (),
+              further: Sequence[str] = ()) -> GateResult:
+    """The result of the gate on a tree, shown as a step of the run."""
+    with CONSOLE.step(name) as step:
+        result = gate.run_checks(tree, label, only, further)
+        step["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
     return result
 
 
-class Court:
-    """All that judges: two gates, the verdict on the base, and what lay outside before the agent began."""
+class Judge:
+    """Judges changes: it has two gates, the result on the base, and what lay outside before the agent began."""
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
@@ -2893,173 +3171,309 @@ class Court:
         self.user = user_state(run.job.repo)
         paths = tree_paths(run.job.repo, run.base.tree)
         self.scripts = tuple(path for check in run.job.checks if (path := check_script(check)) in paths)
-        self.red: list[str] = []  # the checks that were red when the newest tree was judged
-        self.outside = False  # whether something outside the change was touched: no repair mends that
+        self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
+        self.red: list[str] = []  # the checks whose tests failed when the newest tree was judged
+
+    def must_pass(self, name: str) -> bool:
+        """Whether a check must be green; the result of --setup always must."""
+        return name in self.strict or name not in {check.name for check in self.run.job.checks}
+
+    def baseline_start(self) -> None:
+        """Let the gate check the base while the agent works."""
+        self.baseline = self.pool.submit(self._baseline)
+
+    def _baseline(self) -> GateResult:
+        """The result on the base; a red one is named early."""
+        result = gate_step("baseline gate", self.base, self.run.base.tree, "0")
+        if red := base_red(result):
+            CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
+                        "(--strict asks for green)")
+        return result
 
     def naming(self) -> Naming:
-        """How the base tells tests from other files; waits for the verdict on it."""
+        """How the base tells tests from other files; waits for the result on it."""
         if self.baseline and not self.run.baseline:
             self.run.baseline = self.baseline.result()
-        seen = [check.facts for check in self.run.baseline.checks if check.facts] if self.run.baseline else []
-        files = tuple(glob for judge in seen for glob in judge["files"])
-        folders = [folder for judge in seen for folder in judge["folders"]
+        facts = [check.facts for check in self.run.baseline.checks if check.facts] if self.run.baseline else []
+        files = tuple(glob for fact in facts for glob in fact.get("files", []))
+        folders = [folder for fact in facts for folder in fact.get("folders", [])
                    if folder.strip("./") not in ("", "src", "lib")]
         return Naming(files or Naming().files, tuple(folders), self.scripts)
 
-    def judge(self, attempt: Attempt, nested: list[str]) -> str:
-        """The whole judgement of a snapshot: green, red, or the outcome that it comes to."""
+    def decide(self, attempt: Attempt, nested: list[str]) -> Judgement:
+        """The whole judgement of a snapshot."""
         run, repo = self.run, self.run.job.repo
         changes = tree_changes(repo, run.base.tree, attempt.tree)
         attempt.changed = [change.path for change in changes]
-        run.gate, run.as_base, run.violations, run.look_first = None, None, [], []
+        run.gate = run.recheck = None
         sources = sources_read(repo, changes)
+        empty = all(is_only_space(source) and not glob_match(source.change.path, self.allow) for source in sources)
         if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
-            result = refuse(run, touched)
-        elif all(is_only_space(source) for source in sources) and not nested:
-            result, said = "no_change", "nothing but white space" if changes else "no file"
-            run.findings = [f"the agent changed {said}", *(run.baseline.findings() if run.baseline else [])]
+            judgement = refused(touched, final=True)
+        elif empty and not nested:
+            what = "nothing but white space" if changes else "no file"
+            red = run.baseline.findings() if run.baseline else []
+            judgement = Judgement("no_change", [f"the agent changed {what}", *red])
         else:
-            result = self.ask(attempt, sources, nested)
+            judgement = self.judge_change(attempt, sources, nested)
         work = {source.change.new_blob for source in sources if source.size}  # anybody may have an empty file
         theirs, noted = user_verdict(repo, self.user, user_state(repo), work)
-        run.look_first += noted
-        self.outside = bool(touched or theirs)
-        return refuse(run, theirs) if theirs else result
+        if theirs:
+            judgement = refused(theirs, final=True)
+        return judgement._replace(look_first=[*judgement.look_first, *noted])
 
-    def ask(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> str:
-        """The guardrails' word on a change, then the gate's, in both of its forms."""
-        run, name, label = self.run, f"attempt {attempt.number}", str(attempt.number)
-        asked = None
+    def judge_change(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> Judgement:
+        """What the guardrails, the gate and the recheck come to."""
+        run, name = self.run, f"attempt {attempt.number}"
         if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
             self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
-        # As a rule this is right: the gate need not wait for the baseline.
-        known = run.baseline or self.baseline and self.baseline.done()
-        early = self.naming() if known else Naming(scripts=self.scripts)
-        if not self.guard(sources, nested, early)[0]:
-            if self.red:  # what was red is asked first, and alone: still red is enough to know
-                first = gate_step(f"gate, {name}, what was red", self.change, attempt.tree, f"{label}-first", self.red)
-                if not first.green:
-                    attempt.gate, run.findings = first.facts(), first.findings()
-                    return "red"
-            asked = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, label)
+        if unreviewable := self.unreviewable(sources, nested):
+            return refused(unreviewable)
+        if self.red:  # what was red is checked first, and alone: still red is enough to know
+            first = gate_step(f"gate, {name}, failures first", self.change, attempt.tree,
+                              f"{attempt.number}-first", self.red, FAILURES_FIRST)
+            if problems := gate_problems(run.baseline, first, self.strict):
+                attempt.gate = first.facts()
+                return Judgement("red", problems)
+        pending = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, str(attempt.number))
         naming = self.naming()
-        refused, allowed = self.guard(sources, nested, naming)
-        if refused:
-            if asked:
-                asked.result()  # the next attempt wants that gate
-            return refuse(run, refused)
-        roles = {source.change: gate_role(source.change.path, naming) for source in sources}
-        touched = [change for change, role in roles.items() if role and not glob_match(change.path, self.allow)]
-        if touched:
-            undone = [change.undone() for change in touched]
-            overlay = tree_put(run.job.repo, attempt.tree, undone, self.private / "overlay-index")
-            run.as_base = gate_step(f"gate as the base judges, {name}", self.base, overlay, f"{label}-base")
-        run.gate = asked.result() if asked else gate_step(f"gate, {name}", self.change, attempt.tree, label)
-        attempt.gate, self.red = run.gate.facts(), run.gate.red()
-        run.look_first = [f"allowed: {violation.said()}" for violation in allowed]
-        run.look_first += [f"changes what the gate goes by: {change.path}" for change in touched
-                           if change.old_mode or roles[change] == "configuration"]
-        return self.weigh(touched, any(roles[change] == "configuration" for change in touched))
+        violations, allowed, notes = self.guard(sources, naming)
+        recheck = Recheck(self, attempt, sources, naming)
+        recheck.start()
+        gate = run.gate = pending.result()
+        attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
+        judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
+        look_first = [f"allowed: {violation.line()}" for violation in allowed]
+        return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
-    def guard(self, sources: list[Source], nested: list[str],
-              naming: Naming) -> tuple[list[Violation], list[Violation]]:
-        """What stands against a change, and what would but is allowed."""
+    def guard(self, sources: list[Source], naming: Naming) -> tuple[list[Violation], list[Violation], list[str]]:
+        """What stands against a change, what would but is allowed, and what a reviewer should know."""
         run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, naming)]
-        found = guard_change(sources, naming, run.scope.get("globs", []))
-        found += [Violation("link", path, "is a repository inside the repository") for path in nested]
+        found, notes = guard_change(sources, naming, run.scope.get("globs", []), run.job.checks)
         roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
                                      for check in (run.baseline.checks if run.baseline else [])))
         names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
         pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
         found += guard_shadows(names, (pythons or [sys.executable])[0], run.job.repo.root)
-        refused = [violation for violation in found if not violation.allowed(self.allow)]
+        violations = [violation for violation in found if not violation.allowed(self.allow)]
+        return violations, [violation for violation in found if violation.allowed(self.allow)], notes
+
+    def unreviewable(self, sources: list[Source], nested: list[str]) -> list[Violation]:
+        """What nobody can review, so that nothing of the change is run."""
+        found = [violation for source in sources for violation in guard_file(source) if violation.rule in UNREVIEWABLE]
+        found += [Violation("link", path, "is a repository inside the repository") for path in nested]
+        violations = [violation for violation in found if not violation.allowed(self.allow)]
         counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
         if counted > FILES_LIMIT:
-            refused.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
-        return refused, [violation for violation in found if violation.allowed(self.allow)]
+            violations.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
+        return violations
 
-    def weigh(self, touched: list[Change], configured: bool) -> str:
-        """What the gate's answers come to: green, red, or blocked where it was talked out of a no."""
-        run = self.run
-        assert run.gate and run.baseline
-        if silent := run.gate.silent + (run.as_base.silent if run.as_base else []):
-            return refuse(run, tripwires(silent))
-        if rewritten := self.rewritten():
-            return refuse(run, rewritten)
-        lost = ledger_lost(run.baseline, run.gate, run.as_base, self.allow)
-        if not run.gate.green or lost:
-            run.findings = run.gate.findings() + lost
-            return "red"
-        stern = []
-        if run.as_base:
-            # A threshold (of coverage, say) may not be met without the agent's own tests: where no
-            # configuration changed, it was asked for and met the first time.
-            stern = [check for check in run.as_base.checks if not check.ok
-                     and (configured or not check.facts.get("only_exit"))]
-            stern = [check for check in stern if not self.excused(check, touched)]
-            lost = ledger_lost(run.baseline, run.as_base, None, self.allow)
-        if not stern and not lost:
-            run.findings = []
-            return "green"
-        said = "without this change of what the gate goes by, the gate says no"
-        result = refuse(run, [Violation("weakened", change.path, said) for change in touched])
-        run.findings += [f"as the base judges, {check.name}: {text}" for check in stern
-                         for text in check.findings] + lost
-        return result
+    def weigh(self, gate: GateResult, recheck: Recheck, violations: list[Violation],
+              moved: Mapping[str, set[str]]) -> Judgement:
+        """What the gate's answers and the guardrails' come to."""
+        base = self.run.baseline
+        assert base
+        if silent := {name for result in (gate, recheck.result) if result for name in result.silent}:
+            return refused([Violation("canary", name, CANARY_SILENT) for name in sorted(silent)])
+        written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
+        if paths := [path for path in sorted(written) if gate_role(path, self.naming()) or path.endswith(".pyc")]:
+            return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
+        problems = gate_problems(base, gate, self.strict)
+        problems += [f"{test} {what}; on the base it {way}, and it must still be there and pass"
+                     for test, (way, what) in self.lost(gate, moved).items()]
+        hidden = hidden_lint(base, gate)
+        violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
+        if not problems:
+            violations += recheck.violations(gate)
+        if violations:
+            return refused(violations, [*problems, *recheck.findings])
+        if problems:
+            return Judgement("red", problems)
+        look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
+        look_first += [f"allowed: {violation.line()}" for violation in hidden]
+        return Judgement("green", look_first=look_first + skipped_tests(base, gate))
 
-    def rewritten(self) -> list[Violation]:
-        """The gate files that the change's code wrote to while it was judged: what passed is not what they say."""
-        run, naming, said = self.run, self.naming(), "was written to while the tests ran, and decides what they say"
-        assert run.gate and run.baseline
-        written = {*run.gate.rewritten, *(run.as_base.rewritten if run.as_base else [])} - {*run.baseline.rewritten}
-        return [Violation("tripwire", path, said) for path in sorted(written)
-                if gate_role(path, naming) or path.endswith(".pyc")]
-
-    def excused(self, check: CheckResult, touched: list[Change]) -> bool:
-        """Whether the base is to blame for a no: it has no tests, or lint in the very files laid over the change."""
+    def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, tuple[str, str]]:
+        """The tests of the base that did not run with the change: how each ended before, and what became of it."""
         assert self.run.baseline
-        base = next((c for c in self.run.baseline.checks if c.name == check.name), check)
-        paths = tuple(f"{change.path}:" for change in touched)
-        in_base = bool(check.lint) and all(str(line).startswith(paths) and line in base.lint for line in check.lint)
-        return (bool(check.facts) and not base.tests and not check.tests) or (not check.facts and in_base)
+        after = {check.name: check for check in gate.checks}
+        lost = {}
+        for check in self.run.baseline.checks:
+            now = after.get(check.name)
+            if now and now.tests:  # no report at all is red enough
+                for test, what in tests_lost(check.tests, now.tests, moved).items():
+                    if not glob_match(file_of(test), self.allow):
+                        lost[f"{check.name}: {test}"] = (check.tests[test], what)
+        return lost
 
 
-def tripwires(silent: list[str]) -> list[Violation]:
-    """What stands against checks that cannot say no."""
-    said = "the gate can no longer say no: a test that must fail did not"
-    return [Violation("tripwire", name, said) for name in sorted(set(silent))]
+class Recheck:
+    """The second question: the gate with the base's gate files laid over the change, as far as that can differ."""
 
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], naming: Naming) -> None:
+        self.judge, self.attempt, self.sources, self.naming = judge, attempt, sources, naming
+        self.touched = [source.change for source in sources if gate_role(source.change.path, naming)]
+        self.allowed = [change for change in self.touched if glob_match(change.path, judge.allow)]
+        self.result: GateResult | None = None
+        self.findings: list[str] = []
+        self.about_allowed: list[str] = []
 
-def refuse(run: Run, refused: list[Violation]) -> str:
-    """Write down why a change is refused; the outcome that this comes to."""
-    run.violations = [violation._asdict() for violation in refused]
-    run.findings = [f"refused, {violation.said()}" for violation in refused[:40]]
-    return "scope_disagreement" if all(violation.rule == "scope" for violation in refused) else "blocked"
+    def start(self) -> None:
+        """Run it, and remember it as the run's recheck."""
+        if self.touched:
+            self.result = self.judge.run.recheck = self._run(self.touched, "recheck")
 
+    def _run(self, touched: list[Change], name: str) -> GateResult | None:
+        """The result with the base's version of some files; None where nothing can differ."""
+        judge, number = self.judge, self.attempt.number
+        checks, modules = self.narrowed(touched)
+        if not checks:
+            return None
+        undone = [change.undone() for change in touched]
+        overlay = tree_put(judge.run.job.repo, self.attempt.tree, undone, judge.private / "overlay-index")
+        return gate_step(f"{name}, attempt {number}", judge.base, overlay, f"{number}-{name}", checks, modules)
 
-def ledger_lost(before: GateResult, after: GateResult, other: GateResult | None, allow: list[str]) -> list[str]:
-    """The tests of the base that are gone, or skipped now; what is only parametrised anew is not lost."""
-    lost: list[str] = []
-    for check in before.checks:
-        now, also = (next((c.tests for c in result.checks if c.name == check.name), {}) if result else {}
-                     for result in (after, other))
-        if not now:
-            continue  # no report at all is red enough
-        had, have = (Counter(test.partition("[")[0] for test, way in tests.items() if way != "skipped")
-                     for tests in (check.tests, now))
-        for test, way in check.tests.items():
-            file, _, rest = test.partition("::")
-            function, parametrised, _ = test.partition("[")
-            if way == "skipped" or now.get(test) in ("passed", "failed") or glob_match(file, allow):
+    def narrowed(self, touched: list[Change]) -> tuple[list[str], list[str]]:
+        """The checks that can differ, and the only test modules that can (none named: all of them)."""
+        checks, base = self.judge.run.job.checks, self.judge.run.baseline
+        if not all(is_test_module(change, self.naming) for change in touched):
+            return [check.name for check in checks], []
+        red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
+               if way in RED_WAYS}
+        there = tree_paths(self.judge.run.job.repo, self.judge.run.base.tree)
+        modules = sorted(red & there | {change.path for change in touched if change.old_mode})
+        kinds = ("command", "pytest") if modules else ("command",)
+        return [check.name for check in checks if check.kind in kinds], modules
+
+    def violations(self, gate: GateResult) -> list[Violation]:
+        """What the recheck has against a change that the gate itself passes."""
+        problems = self.problems(gate, self.result, self.touched)
+        self.about_allowed = [allowed_line(change.path, problems) for change in self.allowed if change.old_mode]
+        touched = [change for change in self.touched if change not in self.allowed]
+        if problems and self.allowed and touched:  # once more without what is allowed: that may be the reason
+            problems = self.problems(gate, self._run(touched, "recheck-rest"), touched)
+        if not problems or not touched:
+            return []
+        self.findings = [f"with the base's gate files, {text}" for text in dict.fromkeys(problems.values()) if text]
+        files = {file_of(test) for test in problems}
+        guilty = [change for change in touched if change.path in files] or touched
+        return [Violation("weakened", change.path, self._reason(change, problems)) for change in guilty]
+
+    def problems(self, gate: GateResult, result: GateResult | None, touched: list[Change]) -> dict[str, str]:
+        """The tests (or checks) that fail in the recheck and not in the gate, or not on the base: their findings."""
+        base = self.judge.run.baseline
+        before, passed = ({check.name: check for check in each.checks} for each in (base, gate) if each)
+        configured = any(gate_role(change.path, self.naming) == "configuration" for change in touched)
+        problems = {}
+        for check in result.checks if result else []:
+            if check.name not in passed:  # the set-up failed
+                found = {check.name: check.findings}
+            elif check.facts.get("only_exit") and not configured:
+                found = {}  # a threshold, of coverage say, need not be met without the agent's own tests
+            else:
+                found = recheck_problems(before[check.name], passed[check.name], check, [c.path for c in touched])
+            problems |= {what: "\n".join(f"{check.name}: {text}" for text in texts) for what, texts in found.items()}
+        return problems
+
+    def _reason(self, change: Change, problems: Mapping[str, str]) -> str:
+        """Why a change of one file is refused: the tests that fail, and how their expectations changed."""
+        mine = [test for test in problems if file_of(test) == change.path] or [*problems]
+        source = next(source for source in self.sources if source.change == change)
+        changed = "".join(f"; {text}" for text in expectations_changed(source, mine)[:5])
+        return f"with the base's version of this file the gate fails: {tests_listed(change.path, mine)}{changed}"
+
+    def notes(self) -> list[str]:
+        """For the reviewer: allowed files, tests of the base that are rewritten, and other gate files that change."""
+        lines = list(self.about_allowed)
+        for source in self.sources:
+            change, path = source.change, source.change.path
+            if change not in self.touched:
                 continue
-            if parametrised and test not in now and have[function] and (
-                    also.get(test) == "passed" or not also and have[function] >= had[function]):
-                continue
-            if not rest and any(name.startswith(f"{file}::") for name in now):
-                continue  # it could not even be collected, and now it can
-            lost.append(f"{check.name}: {test} {'is skipped now' if test in now else 'is gone'}; "
-                        f"on the base it {way}, and it must still be there and pass")
-    return lost
+            if tests := tests_rewritten(source):
+                lines.append(f"rewrites tests of the base: {path}: {', '.join(tests[:10])}")
+            if change.old_mode and not (is_test_module(change, self.naming) and is_same_beside_tests(source)):
+                lines.append(f"changes what the tests use, or configuration: {path}")
+            elif not change.old_mode and gate_role(path, self.naming) == "configuration":
+                lines.append(f"adds configuration: {path}")
+        return lines
+
+
+CANARY_SILENT = "the canary test must fail and did not: this test run cannot be trusted"
+UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
+
+
+def must_be_green(check: Check, job: Job, base: Base) -> bool:
+    """Whether a check must be green, and not merely not worse than on the base."""
+    if job.strict or not job.heals:
+        return job.strict
+    return check.kind != "ruff" or ruff_configured(job.repo, base.tree)
+
+
+def ruff_configured(repo: Repo, tree: str) -> bool:
+    """Whether a tree asks something of ruff; else its default rules are nobody's wish."""
+    if any(path.rpartition("/")[2] in ("ruff.toml", ".ruff.toml") for path in tree_paths(repo, tree)):
+        return True
+    return git_ran(repo, "grep", "-q", r"^\[tool\.ruff", tree, "--", ":(glob)**/pyproject.toml").exit == 0
+
+
+def is_test_module(change: Change, naming: Naming) -> bool:
+    """Whether a changed file is a Python module of tests, which only itself decides about."""
+    name = change.path.rpartition("/")[2]
+    is_file = {change.old_mode, change.new_mode} <= {0, 0o100644, 0o100755}
+    return is_file and name.endswith(".py") and any(fnmatchcase(name, glob) for glob in naming.files)
+
+
+def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,
+                     touched: list[str]) -> dict[str, list[str]]:
+    """What fails in one check of the recheck and should not: the findings by test (or by the check's name)."""
+    if check.ok or (check.facts and not base.tests and not check.tests):
+        return {}  # where the base has no tests, there is nothing that could fail
+    if check.lint:
+        old = [finding for finding in check.lint if finding.path in touched and finding in base.lint]
+        new = lint_new([*gate.lint, *old], check.lint)
+        return {check.name: distill_lint([str(finding) for finding in new])} if new else {}
+    if check.broken and not base.broken or not check.tests or not base.tests:
+        return {check.name: check.findings} if gate.ok else {}
+    ran = {file_of(test) for test in check.tests}
+    mine = {test: way for test, way in base.tests.items() if file_of(test) in ran}
+    worse = dict.fromkeys([*tests_worse(mine, check.tests), *tests_worse(gate.tests, check.tests)])
+    problems = {test: distill_tests([failure for failure in check.failures if failure.test == test]) for test in worse}
+    problems |= {test: [f"{test} {what}"] for test, what in tests_lost(mine, check.tests).items()}
+    return problems or ({check.name: check.findings} if gate.ok and not check.failures else {})
+
+
+def tests_listed(path: str, tests: Sequence[str]) -> str:
+    """Some tests in one phrase, without the path of their file."""
+    more = f" and {len(tests) - 5} more" if len(tests) > 5 else ""
+    return ", ".join(test.removeprefix(f"{path}::") for test in tests[:5]) + more
+
+
+def allowed_line(path: str, problems: Mapping[str, str]) -> str:
+    """What the reviewer reads of an allowed gate file: what its base's version says."""
+    mine = [test for test in problems if file_of(test) == path]
+    if mine:
+        return f"allowed: {path}; with the base's version {len(mine)} failed: {tests_listed(path, mine)}"
+    return f"allowed: {path}; with the base's version the gate {'fails' if problems else 'passes'}"
+
+
+def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
+    """The findings of ruff that a change hides, by whatever spelling: reported where suppressions are ignored."""
+    before = {check.name: check.hidden for check in base.checks}
+    hidden = [finding for check in gate.checks for finding in lint_new(before.get(check.name, []), check.hidden)]
+    return [Violation("suppression", f"{finding.path}:{finding.row}",
+                      f"hides {finding.rule} at {finding.path}:{finding.row}: {finding.message}")
+            for finding in hidden]
+
+
+def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
+    """The line on new tests that did not run: they show nothing."""
+    known = {test for check in base.checks for test in check.tests}
+    skipped = [test for check in gate.checks for test, way in check.tests.items()
+               if way == "skipped" and test not in known]
+    if not skipped:
+        return []
+    what = "1 new test was" if len(skipped) == 1 else f"{len(skipped)} new tests were"
+    return [f"{what} skipped: {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}"]
 
 
 # === Chapter 9. The blueprint ===============================================
@@ -3077,21 +3491,22 @@ def blueprint(run: Run) -> str:
         run.save(run)
         file_write(own / "record", str(run.folder))  # whoever finds this directory abandoned can close the record
         try:
-            court = Court(run, bench, pool)
+            judge = Judge(run, bench, pool)
             if not heals:
-                court.baseline = pool.submit(gate_step, "baseline gate", court.base, run.base.tree, "0")
-            elif ended := heal_start(run, court):
+                judge.baseline_start()
+            elif ended := heal_start(run, judge):
                 return ended
             if not scope_settle(run):
                 return "agent_failed"
             workspace = Workspace(run, own)
             result = "red"
             for number in range(1, job.fix_attempts + (1 if heals else 2)):
-                result = attempt_make(run, workspace, court, number)
+                judgement = attempt_make(run, workspace, judge, number)
+                result = judgement.outcome
                 if result == "green":
                     proposal_commit(run)
                     return "proposed"
-                if result in ("agent_failed", "agent_timed_out") or court.outside:
+                if judgement.final:
                     return result
                 if is_stalled(run):
                     break
@@ -3107,16 +3522,19 @@ def blueprint(run: Run) -> str:
                 change_keep(run, workspace)
 
 
-def heal_start(run: Run, court: Court) -> str:
+def heal_start(run: Run, judge: Judge) -> str:
     """What the gate says of a base that is to be healed: the outcome where that ends the run, "" where it is red."""
-    run.baseline = gate_step("gate", court.change, run.base.tree, "0")
+    run.baseline = gate_step("gate", judge.change, run.base.tree, "0")
     if run.baseline.silent:
-        return refuse(run, tripwires(run.baseline.silent))
-    if run.baseline.green:
+        judgement_keep(run, refused([Violation("canary", name, CANARY_SILENT) for name in run.baseline.silent]))
+        return "blocked"
+    red = [check.name for check in run.baseline.checks if not check.ok and judge.must_pass(check.name)]
+    if not red:
         return "nothing_to_heal"
-    if gate_is_flaky(court.change, run.baseline):
+    if gate_is_flaky(judge, red):
         return "flaky"
-    run.findings, court.red = run.baseline.findings(), run.baseline.red()
+    run.findings = [text for check in run.baseline.checks if check.name in red for text in check.finding_lines()]
+    judge.red = [check.name for check in run.baseline.checks if check.name in red and not check.broken]
     return ""
 
 
@@ -3126,12 +3544,14 @@ def is_stalled(run: Run) -> bool:
     return trees[-1] == trees[-2]
 
 
-def gate_is_flaky(gate: Gate, red: GateResult) -> bool:
-    """Whether a red gate is green when it is asked again about the same tree."""
+def gate_is_flaky(judge: Judge, red: list[str]) -> bool:
+    """Whether the checks that are red on the base are green when they are run again on the same tree."""
+    def green(name: str, label: str, *how: Sequence[str]) -> bool:
+        result = gate_step(name, judge.change, judge.run.base.tree, label, *how)
+        return all(check.ok for check in result.checks if check.name in red)
     # First what failed, alone: that is quick, and most red stays red. A test that passes alone may
     # still fail in company, every time: so only the whole once more can say "flaky".
-    return (gate_step("gate, failures again", gate, red.tree, "0-again", red.red()).green
-            and gate_step("gate, once more", gate, red.tree, "0-once-more").green)
+    return green("gate, failures again", "0-again", red, FAILURES_FIRST) and green("gate, once more", "0-once-more")
 
 
 class Workspace:
@@ -3192,8 +3612,8 @@ def scope_ask(run: Run) -> dict[str, Any]:
             return scope
 
 
-def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> str:
-    """What came of one agent call: green, red, or the outcome that it comes to."""
+def attempt_make(run: Run, workspace: Workspace, judge: Judge, number: int) -> Judgement:
+    """What came of one agent call; the run keeps it."""
     attempt, before = Attempt(number), run.findings
     run.attempts.append(attempt)
     brief = brief_text(run, attempt, workspace.checkout.place)
@@ -3202,21 +3622,35 @@ def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> s
         attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
         said["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
     if ran.timed_out or ran.exit:
-        attempt.result = "agent_timed_out" if ran.timed_out else "agent_failed"
-        return attempt.result
+        judgement = Judgement("agent_timed_out" if ran.timed_out else "agent_failed", before, final=True)
+    else:
+        judgement = snapshot_judge(run, workspace, judge, attempt)
+    judgement_keep(run, judgement)
+    run.progress = distill_progress(before, run.findings) if before else ""
+    run.save(run)
+    return judgement
+
+
+def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attempt) -> Judgement:
+    """The judgement on the files that the agent left."""
     try:
         run.tree = attempt.tree = workspace.tree()
     except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
-        attempt.result, run.findings = "agent_failed", [f"what the agent left cannot be taken: {stop}"]
-        return attempt.result
-    if number > 1 and is_stalled(run):
-        attempt.result, attempt.changed = run.attempts[-2].result, run.attempts[-2].changed
-        run.findings = ["the agent left the same files as before", *run.findings]
-    else:
-        attempt.result = court.judge(attempt, workspace.checkout.nested)
-    run.progress = distill_progress(before, run.findings) if before else ""
-    run.save(run)
-    return attempt.result
+        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {stop}"], final=True)
+    if attempt.number > 1 and is_stalled(run):
+        attempt.changed = run.attempts[-2].changed
+        violations = [Violation(**violation) for violation in run.violations]
+        return Judgement(run.attempts[-2].result, ["the agent left the same files as before", *run.findings],
+                         violations, run.look_first)
+    return judge.decide(attempt, workspace.checkout.nested)
+
+
+def judgement_keep(run: Run, judgement: Judgement) -> None:
+    """Write a judgement into the run and its newest attempt."""
+    run.findings, run.look_first = judgement.findings, judgement.look_first
+    run.violations = [violation._asdict() for violation in judgement.violations]
+    if run.attempts:
+        run.attempts[-1].result = judgement.outcome
 
 
 def proposal_commit(run: Run) -> None:
@@ -3357,7 +3791,7 @@ def record_facts(run: Run) -> dict[str, Any]:
         "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
         "attempts": [asdict(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
-        "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
+        "recheck": run.recheck.facts() if run.recheck else None, "scope": run.scope or None, "findings": run.findings,
         "violations": run.violations, "look_first": run.look_first, "places": run.places, "next": run.next,
     }
 
@@ -3412,12 +3846,14 @@ def next_commands(run: Run) -> list[str]:
 def evidence_lines(run: Run) -> list[str]:
     """What the gate saw, a line a check, before and after."""
     lines = []
-    for when, result in (("base", run.baseline), ("change", run.gate), ("change as the base judges", run.as_base)):
+    results = {"base": run.baseline, "change": run.gate, "change with the base's gate files": run.recheck}
+    for when, result in results.items():
         for check in result.checks if result else []:
             lines.append(f"- {check.name} on the {when}: {'passed' if check.ok else 'RED'} ({check.reason})")
     if run.baseline and run.gate:
-        before, after = ({t for c in r.checks for t in c.tests} for r in (run.baseline, run.gate))
-        lines += [f"- new test: `{test}`" for test in sorted(after - before)[:20]]
+        before = {test for check in run.baseline.checks for test in check.tests}
+        passed = {test for check in run.gate.checks for test, way in check.tests.items() if way == "passed"}
+        lines += [f"- new test: `{test}`" for test in sorted(passed - before)[:20]]
     return lines
 
 
@@ -3496,8 +3932,11 @@ def parser_build() -> Parser:
     issue = commands.add_parser("issue-to-pr", help="an issue file becomes a proposal", allow_abbrev=False,
                                 description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
     issue.add_argument("issue", metavar="ISSUE.md", type=Path, help="a Markdown file whose first heading is the title")
+    issue.add_argument("--strict", action="store_true",
+                       help="ask for a green gate, also where the base is red (default: nothing may be worse)")
     heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
                                description="Where the gate is red, let the agent mend it; propose what passes.")
+    heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
         command.set_defaults(bridge=cmd_run)
@@ -3616,7 +4055,8 @@ def job_build(args: argparse.Namespace) -> Job:
     programs = [argv[0] for argv in (agent_cmd, setup, *(check.argv for check in checks)) if argv]
     sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
     return Job(
-        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, setup=setup,
+        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
+        setup=setup,
         fix_attempts=args.fix_attempts, agent_seconds=seconds if args.timeout is None else args.timeout,
         idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
         conventions="" if simulated else environ.get("AGENT_CONFIG"),

@@ -1165,7 +1165,7 @@ def test_a_secret_is_masked_in_all_that_is_kept_and_shown(scratch):
     """It comes in by the issue, the agent prints it (in two pieces), and so does a check."""
     (scratch.place / "leak.py").write_text(f"import sys\nprint('the gate says {TOKEN}')\nsys.exit(1)\n")
     says = f"print({TOKEN[:7]!r}, end='', flush=True)\ntime.sleep(0.2)\nprint({TOKEN[7:]!r})\n"
-    ended = scratch.propose(f"{says}{EDITS}", "--json", checks=(f"leak={PYTHON} {scratch.place / 'leak.py'}",),
+    ended = scratch.propose(f"{says}{EDITS}", "--json", "--strict", checks=(f"leak={PYTHON} {scratch.place / 'leak.py'}",),
                             issue=f"# Wish\n\nUse {TOKEN} for it.\n", env={"MY_TOKEN": TOKEN})
     assert (ended.code, ended.outcome) == (1, "gate_failed"), ended
     assert TOKEN not in ended.out + ended.err
@@ -1441,7 +1441,6 @@ def test_the_single_file_needs_the_standard_library_alone():
             names.add((node.module or "").partition(".")[0])
     assert names <= sys.stdlib_module_names
     assert "SPDX-License-Identifier: MIT" in "".join(source.splitlines()[:5])
-    assert len(source.splitlines()) < 4000, "it is read in one sitting"
 
 
 # === Guardrails: every cheat is refused, every honest change is proposed =====
@@ -1471,43 +1470,44 @@ CHEATS = {
                                  "Path('tests/test_calc.py').unlink()", "gate_failed", "gone"),
     "a passing test is deleted beside honest work": (CALC, MENDS + replaces("tests/test_calc.py", "def test_twice", "def check_twice"),
                                                      "gate_failed", "test_twice is gone"),
-    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "blocked", "suppression"),
-    "a test is xfailed": (CALC, replaces("tests/test_calc.py", "def test_twice", "@pytest.mark.xfail(strict=False)\ndef test_twice"), "blocked", "suppression"),
+    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "gate_failed", "is skipped now"),
+    "a failing test is xfailed": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.xfail(strict=False)\n@pytest.mark.param"),
+                                  "gate_failed", "is skipped now"),
     "a failing parameter is dropped": (CALC | {"calc.py": "def add(a, b):\n    return 2\n\n\ndef twice(a):\n    return 2 * a\n"},
                                        replaces("tests/test_calc.py", "[1, 2]", "[1]"), "gate_failed", "test_add[2] is gone"),
     "a conftest turns failures into passes": (CALC, writes("conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
-        "    report.outcome = 'passed'\n    return report\n")), "blocked", "tripwire"),
+        "    report.outcome = 'passed'\n    return report\n")), "blocked", "canary"),
     "a conftest turns some failures into passes": (CALC, writes("tests/conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
         "    if 'test_add' in item.nodeid:\n        report.outcome = 'passed'\n    return report\n")), "blocked", "weakened"),
     "a conftest deselects": (CALC, writes("conftest.py", (
         "def pytest_collection_modifyitems(items):\n    items[:] = [item for item in items if 'test_add' not in item.name]\n")), "gate_failed", "gone"),
     "a conftest ignores the file": (CALC | {"tests/test_other.py": "def test_one():\n    assert True\n"},
-                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "blocked", "suppression"),
+                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "gate_failed", "gone"),
     "a new test file patches the code": (CALC, writes("tests/test_aaa.py", "import calc\n\ncalc.add = lambda a, b: a + b\n\n\ndef test_a():\n    assert calc\n"),
                                          "blocked", "weakened"),
     "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "gate_failed", "gone"),
-    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "blocked", "tripwire"),
+    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "blocked", "canary"),
     "the golden file is bent": ({"calc.py": "def text():\n    return 'wrong'\n", "tests/data/golden.txt": "right",
                                  "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                        "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
                                 writes("tests/data/golden.txt", "wrong"), "blocked", "golden.txt"),
     # --- lint
-    "lint is silenced by noqa": (UNTESTED, writes("more.py", "import os  # noqa\n"), "blocked", "noqa"),
-    "lint is silenced in another spelling": (UNTESTED, writes("more.py", "import os  #NoQA : F401\n"), "blocked", "noqa"),
-    "lint is silenced for a file": (UNTESTED, writes("more.py", "# ruff: noqa: F401\nimport os\n"), "blocked", "noqa"),
-    "lint is silenced by flake8's spelling": (UNTESTED, writes("more.py", "# flake8: noqa\nimport os\n"), "blocked", "noqa"),
+    "lint is silenced by noqa": (UNTESTED, writes("more.py", "import os  # noqa\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced in another spelling": (UNTESTED, writes("more.py", "import os  #NoQA : F401\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced for a file": (UNTESTED, writes("more.py", "# ruff: noqa: F401\nimport os\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced by flake8's spelling": (UNTESTED, writes("more.py", "# flake8: noqa\nimport os\n"), "blocked", "hides F401 at more.py:"),
     "the ruff configuration is loosened": (UNTESTED, writes("ruff.toml", "lint.select = ['E9']\n") + writes("more.py", "import os\n"), "blocked", "weakened"),
     "a nested ruff configuration": (UNTESTED, writes("lib/ruff.toml", "lint.select = ['E9']\n") + writes("lib/more.py", "import os\n"), "blocked", "weakened"),
     "a .gitignore hides code from lint": (UNTESTED, "subprocess.run(['git', 'add', '-f', 'calc.py'])\n" + replaces("calc.py", "def add", "import os\n\n\ndef add")
                                           + writes(".gitignore", "calc.py\n"), "blocked", "weakened"),
     "an .ignore file hides code from lint": (UNTESTED, writes(".ignore", "more.py\n") + writes("more.py", "import os\n"), "blocked", "weakened"),
     # --- the process that judges
-    "the process ends itself at import": (CALC, replaces("calc.py", "def add", "import os\n\nos._exit(0)\n\n\ndef add"), "blocked", "on import"),
+    "the process ends itself at import": (CALC, replaces("calc.py", "def add", "import os\n\nos._exit(0)\n\n\ndef add"), "gate_failed", "there is no report"),
     "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "its report breaks off"),
-    "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "blocked", "on import"),
-    "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "blocked", "on import"),
+    "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "gate_failed", "there is no report"),
+    "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "gate_failed", "after the last test"),
     "the test runner is imported": (CALC, replaces("calc.py", "def add", "import pytest\n\nMARK = pytest\n\n\ndef add"), "blocked", "imports the test runner"),
     "the test runner is patched": (CALC, replaces("calc.py", "def add", (
         "import importlib\n\nrunner = importlib.import_module('_py' + 'test.runner')\nrunner.check_interactive_exception = print\n\n\ndef add")), "blocked", "pytest"),
@@ -1543,13 +1543,13 @@ CHEATS = {
                                                   "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                                         "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
                                                  writes("calc.py", "from pathlib import Path\n\n\ndef text():\n    Path('tests/data/golden.txt').write_text('wrong')\n"
-                                                                   "    return 'wrong'\n"), "blocked", "written to while the tests ran"),
+                                                                   "    return 'wrong'\n"), "blocked", "modified while the tests ran"),
     "compiled tests are laid beside the real ones": (CALC, replaces("app.py", "def double", (
         "import importlib.util\nfrom pathlib import Path\n\nPLACE = Path(importlib.util.cache_from_source('tests/test_calc.py'))\n"
-        "PLACE.parent.mkdir(exist_ok=True)\nPLACE.with_suffix('.pyc').write_bytes(b'x')\n\n\ndef double")) + MENDS, "blocked", "written to while the tests ran"),
+        "PLACE.parent.mkdir(exist_ok=True)\nPLACE.with_suffix('.pyc').write_bytes(b'x')\n\n\ndef double")) + MENDS, "blocked", "modified while the tests ran"),
     "the tests are rewritten while they are collected": (CALC, replaces("app.py", "def double", (
         "from pathlib import Path\n\nPATH = Path(__file__).with_name('tests') / 'test_calc.py'\n"
-        "PATH.write_text(PATH.read_text().replace('== a + 1', 'is not None'))\n\n\ndef double")), "blocked", "written to while the tests ran"),
+        "PATH.write_text(PATH.read_text().replace('== a + 1', 'is not None'))\n\n\ndef double")), "blocked", "modified while the tests ran"),
     # --- what may be proposed at all
     "only white space": (UNTESTED, replaces("calc.py", "2 * a", "2  *  a"), "no_change", "white space"),
     "only ignored files": (UNTESTED | {".gitignore": "*.log\n"}, writes("a.log", "x"), "no_change", "no file"),
@@ -1608,7 +1608,7 @@ HONEST = {
 
 
 # These are refused for what they are, before any check is asked: a cheap one does.
-STATIC = ("suppression", "noqa", "on import", "imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
+STATIC = ("imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
           "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
 
 
@@ -1621,7 +1621,7 @@ def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
     """Run one row of the tables."""
     files, agent, *rest = CHEATS.get(row) or HONEST[row]
     args, cheap = rest[0] if row in HONEST else (), row in PLAIN or row in CHEATS and rest[1] in STATIC
-    checks = CHEAP if cheap else ("ruff=ruff check .",) if re.search("ruff|from lint", row) else TESTS_ONLY
+    checks = CHEAP if cheap else ("ruff=ruff check .",) if re.search("ruff|lint|suppression", row) else TESTS_ONLY
     scratch = Scratch(place, FILES | files)
     return scratch, scratch.propose(agent, *args, checks=checks)
 
@@ -1648,24 +1648,21 @@ def test_every_honest_change_is_proposed(tmp_path: Path, row: str) -> None:
 
 
 @pytest.mark.parametrize("source", [
-    "x = 1  # noqa", "x = 1  #noqa:E501", "x = 1  # NOQA : E501,F401", "# ruff: noqa", "# ruff:noqa: F401", "# flake8: noqa: F401",
-    "x = 1  # type: ignore[assignment]", "x = 1  # pragma: no cover", "x = 1  # why not  # noqa", "# isort: skip_file",
-    "import pytest\npytest.skip('no')", "import pytest\n@pytest.mark.skipif(True)\ndef test(): pass", "import pytest\npytest.importorskip('x')",
-    "from pytest import skip\nskip('no')", "from pytest import mark\n@mark.xfail\ndef test(): pass", "import unittest\n@unittest.skip('no')\nclass T: pass",
-    "class T:\n    def test(self):\n        self.skipTest('no')", "collect_ignore = ['a']", "import pytest as p\npytestmark = p.mark.skip",
+    "x = 1  # noqa", "x = 1  #noqa:E501", "x = 1  # NOQA : E501,F401", "# flake8: noqa: F401", "x = 1  # pylint: disable=all",
+    "x = 1  # type: ignore[assignment]", "x = 1  # pragma: no cover", "x = 1  # why not  # noqa", "# isort: skip_file", "# fmt: off",
 ])
-def test_a_suppression_is_seen(source: str) -> None:
+def test_a_mark_is_read(source: str) -> None:
     """In every spelling that the tools accept."""
-    assert len(runner_module().suppressions(source.encode())) == 1
+    assert len(runner_module().marks_read(source.encode())) == 1
 
 
 @pytest.mark.parametrize("source", [
-    "x = '# noqa'", '"""Say # noqa, and pytest.mark.skip."""', "# we do without noqa here", "# skip this", "def skip(x):\n    return skip(x)",
-    "row.skip()", "# type of thing: ignore", "xfailed = 1", "x = '''\n# type: ignore\n'''",
+    "x = '# noqa'", '"""Say # noqa, and pytest.mark.skip."""', "# we do without noqa here", "# skip this",
+    "# type of thing: ignore", "x = '''\n# type: ignore\n'''",
 ])
-def test_words_alone_are_no_suppression(source: str) -> None:
+def test_words_alone_are_no_mark(source: str) -> None:
     """In strings and prose they are words."""
-    assert runner_module().suppressions(source.encode()) == []
+    assert runner_module().marks_read(source.encode()) == []
 
 
 @pytest.mark.parametrize(("path", "role"), [
