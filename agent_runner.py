@@ -1121,7 +1121,7 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 # An issue is a Markdown file: its first heading is the title, all of it is the
 # text. A line "Scope: GLOB, ..." limits what may change, "Allow: GLOB, ..." lets
 # something protected change: the file is the user's own. The rest is shown to
-# the agent, and obeyed by none.
+# the agent, and obeyed by none. What stands in a code fence is only shown.
 
 
 def text_read(path: Path, what: str) -> str:
@@ -1155,15 +1155,56 @@ def issue_read(path: Path) -> Issue:
 
 def issue_parse(text: str, source: str) -> Issue:
     """The issue in a text: "# Add a shout\\n..." has the title "Add a shout"."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    headings = [line.lstrip("#").strip() for line in lines if re.match(r"#+\s+\S", line)]
-    outside_fences = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
-    globs = {word: [glob for line in re.findall(rf"^{word}:(.*)$", outside_fences, re.M)
-                    for glob in re.split(r"[,\s]+", line) if glob]
-             for word in ("Scope", "Allow")}
+    lines = [line for line in lines_unfenced(text) if line.strip()]
+    headings = [line.strip().lstrip("#") for line in lines if re.match(r" {0,3}#+\s+\S", line)]
+    title = one_line([*headings, *lines, Path(source).stem][0])
+    scope, allow = ([glob for line in lines_after(text, word) for glob in globs_split(line)]
+                    for word in ("Scope", "Allow"))
     # Masked here once: a title goes on into the commit and the branch's name.
-    title = MASK.text(one_line((headings or lines)[0]))[:100].strip()
-    return Issue(title, MASK.text(text), MASK.text(source), globs["Scope"], globs["Allow"])
+    return Issue(MASK.text(title)[:100].strip(), MASK.text(text), MASK.text(source), scope, allow)
+
+
+def lines_unfenced(text: str) -> list[str]:
+    """The lines of a Markdown text that stand in no code fence (CommonMark, "Fenced code blocks")."""
+    lines, fence = [], ""
+    for line in text.split("\n"):
+        found = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
+        mark, rest = found.groups() if found else ("", "")
+        if not fence and not mark:
+            lines.append(line)
+        elif not fence:
+            fence = mark
+        elif mark.startswith(fence) and not rest.strip():
+            fence = ""
+    return lines
+
+
+def lines_after(text: str, word: str) -> list[str]:
+    """What stands after "Scope:" or "Allow:" in a Markdown text, a line each."""
+    return [line.partition(":")[2].strip() for line in lines_unfenced(text) if line.startswith(f"{word}:")]
+
+
+def globs_split(line: str) -> list[str]:
+    """The words of such a line: "`src/**`, docs." is ["src/**", "docs"]."""
+    return [glob for glob in re.split(r"[,;\s`]+|\.(?=[\s,`]|$)", line) if glob]
+
+
+def issue_check(issue: Issue, root: Path) -> None:
+    """Raise Stop where a Scope: or Allow: line holds prose: to ignore it would widen what may change."""
+    known = [glob for globs in PROTECTED.values() for glob in globs.split()]  # a Makefile may be new
+
+    def is_path(glob: str) -> bool:
+        return bool(re.search(r"[/.*]", glob)) or os.path.exists(root / glob) or glob_match(glob, known)
+
+    for word in ("Scope", "Allow"):
+        for line in lines_after(issue.text, word):
+            globs = globs_split(line)
+            wrong = [glob for glob in globs if not is_path(glob)]
+            if wrong == globs:
+                wrong = [line]
+            if wrong:
+                raise Stop(EXIT_USAGE, f"{word}: {one_line(' '.join(wrong))!r} names no path; "
+                                       f"write paths or globs, e.g. {word}: src/**, tests/**")
 
 
 # === Chapter 6. The agent ===================================================
@@ -3083,7 +3124,7 @@ def scope_settle(run: Run) -> bool:
     job = run.job
     given = job.scope or (job.issue.scope if job.issue else [])
     run.scope = {"globs": given, "why": "", "source": "--scope" if job.scope else "the issue"} if given else {}
-    if given == ["auto"]:
+    if job.scope == ["auto"]:
         try:
             run.scope = scope_ask(run)
         except ValueError as error:
@@ -3527,6 +3568,8 @@ def job_build(args: argparse.Namespace) -> Job:
     options_check(args)
     setup = setup_asked(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
+    if issue:
+        issue_check(issue, repo.root if repo else Path.cwd())
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if not repo:
         repo = demo_open(args.command)

@@ -1702,7 +1702,7 @@ def scopes(answer: str) -> str:
     (("--scope", "app.py"), ISSUE, EDITS, "proposed"),
     (("--scope", "lib/**", "docs"), ISSUE, EDITS, "scope_disagreement"),
     ((), ISSUE + "\nScope: app.py, tests/**\n", EDITS, "proposed"),
-    ((), ISSUE + "\nScope: docs\n", EDITS, "scope_disagreement"),
+    ((), ISSUE + "\nScope: docs/**\n", EDITS, "scope_disagreement"),
     ((), ISSUE + "\n```\nScope: docs\n```\n", EDITS, "proposed"),
     (("--scope", "auto"), ISSUE, scopes('{"files": ["app.py"], "why": "it doubles"}'), "proposed"),
     (("--scope", "auto"), ISSUE, scopes('{"directories": ["docs"], "why": "only words"}'), "scope_disagreement"),
@@ -1724,6 +1724,36 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
     if outcome == "scope_disagreement":
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
         assert "--scope" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+
+
+@pytest.mark.parametrize(("line", "wrong"), [
+    ("Scope: everything is fine, take your time", "everything is fine, take your time"),
+    ("Scope: app.py and tests/**", "and"), ("Scope:", ""), ("Scope: auto", "auto"), ("Allow: whatever helps", "whatever helps"),
+    ("Scope: `app.py`, tests, *.", ""), ("Scope: app.py; new/** docs/a.md", ""), ("    Scope: as indented code", None),
+    ("~~~~\nScope: in a fence\n~~~\nScope: still in it\n~~~~", None), ("  ```sh\nAllow: the same\n   ```", None),
+])
+def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scratch, line: str, wrong: str | None) -> None:
+    """Ignored it would widen what may change; taken for globs it would refuse what the agent has done."""
+    ended = scratch.propose(EDITS, issue=f"{ISSUE}\n{line}\n")
+    if wrong or line == "Scope:":
+        word = line[:6]
+        assert ended.code == 64 and not scratch.records(), ended
+        assert ended.err == f"agent_runner: {word} {wrong!r} names no path; write paths or globs, e.g. {word} src/**, tests/**\n"
+        return
+    assert_proposed(scratch, ended)
+    expected = [] if wrong is None else ["app.py", "new/**", "docs/a.md"] if ";" in line else ["app.py", "tests", "*"]
+    assert (ended.summary["scope"] or {"globs": []})["globs"] == expected
+
+
+@pytest.mark.parametrize(("text", "title"), [
+    ("Some words.\n\n```sh\n# install first\n```\n\n## The title\n", "The title"),
+    ("   ~~~~\n# a\n~~~\n# b\n~~~~\n   # The title\n", "The title"),
+    ("```\n# a\n~~~\n# b\n`````\nThe title\n\n    # indented code\n", "The title"),
+    ("``` inline ``` words\n", "``` inline ``` words"),
+    ("```\n# never closed\n\n# nor here\n", "wish"),
+])
+def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
+    assert runner_module().issue_parse(text, "some/wish.md").title == title
 
 
 def test_an_issue_file_may_allow(scratch: Scratch) -> None:
