@@ -256,10 +256,16 @@ class Run:
     next: list[str] = field(default_factory=list)
 
 
+LETTERS = str.maketrans({  # those that lose more than an accent in ASCII
+    "ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "æ": "ae", "ø": "oe", "œ": "oe", "ł": "l", "đ": "d", "ð": "d",
+    "þ": "th", "ı": "i"})
+
+
 def words_slug(text: str) -> str:
-    """The part of a branch name that text gives: "Fix: empty name!" -> "fix-empty-name"."""
+    """The part of a branch name that text gives: "Fix: empty Größe!" -> "fix-empty-groesse"."""
     # Letters and digits only: a title comes from outside, and git gets it.
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    text = unicodedata.normalize("NFC", text.lower()).translate(LETTERS)
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return "-".join(re.findall(r"[a-z0-9]+", plain))[:50].strip("-")
 
 

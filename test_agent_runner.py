@@ -622,14 +622,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
 def test_the_commit(shared):
     scratch, ended = shared
     commit = assert_proposed(scratch, ended, "4\t0\tapp.py\n5\t0\ttests/test_triple.py")
-    assert ended.summary["branch"] == "agent/give-a-triple-too-ao"
+    assert ended.summary["branch"] == "agent/give-a-triple-too-aeoe"
     message = scratch.git("log", "-1", "--format=%B", commit).strip()
     assert message == f"Give a `triple`, too: ÄÖ!\n\nAgent-Run: {ended.summary['run_id']}\nIssue: wish.md"
 
 
 def test_the_words_on_the_screen(shared):
     _, ended = shared
-    assert ended.out.startswith("proposed: agent/give-a-triple-too-ao")
+    assert ended.out.startswith("proposed: agent/give-a-triple-too-aeoe")
     for words in ("git diff", "git push -u origin agent/", "gh pr create --draft", "git branch -D agent/"):
         assert words in ended.out, words
     assert "It has not been pushed. It will not be merged by this program." in ended.out
@@ -1754,6 +1754,14 @@ def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scrat
 ])
 def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
     assert runner_module().issue_parse(text, "some/wish.md").title == title
+
+
+@pytest.mark.parametrize(("title", "slug"), [
+    ("Größe: ÄÖÜ!", "groesse-aeoeue"), ("Gro\u0308\u00dfe", "groesse"), ("STRAẞE", "strasse"), ("Café déjà", "cafe-deja"),
+    ("Ærø, œuvre, Łódź, Đà, Þór, ð", "aeroe-oeuvre-lodz-da-thor-d"), ("日本", ""), ("ﬁne ½", "fine-12"),
+])
+def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> None:
+    assert runner_module().words_slug(title) == slug
 
 
 def test_an_issue_file_may_allow(scratch: Scratch) -> None:
