@@ -1130,6 +1130,11 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 # the agent, and obeyed by none. What stands in a code fence is only shown.
 
 
+DOCUMENTS = {  # what people write in, and hand over in place of its text; known by its first bytes
+    b"%PDF-": "a PDF", b"PK\3\4": "a Word or zip file", b"\xd0\xcf\x11\xe0": "a Word file",
+    b"{\\rtf": "an RTF file"}
+
+
 def text_read(path: Path, what: str) -> str:
     """The text of a file that the user named; raises Stop with the reason where it cannot be used."""
     try:
@@ -1141,6 +1146,9 @@ def text_read(path: Path, what: str) -> str:
         raise Stop(EXIT_USAGE, f"{what} {path} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         raise Stop(EXIT_USAGE, f"{what} {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    for start, kind in DOCUMENTS.items():
+        if data.startswith(start):
+            raise Stop(EXIT_USAGE, f"{what} {path} is {kind}; save its text as Markdown (UTF-8)")
     if len(data) > TEXT_LIMIT:
         raise Stop(EXIT_USAGE, f"{what} {path} is larger than {TEXT_LIMIT} bytes; shorten it")
     if b"\0" in data:

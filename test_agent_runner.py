@@ -1268,6 +1268,9 @@ def no_commit(scratch: Scratch) -> Path:
     pytest.param(("issue-to-pr", "x" * 5000), {}, None, 64, "xxx", id="issue with an endless name"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b" \n"), 64, "empty", id="issue empty"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b"# A\n\0\1"), 64, "binary", id="issue binary"),
+    *[pytest.param(ISSUE_ARGS, {}, issue_bytes(data), 64, f"issue.md is {kind}; save its text as Markdown (UTF-8)", id=kind)
+      for data, kind in ((b"%PDF-1.7\n" + bytes(2_000_000), "a PDF"), (b"PK\3\4\x14\0", "a Word or zip file"),
+                         (b"\xd0\xcf\x11\xe0\xa1", "a Word file"), (rb"{\rtf1 words}", "an RTF file"))],
     pytest.param(ISSUE_ARGS, {}, issue_bytes("# Größe\n".encode("latin-1")), 64, "UTF-8", id="issue not UTF-8"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b"# A\n" * 400_000), 64, "larger", id="issue too large"),
     pytest.param((), {}, None, 64, "COMMAND", id="no subcommand"),
