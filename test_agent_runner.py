@@ -693,6 +693,18 @@ def test_the_brief(scratch):
         assert words in outside, words
 
 
+def test_the_findings_of_a_brief_open_with_the_counts(tmp_path):
+    """Of the newest verdict: the base's, then that on what was red; a refusal has none."""
+    more = "\n\ndef test_zero():\n    assert double(0) == 0\n"
+    scratch = Scratch(tmp_path, FILES | {"app.py": f"import os\n{APP_WRONG}", "tests/test_app.py": TESTS + more})
+    agent = in_turn(writes("app.py", "def double(x):\n    return 7\n"), writes("Makefile", "all:\n"), "Path('Makefile').unlink()\n" + writes("app.py", APP))
+    ended = scratch.heal(agent, "--fix-attempts", "3", checks=REAL)
+    assert ended.results == ["red", "blocked", "green"], ended
+    opening = [re.search(r"## What is wrong now\n.*\n=== \w+ ===\n(.*)", ended.text(f"brief-{number}.md"))[1] for number in (1, 2, 3)]
+    assert opening[:2] == ["ruff: 1 finding; pytest: 1 failed, 1 passed", "ruff: no findings; pytest: 1 failed"]
+    assert opening[2].startswith("refused, protected: Makefile")
+
+
 @pytest.mark.parametrize("door", ["stdin", "file"])
 def test_a_brief_of_200_kilobytes_arrives_whole(scratch, door):
     """By file, standard input is empty and at its end: some agents wait for ever on a silent pipe."""
@@ -843,6 +855,7 @@ def test_fix_attempts_heal_a_red_first_attempt(scratch):
     ended = scratch.propose(agent, "--fix-attempts", "1", checks=UNIT)
     assert_proposed(scratch, ended, "1\t0\tapp.py")
     assert ended.results == ["red", "green"]
+    assert re.search(r"^=== \w+ ===\nunit: exit 1\n\nunit: ", ended.text("brief-2.md"), re.M)
     assert "AssertionError" in ended.text("brief-2.md") and "AssertionError" not in ended.text("brief-1.md")
     assert "attempt 1, which changed app.py" in ended.text("brief-2.md")
 
