@@ -279,6 +279,12 @@ def path_shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def words_first(words: Sequence[str], most: int = 5) -> str:
+    """The first of some words, and how many there are besides: "a, b and 3 more"."""
+    rest = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + rest
+
+
 def words_clip(text: str, limit: int) -> str:
     """The text, its middle replaced by a count where it is longer than `limit` characters."""
     if len(text) <= limit:
@@ -1288,6 +1294,15 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
     return job.sandbox.run(argv, reach, env=agent_environ(os.environ), seconds=job.agent_seconds,
                            idle=job.idle_seconds, log=run.folder / f"agent-{label}.log",
                            stdin=None if asks_file else shown[0])
+
+
+def call_reason(job: Job, exit_code: int | None, seconds: float) -> str:
+    """Why a call of the agent came to nothing: its exit code, or the limit and the option that sets it."""
+    if exit_code is not None:
+        return f"the agent's command ended with exit {exit_code}"
+    if job.agent_seconds and seconds >= job.agent_seconds:
+        return f"the agent ran past its limit of {job.agent_seconds:g} s (--timeout, AGENT_TIMEOUT)"
+    return f"the agent printed nothing for {job.idle_seconds:g} s (--idle-timeout)"
 
 
 def brief_text(run: Run, attempt: Attempt, place: Path) -> str:
@@ -3178,7 +3193,8 @@ def scope_ask(run: Run) -> dict[str, Any]:
             said["result"] = "no answer"
             ran = agent_call(run, "scope", workspace.checkout, f"{SCOPE_BRIEF}{fence}\n{wanted}\n{fence}\n")
             if ran.exit != 0:
-                raise ValueError(f"the agent did not answer with a scope (exit {ran.exit})")
+                why = call_reason(run.job, ran.exit, ran.seconds)
+                raise ValueError(f"there is no scope: {why}")
             scope = scope_read(workspace.checkout.place)
             said["result"] = ", ".join(scope["globs"])
             return scope
@@ -3246,10 +3262,12 @@ DECISIONS = {  # the one decision that a handoff asks for
     "no_change": "does the issue say enough to act on, and may the agent edit files (see its log)?",
     "blocked": "is the refused part wanted? If so, --allow it (or `Allow:` in the issue); if not, try again.",
     "scope_disagreement": "does the task need these files? If so, add them with --scope (or `Scope:` in the issue).",
-    "gave_up": "mend it by hand from the newest findings, or give the agent more room with --fix-attempts.",
+    "gave_up": "fix it by hand from the newest findings, or give the agent more attempts with --fix-attempts.",
+    "stalled": "fix it by hand from the newest findings, or change what the agent reads (the issue, AGENTS.md): "
+               "without that one more call would do the same.",
     "flaky": "find out why the same files are red and green; until then no verdict on a change can be trusted.",
-    "agent_failed": "make the agent's command work (its log says why it failed), then run this again.",
-    "agent_timed_out": "allow more time with --timeout, or make the task smaller.",
+    "agent_failed": "make the agent's command work (see its last lines and its log), then run this again.",
+    "agent_timed_out": "give the agent more time with the option that is named above, or make the task smaller.",
     "interrupted": "run it again, or go on by hand from diff.patch.",
 }
 
@@ -3361,6 +3379,11 @@ def record_write(run: Run) -> None:
 
 def record_finish(run: Run) -> None:
     """Write what a person reads, the proposal or the handoff, and close the record."""
+    last = run.attempts[-1] if run.attempts else None
+    if last and not last.changed and run.tree not in ("", run.base.tree):  # it was ended before it was judged
+        last.changed = [change.path for change in tree_changes(run.job.repo, run.base.tree, run.tree)]
+    if run.outcome in ("agent_failed", "agent_timed_out"):
+        run.findings = call_findings(run)
     run.next = next_commands(run)
     if run.outcome == "proposed":
         file_write(run.folder / "proposal.md", proposal_text(run))
@@ -3401,6 +3424,34 @@ def next_commands(run: Run) -> list[str]:
     return commands
 
 
+def call_findings(run: Run) -> list[str]:
+    """The findings where the agent's call failed: why, what had changed by then, its last lines, its log."""
+    last = run.attempts[-1] if run.attempts else Attempt(0, 0)
+    log = run.folder / f"agent-{last.number or 'scope'}.log"
+    lines = [distill_cut(line) for line in log_read(log)[-9000:].strip().splitlines()[-10:]]
+    output = "\n".join([f"its last lines (all of it: {path_shown(log)}):", *(lines or ["(none)"])])
+    if last.agent_exit == 0:  # it ended well, and left what cannot be used
+        return [*run.findings, output]
+    changed = words_first(last.changed) or "nothing"
+    return [f"{outcome_words(run)}; by then it had changed {changed}\n{output}", *run.findings]
+
+
+def is_without_progress(run: Run) -> bool:
+    """Whether a run ended because an attempt left the files as it found them."""
+    return run.outcome in ("gave_up", "gate_failed") and bool(run.attempts) and is_stalled(run)
+
+
+def outcome_words(run: Run) -> str:
+    """What the outcome means, with what is known of this run."""
+    last = run.attempts[-1] if run.attempts else None
+    if last and is_without_progress(run):
+        before = f"left the same files as attempt {last.number - 1}" if last.number > 1 else "changed nothing"
+        return f"the agent made no progress: attempt {last.number} {before}"
+    if last and run.outcome in ("agent_failed", "agent_timed_out") and last.agent_exit != 0:
+        return call_reason(run.job, last.agent_exit, last.agent_seconds)
+    return OUTCOMES[run.outcome][1]
+
+
 def evidence_lines(run: Run) -> list[str]:
     """What the gate saw, a line a check, before and after."""
     lines = []
@@ -3437,14 +3488,15 @@ def handoff_text(run: Run) -> str:
     tried = [f"- attempt {a.number}: {a.result or 'not finished'}; changed {', '.join(a.changed) or 'nothing'}"
              for a in run.attempts]
     found = "\n\n".join(run.findings) or "(no findings)"
+    decision = DECISIONS["stalled" if is_without_progress(run) else run.outcome]
     return "\n\n".join([
-        f"# {run.outcome}: {OUTCOMES[run.outcome][1]}",
+        f"# {run.outcome}: {outcome_words(run)}",
         f"Run {run.run_id}, {run.job.command}" + (f", issue {run.job.issue.source}" if run.job.issue else ""),
         *([f"## The scope\n{', '.join(run.scope['globs'])} (from {run.scope['source']}) {run.scope['why']}"]
           if run.scope else []),
         "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{words_clip(found, FINDINGS_LIMIT)}\n~~~~",
         "## What was tried\n" + ("\n".join(tried) or "- no agent was called"),
-        f"## The decision needed\nDecide: {DECISIONS[run.outcome]}",
+        f"## The decision needed\nDecide: {decision}",
         "## Next\n" + "\n".join(f"    {command}" for command in run.next or ["(nothing was changed)"]),
     ]) + "\n"
 
@@ -3452,7 +3504,7 @@ def handoff_text(run: Run) -> str:
 def result_text(run: Run) -> str:
     """The result for stdout: the outcome, and the commands for a human."""
     dry = "; dry run, so no branch was made" if run.job.dry_run else ""
-    lines = [f"{run.outcome}: {OUTCOMES[run.outcome][1]}{dry}"]
+    lines = [f"{run.outcome}: {outcome_words(run)}{dry}"]
     if run.outcome == "proposed":
         if run.branch:
             attempts = f"{len(run.attempts)} attempt{'s' * (len(run.attempts) > 1)}"
@@ -3461,6 +3513,8 @@ def result_text(run: Run) -> str:
                   *(f"! {line}" for line in run.look_first)]
     names = ("look", "push", "pull request", "discard") if run.branch else ("use it", "or widen")
     lines += [f"  {name:<13} {command}" for name, command in zip(names, run.next)]
+    pages = [run.folder / name for name in ("proposal.md", "handoff.md") if (run.folder / name).exists()]
+    lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
     lines.append(f"  {'record':<13} {path_shown(run.folder)}")
     if run.outcome == "proposed":
         lines.append("It has not been pushed. It will not be merged by this program.")
@@ -3632,8 +3686,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         if globs:
             CONSOLE.say(f"the issue itself says {word}: {', '.join(globs)}")
     if base.left_out:
-        CONSOLE.say(f"left out, not part of the base: {', '.join(base.left_out[:5])}"
-                    + (f" and {len(base.left_out) - 5} more" if len(base.left_out) > 5 else ""))
+        CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
     try:
         run.outcome = blueprint(run)
         record_finish(run)
@@ -3673,11 +3726,12 @@ def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
 
 def result_show(run: Run, as_json: bool) -> int:
     """Print the result on stdout, or the summary there and the result with the story; the exit code."""
-    if run.outcome in ("blocked", "scope_disagreement", "no_change", "agent_failed", "agent_timed_out"):
-        said = log_read(run.folder / f"agent-{len(run.attempts) or 'scope'}.log").strip()
+    if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
+        said = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
         CONSOLE.group("the agent's last words", words_clip(said[-1000:] or "(none)", 1000))
+    if run.outcome in ("no_change", "agent_failed"):
         withheld = sorted(name for name in os.environ.keys() - agent_environ(os.environ).keys() if name[:4] != "GIT_")
-        if withheld and run.outcome in ("no_change", "agent_failed"):
+        if withheld:
             CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
     if run.findings and run.outcome not in ("proposed", "nothing_to_heal"):
         CONSOLE.group("findings", words_clip("\n".join(run.findings), 3000))

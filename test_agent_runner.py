@@ -789,10 +789,32 @@ def test_how_a_run_ends(scratch, agent, code, outcome, said):
     assert said in ended.out + ended.err
     assert not scratch.proposals() and ended.summary["branch"] is ended.summary["commit"] is None
     assert f"# {outcome}" in ended.text("handoff.md") and "Decide:" in ended.text("handoff.md")
+    assert f"  handoff       {os.path.relpath(ended.folder, scratch.root)}/handoff.md\n" in ended.out
     if outcome == "no_change":
         assert not ended.has("diff.patch")
     else:
         assert_patch_applies(scratch, ended)
+
+
+def test_an_agent_that_fails_says_why_on_the_screen_and_in_the_handoff(scratch):
+    """Its exit code, its last lines and its log; what an earlier attempt got wrong comes after that."""
+    lines = "".join(f"print('line {number}')\n" for number in range(12))
+    ended = scratch.propose(in_turn(writes("app.py", APP_WRONG), f"{lines}sys.exit('Invalid \x1b[1mAPI key')"), "--fix-attempts", "1", checks=UNIT)
+    assert ended.outcome == "agent_failed" and ended.out.startswith("agent_failed: the agent's command ended with exit 1\n"), ended
+    why = ("the agent's command ended with exit 1; by then it had changed app.py\n"
+           f"its last lines (all of it: .agent-runs/{ended.summary['run_id']}/agent-2.log):\nline 3\n")
+    for text in (ended.err, ended.text("handoff.md"), ended.findings):
+        assert why in text and "line 11\nInvalid API key\n" in text and text.index("Invalid") < text.index("AssertionError"), text
+    assert "line 2\n" not in ended.text("handoff.md")
+
+
+@pytest.mark.parametrize("agent", ["print('Invalid API key')\nsys.exit(1)", "print('thinking', flush=True)\n" + SLEEPS])
+def test_a_scoping_agent_that_fails_says_why(scratch, agent):
+    ended = scratch.propose(agent, "--scope", "auto", "--idle-timeout", "1")
+    assert (ended.code, ended.outcome, ended.summary["attempts"]) == (4, "agent_failed", []), ended
+    why = "the agent printed nothing for 1 s (--idle-timeout)" if "think" in agent else "the agent's command ended with exit 1"
+    assert f"there is no scope: {why}\n" in ended.err and "agent-scope.log):\n" in ended.text("handoff.md")
+    assert ("thinking" if "think" in agent else "Invalid API key") in ended.text("handoff.md")
 
 
 def test_a_refused_change_of_every_kind_is_kept(scratch):
@@ -835,6 +857,10 @@ def test_an_agent_that_runs_out_of_time(scratch):
     assert (ended.code, ended.outcome) == (4, "agent_timed_out"), ended
     assert ended.summary["attempts"][0]["agent_exit"] is None
     assert "working" in ended.text("agent-1.log")
+    assert ended.summary["attempts"][0]["changed"] == ["app.py"] and "attempt 1: agent_timed_out; changed app.py" in ended.text("handoff.md")
+    why = "the agent ran past its limit of 2 s (--timeout, AGENT_TIMEOUT)"
+    assert f"agent_timed_out: {why}\n" in ended.out and f"# agent_timed_out: {why}\n" in ended.text("handoff.md")
+    assert f"{why}; by then it had changed app.py\nits last lines (all of it: .agent-runs/" in ended.err
     assert_patch_applies(scratch, ended)
     wait_for(lambda: process_gone(int(scratch.said("child"))), "the end of the agent's child", 10)
 
@@ -1947,6 +1973,7 @@ def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
     """Where its silence is limited; one that talks may take its time."""
     ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
     assert (ended.code, ended.outcome) == (4, "agent_timed_out") and ended.text("agent-1.log").count(".") == 8, ended
+    assert "agent_timed_out: the agent printed nothing for 1 s (--idle-timeout)\n" in ended.out
     assert_patch_applies(scratch, ended)
 
 
@@ -2656,6 +2683,14 @@ def test_a_run_without_progress_ends_early(red: Scratch, agents: list[str], resu
     ended = red.heal(in_turn(*agents), "--fix-attempts", "5")
     assert (ended.outcome, ended.results) == ("gave_up", results), ended
     assert not (red.out / "called").exists()
+    why = f"the agent made no progress: {'attempt 2 left the same files as attempt 1' if results[1:] else 'attempt 1 changed nothing'}"
+    assert f"gave_up: {why}\n" in ended.out and f"# gave_up: {why}\n" in ended.text("handoff.md")
+    assert "--fix-attempts" not in ended.out + ended.text("handoff.md") and "used up" not in ended.out
+
+
+def test_the_last_attempt_is_no_lack_of_progress(red: Scratch) -> None:
+    ended = red.heal(writes("app.py", APP_WRONG + "# 1\n"), "--fix-attempts", "1")
+    assert "gave_up: the repair attempts are used up" in ended.out and "more attempts with --fix-attempts" in ended.text("handoff.md"), ended
 
 
 def test_what_was_red_is_asked_first(tmp_path: Path) -> None:
