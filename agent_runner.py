@@ -253,7 +253,7 @@ class Run:
     outcome: str = ""
     error: str = ""
     places: list[str] = field(default_factory=list)  # its private directories
-    next: list[str] = field(default_factory=list)
+    next: list[tuple[str, str]] = field(default_factory=list)  # what a human may do: a word, a command
 
 
 LETTERS = str.maketrans({  # those that lose more than an accent in ASCII
@@ -3368,7 +3368,8 @@ def record_facts(run: Run) -> dict[str, Any]:
         "attempts": [asdict(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
         "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
-        "violations": run.violations, "look_first": run.look_first, "places": run.places, "next": run.next,
+        "violations": run.violations, "look_first": run.look_first, "places": run.places,
+        "next": [command for _, command in run.next],
     }
 
 
@@ -3404,24 +3405,39 @@ def record_abandon(run: Run, error: BaseException | None) -> None:
         CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
 
 
-def next_commands(run: Run) -> list[str]:
-    """What a human may do now, as commands to paste."""
-    job, folder = run.job, shlex.quote(path_shown(run.folder))
-    git_here = "git" if Path.cwd().is_relative_to(job.repo.root) else f"git -C {shlex.quote(str(job.repo.root))}"
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """What a human may do now, in this order: a word for it, and the command to paste."""
+    job, patch, root = run.job, run.folder / "diff.patch", shlex.quote(str(run.job.repo.root))
+    git_here = "git" if Path.cwd().is_relative_to(job.repo.root) else f"git -C {root}"
     if run.branch:
-        remotes = git(job.repo, "remote").split()
-        remote = "origin" if "origin" in remotes or not remotes else remotes[0]
-        title = job.issue.title if job.issue else HEAL_TITLE
-        return [f"{git_here} diff {run.base.commit[:12]} {run.branch}", f"{git_here} push -u {remote} {run.branch}",
-                f"gh pr create --draft --head {run.branch} --title {shlex.quote(title)} "
-                f"--body-file {folder}/proposal.md",
-                f"{git_here} branch -D {run.branch}"]
-    patch = run.folder / "diff.patch"
-    commands = [f"{git_here} apply {shlex.quote(str(patch))}"] if patch.exists() else []
+        return [("look", f"{git_here} diff {run.base.commit[:12]} {run.branch}"), *publish_commands(run, git_here),
+                ("discard", f"{git_here} branch -D {run.branch}")]
+    commands = []
+    if patch.exists():
+        commands.append(("look", f"less {shlex.quote(path_shown(patch))}"))
     if run.outcome == "scope_disagreement":
         wider = {*run.scope["globs"], *(violation["path"] for violation in run.violations)}
-        commands.append(f"agent_runner.py {job.command} ... --scope {shlex.join(sorted(wider))}")
+        scope = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted(wider))
+        commands.append(("widen", f"agent_runner.py {job.command} ... {scope}"))
+    if patch.exists():
+        # From the top: below it `git apply` leaves out what lies elsewhere, without a word.
+        top = "git" if Path.cwd() == job.repo.root else f"git -C {root}"
+        commands.append(("use it", f"{top} apply {shlex.quote(str(patch))}"))
     return commands
+
+
+def publish_commands(run: Run, git_here: str) -> list[tuple[str, str]]:
+    """How a proposal goes on from its branch: to a remote, or where there is none into the current branch."""
+    remotes = git(run.job.repo, "remote").split()
+    if not remotes:
+        return [("take it over", f"{git_here} merge {run.branch}"),
+                ("no remote yet", f"{git_here} remote add NAME URL && {git_here} push -u NAME {run.branch}")]
+    remote = "origin" if "origin" in remotes else remotes[0]
+    title = run.job.issue.title if run.job.issue else HEAL_TITLE
+    page = shlex.quote(f"{path_shown(run.folder)}/proposal.md")
+    return [("push", f"{git_here} push -u {remote} {run.branch}"),
+            ("pull request", f"gh pr create --draft --head {run.branch} --title {shlex.quote(title)} "
+                             f"--body-file {page}")]
 
 
 def call_findings(run: Run) -> list[str]:
@@ -3489,6 +3505,7 @@ def handoff_text(run: Run) -> str:
              for a in run.attempts]
     found = "\n\n".join(run.findings) or "(no findings)"
     decision = DECISIONS["stalled" if is_without_progress(run) else run.outcome]
+    commands = [f"    {command}  # {word}" for word, command in run.next]
     return "\n\n".join([
         f"# {run.outcome}: {outcome_words(run)}",
         f"Run {run.run_id}, {run.job.command}" + (f", issue {run.job.issue.source}" if run.job.issue else ""),
@@ -3497,7 +3514,7 @@ def handoff_text(run: Run) -> str:
         "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{words_clip(found, FINDINGS_LIMIT)}\n~~~~",
         "## What was tried\n" + ("\n".join(tried) or "- no agent was called"),
         f"## The decision needed\nDecide: {decision}",
-        "## Next\n" + "\n".join(f"    {command}" for command in run.next or ["(nothing was changed)"]),
+        "## Next\n" + ("\n".join(commands) or "    (nothing was changed)"),
     ]) + "\n"
 
 
@@ -3511,8 +3528,7 @@ def result_text(run: Run) -> str:
             lines[0] = f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"
         lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run),
                   *(f"! {line}" for line in run.look_first)]
-    names = ("look", "push", "pull request", "discard") if run.branch else ("use it", "or widen")
-    lines += [f"  {name:<13} {command}" for name, command in zip(names, run.next)]
+    lines += [f"  {word:<13} {command}" for word, command in run.next]
     pages = [run.folder / name for name in ("proposal.md", "handoff.md") if (run.folder / name).exists()]
     lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
     lines.append(f"  {'record':<13} {path_shown(run.folder)}")
@@ -3614,13 +3630,17 @@ def environ_seconds(name: str, default: float) -> float:
 
 
 def issue_asked(args: argparse.Namespace) -> Issue | None:
-    """The issue that is asked for; a simulated run has one of its own where the file is missing."""
+    """The issue that is asked for; a simulated run plays its own, and only checks a file that is there."""
     if args.command != "issue-to-pr":
         return None
-    if args.simulate and not args.issue.exists():
-        CONSOLE.say(f"no issue file {args.issue}: the built-in demo issue serves")
-        return issue_parse(DEMO_ISSUE, str(args.issue))
-    return issue_read(args.issue)
+    if not args.simulate:
+        return issue_read(args.issue)
+    issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
+    if there:
+        issue_check(issue_read(args.issue), Path.cwd())
+    yours = f"{args.issue} was only checked" if there else f"there is no {args.issue}"
+    CONSOLE.say(f"simulated: the agent plays the built-in issue {issue.title!r}; {yours}")
+    return issue
 
 
 def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
@@ -3655,8 +3675,8 @@ def job_build(args: argparse.Namespace) -> Job:
     options_check(args)
     setup = setup_asked(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
-    if issue:
-        issue_check(issue, repo.root if repo else Path.cwd())
+    if issue and repo:
+        issue_check(issue, repo.root)
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if not repo:
         repo = demo_open(args.command)

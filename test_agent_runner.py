@@ -453,7 +453,7 @@ def test_the_simulator_in_an_empty_directory(tmp_path, command, variant, code, o
     assert f"the demo repository is {ended.summary['repository']}" in ended.err
     assert os.listdir(empty) == ["agent_runner.py"]
     if issue:
-        assert "the built-in demo issue serves" in ended.err
+        assert "simulated: the agent plays the built-in issue 'Add a shout to the greeting'; there is no no-such-issue.md\n" in ended.err
 
 
 @pytest.mark.parametrize(("command", "variant", "code"), [("issue-to-pr", "good", 0), ("self-heal", "good", 0)])
@@ -464,7 +464,31 @@ def test_the_simulator_in_a_red_and_dirty_repository_touches_nothing(red, comman
     issue = [red.issue()] if command == "issue-to-pr" else []
     ended = red.run(command, *issue, "--simulate", variant)
     assert ended.code == code, ended
+    assert "gh pr" not in ended.out and "origin" not in ended.out
+    if issue:  # theirs is read to check it, no more
+        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
+        assert ended.summary["title"] == "Add a shout to the greeting" and ended.summary["branch"] == "agent/add-a-shout-to-the-greeting"
     assert not (red.root / ".agent-runs").exists() and not red.proposals()
+
+
+@pytest.mark.parametrize(("text", "said"), [(b"\xff", "not UTF-8"), (b"", "is empty"), (b"# A\nScope: all of it\n", "Scope: 'all of it' names no path")])
+def test_a_bad_issue_is_pointed_out_by_a_simulated_run_too(scratch, text, said):
+    ended = scratch.run("issue-to-pr", scratch.issue(text), "--simulate", "good")
+    assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1 and ended.out == "", ended
+
+
+def test_a_demo_can_be_taken_over_and_pushed(scratch):
+    """There is no remote: so the lines say how to go on without one, and with one."""
+    ended = scratch.run("self-heal", "--simulate", "good")
+    commands = dict(re.findall(r"^  (\w.{12}) (git .*)$", ended.out, re.M))
+    assert [word.strip() for word in commands] == ["look", "take it over", "no remote yet", "discard"], ended
+    demo = ended.summary["repository"]
+    subprocess.run(["sh", "-ec", commands["take it over "]], cwd=scratch.place, env=scratch.env, check=True, capture_output=True)
+    assert "Hello, {name}." in Path(demo, "greeting.py").read_text()
+    scratch.git("init", "--quiet", "--bare", str(scratch.place / "remote"))
+    push = commands["no remote yet"].replace("NAME", "home").replace("URL", str(scratch.place / "remote"))
+    subprocess.run(["sh", "-ec", push], cwd=scratch.place, env=scratch.env, check=True, capture_output=True)
+    assert scratch.git("branch", "--list", "agent/*", cwd=scratch.place / "remote").strip() == "agent/self-heal"
 
 
 # === A proposal: from every place that a user may stand in ==================
@@ -615,6 +639,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
     scratch = Scratch(tmp_path_factory.mktemp("shared"))
     scratch.write({"wish.md": "# Give a `triple`, too: ÄÖ!\n\nAs double does.\n"})
     scratch.write({"agent_runner.py": "junk(", "notes.txt": "mine\n"})
+    scratch.git("remote", "add", "origin", "../no-such-place")
     agent = writes("app.py", APP_TRIPLE) + writes("tests/test_triple.py", TESTS_TRIPLE)
     return scratch, scratch.run("issue-to-pr", "wish.md", agent=agent + "print('a word from the agent')")
 
@@ -836,6 +861,14 @@ sys.exit(3)
     assert_patch_applies(scratch, ended)
     for words in ("GIT binary patch", "deleted file", "new mode 100755", "new file mode 120000"):
         assert words in ended.text("diff.patch"), words
+
+
+def test_a_refused_change_can_be_applied_from_a_folder_below(scratch):
+    """There `git apply` alone would leave app.py as it is, and say nothing."""
+    ended = scratch.propose(writes("app.py", APP_WRONG), checks=UNIT, cwd=scratch.root / "tests")
+    apply = ended.summary["next"][-1]
+    subprocess.run(["sh", "-ec", apply], cwd=scratch.root / "tests", env=scratch.env, check=True)
+    assert "apply" in apply and (scratch.root / "app.py").read_text() == APP_WRONG
 
 
 @needs_linux
@@ -1192,6 +1225,8 @@ def test_how_healing_ends(red, agents, code, outcome, results):
         page = ended.text("handoff.md")
         for words in ("# gave_up", "AssertionError", "attempt 1: red", "attempt 2: red", "Decide:", "git apply"):
             assert words in page, words
+        patch = f".agent-runs/{ended.summary['run_id']}/diff.patch"
+        assert page.endswith(f"## Next\n    less {patch}  # look\n    git apply {red.root}/{patch}  # use it\n")
         assert_patch_applies(red, ended)
         assert not red.proposals()
 
@@ -1765,7 +1800,9 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
         assert "## Scope" in ended.text("brief-1.md")
     if outcome == "scope_disagreement":
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
-        assert "--scope" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+        wider = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted([*ended.summary["scope"]["globs"], "app.py"]))
+        assert [command.split()[0] for command in ended.summary["next"]] == ["less", "agent_runner.py", "git"]
+        assert f"agent_runner.py issue-to-pr ... {wider}  # widen\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
 
 
 @pytest.mark.parametrize(("line", "wrong"), [
