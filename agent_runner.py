@@ -3581,8 +3581,9 @@ def options_add(parser: Parser, attempts: int) -> None:
     add("--check", action="append", type=check_pair, metavar="NAME=COMMAND", default=[],
         help="a check of the gate, in place of ruff and pytest; repeatable")
     add("--setup", metavar="COMMAND", default="", help="run once in each checkout before it is used, e.g. 'uv sync'")
-    add("--scope", nargs="+", action="extend", metavar="GLOB", default=[],
-        help="only these paths may change; 'auto' lets the agent say which, before it starts")
+    add("--scope", action="extend", type=glob_list, metavar="GLOB", default=[],
+        help="only these paths may change, e.g. 'src/**,docs'; 'auto' lets the agent say which, before it starts; "
+             "repeatable")
     add("--allow", action="append", metavar="GLOB", default=[],
         help="let the change touch these protected paths; named in the proposal; repeatable")
     add("--sandbox", metavar="|".join(SANDBOXES),
@@ -3619,6 +3620,14 @@ def check_pair(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+", name) or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")
     return name, command
+
+
+def glob_list(text: str) -> list[str]:
+    """The globs of a --scope, separated by commas."""
+    globs = [glob.strip() for glob in text.split(",")]
+    if not all(globs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not GLOB or GLOB,GLOB")
+    return globs
 
 
 def environ_seconds(name: str, default: float) -> float:

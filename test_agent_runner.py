@@ -1363,6 +1363,8 @@ def no_commit(scratch: Scratch) -> Path:
     pytest.param(HEAL_ARGS, {}, bare_repository, 69, "bare", id="bare repository"),
     pytest.param(HEAL_ARGS, {}, lambda scratch: scratch.root / ".git", 69, ".git", id="inside .git"),
     pytest.param((*ISSUE_ARGS, "--base", "nope"), {}, None, 64, "--base nope", id="unknown base"),
+    pytest.param((*HEAL_ARGS, "--scope", "app.py,,"), {}, None, 64, "'app.py,,' is not GLOB or GLOB,GLOB", id="scope of nothing"),
+    pytest.param((*HEAL_ARGS, "--scope", "auto", "--scope", "app.py"), {}, None, 64, "stands alone", id="scope auto and more"),
     pytest.param((*ISSUE_ARGS, "--base=--all"), {}, None, 64, "--base --all", id="base like an option"),
     pytest.param(HEAL_ARGS, {}, record_blocked, 69, ".agent-runs", id=".agent-runs a file"),
     pytest.param((*HEAL_ARGS, "--check", "ok=false"), {}, None, 64, "same name", id="two checks of one name"),
@@ -1777,7 +1779,7 @@ def scopes(answer: str) -> str:
 
 @pytest.mark.parametrize(("args", "issue", "agent", "outcome"), [
     (("--scope", "app.py"), ISSUE, EDITS, "proposed"),
-    (("--scope", "lib/**", "docs"), ISSUE, EDITS, "scope_disagreement"),
+    (("--scope", "lib/**, docs", "--scope", "tests"), ISSUE, EDITS, "scope_disagreement"),
     ((), ISSUE + "\nScope: app.py, tests/**\n", EDITS, "proposed"),
     ((), ISSUE + "\nScope: docs/**\n", EDITS, "scope_disagreement"),
     ((), ISSUE + "\n```\nScope: docs\n```\n", EDITS, "proposed"),
@@ -1841,6 +1843,12 @@ def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
 ])
 def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> None:
     assert runner_module().words_slug(title) == slug
+
+
+def test_a_scope_never_swallows_the_issue(scratch: Scratch) -> None:
+    ended = scratch.run("issue-to-pr", "--scope", "docs/**", "--scope", "app.py,tests", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
+    assert_proposed(scratch, ended)
+    assert ended.summary["scope"]["globs"] == ["docs/**", "app.py", "tests"]
 
 
 def test_an_issue_file_may_allow(scratch: Scratch) -> None:
