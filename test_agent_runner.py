@@ -606,7 +606,9 @@ def test_settings_that_break_an_ordinary_commit_do_not_matter(scratch, trouble):
         scratch.git("config", "--unset", "core.fsmonitor")
     commit = assert_proposed(scratch, ended)
     author = scratch.git("log", "-1", "--format=%an <%ae>", commit)
-    assert author == ("agent_runner <agent_runner@localhost>" if trouble == "no identity" else "Ada <ada@example.org>")
+    supplied = "agent_runner <agent_runner@localhost>"
+    assert author == (supplied if trouble == "no identity" else "Ada <ada@example.org>")
+    assert f"`{supplied}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_existing_branch_is_never_moved(scratch):
