@@ -1705,10 +1705,13 @@ def demo_open(command: str) -> Repo:
 FILES_LIMIT, SIZE_LIMIT = 100, 4_000_000  # changed files; bytes of one of them
 PROTECTED = {  # what only a human should change, or --allow
     "it decides what CI runs": (
-        ".github/** .gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
+        ".github/workflows/** .github/actions/** .github/dependabot.y*ml "
+        ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
         "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** cloudbuild.yaml .ci/** "
         ".pre-commit-config.yaml .husky/** .githooks/** **/Makefile **/GNUmakefile **/*.mk"),
+    "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
+        ".github/copilot-instructions.md .github/instructions/** .github/prompts/** .github/agents/** "
         "**/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md **/agent-config.md .agent/** .agents/** "
         ".claude/** .codex/** .cursor/** .cursorrules .gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
         ".aider*"),

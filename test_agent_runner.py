@@ -1655,6 +1655,7 @@ HONEST = {
         "import pytest\n\n\n@pytest.fixture\ndef three():\n    return 3\n")) + writes("tests/more/data.txt", "6") + writes("tests/more/test_more.py", (
             "from pathlib import Path\n\nfrom calc import twice\n\n\ndef test_more(three):\n"
             "    assert str(twice(three)) == (Path(__file__).parent / 'data.txt').read_text()\n")), ()),
+    "documents of .github": (UNTESTED, writes(".github/CONTRIBUTING.md", "# How\n") + writes(".github/ISSUE_TEMPLATE/bug.yml", "name: Bug\n"), ()),
     "a new module with docs": (UNTESTED, writes("power.py", "def power(a, b):\n    return a**b\n") + writes("docs/power.md", "# Power\n")
                                + writes("tests/test_power.py", "from power import power\n\n\ndef test_power():\n    assert power(2, 3) == 8\n"), ()),
     "an internal function is renamed with its callers": (UNTESTED | {"calc.py": "def _impl(a):\n    return 2 * a\n\n\ndef add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return _impl(a)\n"},
@@ -1837,6 +1838,17 @@ def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scrat
 ])
 def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
     assert runner_module().issue_parse(text, "some/wish.md").title == title
+
+
+@pytest.mark.parametrize(("path", "reason"), [
+    (".github/workflows/more/ci.yml", "it decides what CI runs"), (".github/actions/x/action.yml", "it decides what CI runs"),
+    (".github/dependabot.yaml", "it decides what CI runs"), ("CODEOWNERS", "it decides who reviews"), (".github/codeowners", "it decides who reviews"),
+    ("docs/CODEOWNERS", "it decides who reviews"), (".github/copilot-instructions.md", "it instructs coding agents"),
+    (".github/instructions/a.md", "it instructs coding agents"), (".github/CONTRIBUTING.md", ""), (".github/workflows.md", ""), ("src/CODEOWNERS", ""),
+])
+def test_what_is_protected_in_github_and_what_is_not(path: str, reason: str) -> None:
+    runner = runner_module()
+    assert [why for why, globs in runner.PROTECTED.items() if runner.glob_match(path, globs.split())] == [reason] * bool(reason)
 
 
 @pytest.mark.parametrize(("title", "slug"), [
