@@ -124,7 +124,7 @@ class Base(NamedTuple):
     commit: str
     tree: str
     head: str
-    left_out: list[str]  # files of the user's checkout that are not in the tree
+    left_out: list[str]  # files of the user's checkout that are not in the tree; a whole folder as one
 
 
 class Check(NamedTuple):
@@ -865,9 +865,8 @@ def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
     if git(repo, "ls-files", "--unmerged", "-z", index=index) and sweep:
         raise Stop(EXIT_USAGE, "the checkout has unmerged files; finish or abort the merge, then run this again")
     changed = git(repo, "diff-index", "--name-only", "-z", "--ignore-submodules=dirty", head, "--", index=index)
-    untracked = git(repo, "ls-files", "--others", "--exclude-standard", "-z", index=index)
     tree = git(repo, "rev-parse", f"{head}^{{tree}}").strip()
-    left_out = [path for path in (("" if sweep else changed) + untracked).split("\0") if path]
+    left_out = [path for path in ("" if sweep else changed).split("\0") if path] + untracked_shown(repo, index)
     if sweep:
         git(repo, "add", "-u", index=index)
         swept = git(repo, "write-tree", index=index).strip()
@@ -875,6 +874,19 @@ def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
             commit = commit_write(repo, swept, head, "Keep the uncommitted changes that this run started from\n")
             return Base(commit, swept, head, left_out)
     return Base(head, tree, head, left_out)
+
+
+def untracked_shown(repo: Repo, index: Path) -> list[str]:
+    """The untracked files, those of a folder that git does not know at all as one: ".venv/ (2,462 files)"."""
+    def ask(*how: str) -> list[str]:
+        return git(repo, "ls-files", "--others", "--exclude-standard", "-z", *how, index=index).split("\0")[:-1]
+
+    folders = set(ask("--directory"))
+    groups: dict[str, list[str]] = {}
+    for path in ask():
+        above = [path[:hit.end()] for hit in re.finditer("/", path)]
+        groups.setdefault(next((folder for folder in above if folder in folders), path), []).append(path)
+    return [paths[0] if len(paths) == 1 else f"{folder} ({len(paths):,} files)" for folder, paths in groups.items()]
 
 
 class Checkout:

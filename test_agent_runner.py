@@ -1195,6 +1195,16 @@ def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     assert "first commit" in ended.text("proposal.md")
 
 
+def test_a_folder_that_is_left_out_is_one_line(scratch):
+    """A virtual environment that git does not ignore, say; what lies beside known files is named."""
+    scratch.write({f".venv/lib/{number // 100}/{number}.py": "" for number in range(1234)} | {"tests/new.py": "", "node/one.js": "", "x.txt": ""})
+    scratch.write({"tests/more/a": "", "tests/more/b": "", ".gitignore": "*.log\n", "logs/a.log": ""})
+    ended = scratch.propose(EDITS)
+    folded = [".gitignore", ".venv/ (1,234 files)", "node/one.js", "tests/more/ (2 files)", "tests/new.py", "x.txt"]
+    assert sorted(ended.summary["left_out"]) == folded, ended
+    assert ".venv/ (1,234 files)" in ended.err and " and 1 more\n" in ended.err
+
+
 def test_a_flaky_gate_is_not_the_agents_business(scratch):
     """Red the first time, green ever after, on the same files."""
     source = "seen = OUT / 'seen'\nfirst = not seen.exists()\nseen.touch()\nsys.exit(int(first))"
