@@ -1243,6 +1243,15 @@ def issue_check(issue: Issue, root: Path) -> None:
 # Any headless coding agent: a command that reads a brief and edits files. We
 # know no vendor, and believe nothing it says: only the files it leaves count.
 
+AGENTS = {  # headless, and with the permissions that they need when nobody answers
+    "claude": "claude -p --permission-mode acceptEdits --allowedTools Bash,Edit,Write",
+    "codex": "codex exec --dangerously-bypass-approvals-and-sandbox -",
+    "gemini": "gemini --approval-mode=yolo --skip-trust",
+    "opencode": "opencode run --auto",
+    "qwen": "qwen --yolo",
+    "aider": "aider --yes-always --no-auto-commits --no-dirty-commits --no-gitignore --chat-history-file /dev/null "
+             "--input-history-file /dev/null --message-file {prompt_file}",
+}
 CONVENTIONS = ("AGENTS.md", ".agent/instructions.md", "agent-config.md")
 BRIEF_RULES = """\
 ## Rules
@@ -1257,7 +1266,10 @@ BRIEF_RULES = """\
 def agent_command(text: str | None, in_image: bool) -> list[str]:
     """AGENT_CMD as a list, its program (if not an image's) as an absolute path; raises Stop where it cannot be run."""
     if not (text or "").strip():
-        raise Stop(EXIT_USAGE, "AGENT_CMD is not set: name your agent's headless command, e.g. AGENT_CMD='claude -p', "
+        installed = [name for name in AGENTS if shutil.which(name)]
+        commands = " or ".join(f"AGENT_CMD='{AGENTS[name]}'" for name in installed or ["claude"])
+        how = "for what is installed here" if installed else "e.g."
+        raise Stop(EXIT_USAGE, f"AGENT_CMD is not set: name your agent's headless command, {how} {commands}; "
                                "or try --simulate good")
     argv = command_split(text or "", "AGENT_CMD")
     if in_image:
@@ -1267,6 +1279,14 @@ def agent_command(text: str | None, in_image: bool) -> list[str]:
         raise Stop(EXIT_MISSING, f"the agent's command {argv[0]!r} was not found or is not executable; "
                                  "install it, or correct AGENT_CMD")
     return [os.path.abspath(program), *argv[1:]]
+
+
+def agent_hint(argv: list[str]) -> str:
+    """What is missing where AGENT_CMD is the bare name of an agent that is known here, else ""."""
+    name = Path(argv[0]).name
+    if argv[1:] or name not in AGENTS:
+        return ""
+    return f"AGENT_CMD is {name!r} alone, which may wait for a person; headless it is AGENT_CMD='{AGENTS[name]}'"
 
 
 def command_split(text: str, what: str) -> list[str]:
@@ -3729,6 +3749,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
         if globs:
             CONSOLE.say(f"the issue itself says {word}: {', '.join(globs)}")
+    if hint := agent_hint(job.agent_cmd):
+        CONSOLE.say(hint)
     if base.left_out:
         CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
     try:

@@ -873,6 +873,41 @@ def test_a_refused_change_can_be_applied_from_a_folder_below(scratch):
     assert "apply" in apply and (scratch.root / "app.py").read_text() == APP_WRONG
 
 
+def agents_installed(scratch: Scratch, *names: str) -> str:
+    """A PATH on which, besides git, only these agents are found; each of them edits."""
+    places = scratch.place / "agents"
+    places.mkdir()
+    (places / "git").symlink_to(shutil.which("git"))
+    for name in names:
+        (places / name).write_text(f"#!/bin/sh\nexec {scratch.program(EDITS, 'some-agent.py')}\n")
+        (places / name).chmod(0o755)
+    return str(places)
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    ((), "command, e.g. AGENT_CMD='claude -p --permission-mode acceptEdits --allowedTools Bash,Edit,Write'; or try --simulate good\n"),
+    (("qwen", "codex"), "command, for what is installed here AGENT_CMD='codex exec --dangerously-bypass-approvals-and-sandbox -' "
+                        "or AGENT_CMD='qwen --yolo'; or try --simulate good\n")])
+def test_an_unset_agent_cmd_suggests_whole_commands(scratch, names, words):
+    ended = scratch.run("self-heal", *checks_args(CHEAP), env={"PATH": agents_installed(scratch, *names)})
+    assert ended.code == 64 and ended.err.endswith(words) and ended.err.count("\n") == 1, ended
+
+
+@pytest.mark.parametrize(("command", "hinted"), [("gemini", True), ("gemini --yolo", False), ("my-own", False)])
+def test_a_bare_agent_gets_its_whole_command_as_a_hint(scratch, command, hinted):
+    path = os.pathsep.join([agents_installed(scratch, "gemini", "my-own"), scratch.env["PATH"]])
+    ended = scratch.run("issue-to-pr", scratch.issue(), *checks_args(CHEAP), env={"PATH": path, "AGENT_CMD": command})
+    assert_proposed(scratch, ended)
+    hint = "AGENT_CMD is 'gemini' alone, which may wait for a person; headless it is AGENT_CMD='gemini --approval-mode=yolo --skip-trust'\n"
+    assert (hint in ended.err) == hinted, ended
+
+
+def test_the_readme_shows_the_agents_that_are_suggested():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| Agent | AGENT_CMD |"):].partition("\n\n")[0]
+    assert re.findall(r"^\| [\w ]+ \| `(.*)` \|$", table, re.M) == list(runner_module().AGENTS.values())
+
+
 @needs_linux
 def test_a_file_name_that_is_not_text(scratch):
     """Its bytes go into the commit as they are, and every record stays readable."""
