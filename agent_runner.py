@@ -2356,9 +2356,8 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
         return Check(name, [tool, *rest], kind)
     found = tool_find(tool, root)
     if not found:
-        pip = f"install it with: {shlex.quote(sys.executable)} -m pip install {tool}"
-        mend = "install it, or mend PATH" if kind == "command" else pip
-        raise Stop(EXIT_MISSING, f"{tool} is missing (check {name!r}); {mend}")
+        fix = "install it, or fix PATH" if kind == "command" else f"install it with: {tool_install(kind, root)}"
+        raise Stop(EXIT_MISSING, f"{tool} is missing (check {name!r}); {fix}")
     return Check(name, [*found, *rest], kind)
 
 
@@ -2385,6 +2384,17 @@ def tool_find(tool: str, root: Path) -> list[str]:
     if not found or (tool in ("pytest", "ruff") and program_call([found, "--version"]).exit):
         return []
     return [os.path.abspath(found)]
+
+
+def tool_install(tool: str, root: Path) -> str:
+    """The command that puts a tool where tool_find looks; outside of an environment pip refuses to install."""
+    own = sys.prefix if sys.prefix != sys.base_prefix else None
+    for place in (os.environ.get("VIRTUAL_ENV"), root / ".venv", own):
+        python = Path(place or os.devnull) / "bin/python"
+        if python.exists():
+            return f"{shlex.quote(path_shown(python))} -m pip install {tool}"
+    new = shlex.quote(path_shown(root / ".venv"))
+    return f"python3 -m venv {new} && {new}/bin/pip install pytest ruff"
 
 
 def gate_environ(environ: Mapping[str, str], private: Path) -> dict[str, str]:
@@ -3691,7 +3701,7 @@ def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
     """The --setup command in words; raises Stop where it cannot be run."""
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
-        raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or mend PATH")
+        raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or fix PATH")
     return setup
 
 

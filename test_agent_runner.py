@@ -1181,6 +1181,27 @@ def test_a_missing_tool_is_told_with_the_command_that_mends_it(scratch, tool):
     assert ended.err.count("\n") == 1 and f"{python} -m pip install {tool}" in ended.err
 
 
+@pytest.mark.parametrize("where", ["no environment", "below the top", ".venv", "active"])
+def test_a_missing_tool_outside_of_an_environment(scratch, where):
+    """pip refuses to install there; what is made as the line says is where the runner looks."""
+    base = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    if not base.exists() or (base.parent / "ruff").exists():
+        pytest.skip("there is no Python here that has no ruff")
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/git").symlink_to(shutil.which("git"))
+    python = scratch.place / "bin/without-site"
+    python.write_text(f"#!/bin/sh\nexec {base} -S \"$@\"\n")
+    python.chmod(0o755)
+    env = {"PATH": str(scratch.place / "bin"), "VIRTUAL_ENV": str(scratch.place / "venv") if where == "active" else ""}
+    if where in (".venv", "active"):
+        venv_make(scratch.root / ".venv" if where == ".venv" else scratch.place / "venv")
+    ended = scratch.run("self-heal", agent=CALLED, python=str(python), env=env, cwd=scratch.root / "tests" if "below" in where else None)
+    venv = ".venv" if where == "no environment" else f"{scratch.root}/.venv"
+    command = {".venv": ".venv/bin/python -m pip install ruff", "active": f"{scratch.place}/venv/bin/python -m pip install ruff"}.get(
+        where, f"python3 -m venv {venv} && {venv}/bin/pip install pytest ruff")
+    assert (ended.code, ended.err) == (69, f"agent_runner: ruff is missing (check 'ruff'); install it with: {command}\n"), ended
+
+
 # === self-heal ==============================================================
 
 
