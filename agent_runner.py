@@ -15,6 +15,13 @@ Standard library only: copy this one file. Start with `python agent_runner.py --
 
 from __future__ import annotations
 
+import sys
+
+if tuple(sys.version_info) < (3, 10):  # first, as what follows fails there; Python 3.8 can parse it
+    print(f"agent_runner needs Python 3.10 or newer; this is {sys.version.split()[0]}: "
+          "name a newer one, e.g. python3.12 agent_runner.py", file=sys.stderr)
+    sys.exit(69)  # EXIT_MISSING
+
 import argparse
 import ast
 import contextlib
@@ -30,7 +37,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -2705,7 +2711,7 @@ def distill_loud(text: str, most: int) -> list[str]:
             at = low.find(word, at + 140 if end < 0 else end)
     found, shapes, said = [], Counter(), set()
     for start, line in sorted(lines.items()):
-        shapes[shape := re.sub(r"0x[\da-f]+|\d+", "#", line)] += 1
+        shapes[(shape := re.sub(r"0x[\da-f]+|\d+", "#", line))] += 1
         if shapes[shape] <= most and line not in said and not re.search(MEEK, line):
             said.add(line)
             found.append((shapes[shape], not re.search(WORST, line), start, line))

@@ -1577,6 +1577,27 @@ def test_the_first_issue_is_the_demo():
     assert files[0].read_text(encoding="utf-8") == runner_module().DEMO_ISSUE
 
 
+def test_the_file_parses_on_python_3_8():
+    """So that there is one line, and no SyntaxError."""
+    source = RUNNER.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source, feature_version=(3, 8))):
+        for named in [node.slice] if isinstance(node, ast.Subscript) else node.elts if isinstance(node, ast.Set) else []:
+            if isinstance(named, ast.NamedExpr):  # newer parsers take it bare, and do not say so
+                line = source.splitlines()[named.lineno - 1].encode()
+                assert line[:named.col_offset].endswith(b"("), line
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9"])
+def test_an_older_python_gets_one_line(scratch, version):
+    pythons = [shutil.which(f"python{version}"), *glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python"))]
+    works = [python for python in pythons if python and not subprocess.run([python, "-c", ""], capture_output=True).returncode]
+    if not works:
+        pytest.skip(f"there is no Python {version} here")
+    ended = scratch.run("--version", python=works[0], runner=RUNNER)
+    assert ended.code == 69 and ended.out == "" and re.fullmatch(
+        rf"agent_runner needs Python 3\.10 or newer; this is {version}\.\d+: name a newer one, e\.g\. python3\.12 agent_runner\.py\n", ended.err), ended
+
+
 def test_the_single_file_needs_the_standard_library_alone():
     source = RUNNER.read_text(encoding="utf-8")
     names = set()
