@@ -453,7 +453,7 @@ def test_the_simulator_in_an_empty_directory(tmp_path, command, variant, code, o
     assert f"the demo repository is {ended.summary['repository']}" in ended.err
     assert os.listdir(empty) == ["agent_runner.py"]
     if issue:
-        assert "the built-in demo issue serves" in ended.err
+        assert "simulated: the agent plays the built-in issue 'Add a shout to the greeting'; there is no no-such-issue.md\n" in ended.err
 
 
 @pytest.mark.parametrize(("command", "variant", "code"), [("issue-to-pr", "good", 0), ("self-heal", "good", 0)])
@@ -464,7 +464,31 @@ def test_the_simulator_in_a_red_and_dirty_repository_touches_nothing(red, comman
     issue = [red.issue()] if command == "issue-to-pr" else []
     ended = red.run(command, *issue, "--simulate", variant)
     assert ended.code == code, ended
+    assert "gh pr" not in ended.out and "origin" not in ended.out
+    if issue:  # theirs is read to check it, no more
+        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
+        assert ended.summary["title"] == "Add a shout to the greeting" and ended.summary["branch"] == "agent/add-a-shout-to-the-greeting"
     assert not (red.root / ".agent-runs").exists() and not red.proposals()
+
+
+@pytest.mark.parametrize(("text", "said"), [(b"\xff", "not UTF-8"), (b"", "is empty"), (b"# A\nScope: all of it\n", "Scope: 'all of it' names no path")])
+def test_a_bad_issue_is_pointed_out_by_a_simulated_run_too(scratch, text, said):
+    ended = scratch.run("issue-to-pr", scratch.issue(text), "--simulate", "good")
+    assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1 and ended.out == "", ended
+
+
+def test_a_demo_can_be_taken_over_and_pushed(scratch):
+    """There is no remote: so the lines say how to go on without one, and with one."""
+    ended = scratch.run("self-heal", "--simulate", "good")
+    commands = dict(re.findall(r"^  (\w.{12}) (git .*)$", ended.out, re.M))
+    assert [word.strip() for word in commands] == ["look", "take it over", "no remote yet", "discard"], ended
+    demo = ended.summary["repository"]
+    subprocess.run(["sh", "-ec", commands["take it over "]], cwd=scratch.place, env=scratch.env, check=True, capture_output=True)
+    assert "Hello, {name}." in Path(demo, "greeting.py").read_text()
+    scratch.git("init", "--quiet", "--bare", str(scratch.place / "remote"))
+    push = commands["no remote yet"].replace("NAME", "home").replace("URL", str(scratch.place / "remote"))
+    subprocess.run(["sh", "-ec", push], cwd=scratch.place, env=scratch.env, check=True, capture_output=True)
+    assert scratch.git("branch", "--list", "agent/*", cwd=scratch.place / "remote").strip() == "agent/self-heal"
 
 
 # === A proposal: from every place that a user may stand in ==================
@@ -582,7 +606,9 @@ def test_settings_that_break_an_ordinary_commit_do_not_matter(scratch, trouble):
         scratch.git("config", "--unset", "core.fsmonitor")
     commit = assert_proposed(scratch, ended)
     author = scratch.git("log", "-1", "--format=%an <%ae>", commit)
-    assert author == ("agent_runner <agent_runner@localhost>" if trouble == "no identity" else "Ada <ada@example.org>")
+    supplied = "agent_runner <agent_runner@localhost>"
+    assert author == (supplied if trouble == "no identity" else "Ada <ada@example.org>")
+    assert f"`{supplied}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_existing_branch_is_never_moved(scratch):
@@ -615,6 +641,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
     scratch = Scratch(tmp_path_factory.mktemp("shared"))
     scratch.write({"wish.md": "# Give a `triple`, too: ÄÖ!\n\nAs double does.\n"})
     scratch.write({"agent_runner.py": "junk(", "notes.txt": "mine\n"})
+    scratch.git("remote", "add", "origin", "../no-such-place")
     agent = writes("app.py", APP_TRIPLE) + writes("tests/test_triple.py", TESTS_TRIPLE)
     return scratch, scratch.run("issue-to-pr", "wish.md", agent=agent + "print('a word from the agent')")
 
@@ -622,14 +649,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
 def test_the_commit(shared):
     scratch, ended = shared
     commit = assert_proposed(scratch, ended, "4\t0\tapp.py\n5\t0\ttests/test_triple.py")
-    assert ended.summary["branch"] == "agent/give-a-triple-too-ao"
+    assert ended.summary["branch"] == "agent/give-a-triple-too-aeoe"
     message = scratch.git("log", "-1", "--format=%B", commit).strip()
     assert message == f"Give a `triple`, too: ÄÖ!\n\nAgent-Run: {ended.summary['run_id']}\nIssue: wish.md"
 
 
 def test_the_words_on_the_screen(shared):
     _, ended = shared
-    assert ended.out.startswith("proposed: agent/give-a-triple-too-ao")
+    assert ended.out.startswith("proposed: agent/give-a-triple-too-aeoe")
     for words in ("git diff", "git push -u origin agent/", "gh pr create --draft", "git branch -D agent/"):
         assert words in ended.out, words
     assert "It has not been pushed. It will not be merged by this program." in ended.out
@@ -691,6 +718,18 @@ def test_the_brief(scratch):
     outside = brief.replace(fence[0], "")
     for words in ("Do not commit, push, merge", "Do not weaken, skip or delete tests", "`true --very`", "in haiku."):
         assert words in outside, words
+
+
+def test_the_findings_of_a_brief_open_with_the_counts(tmp_path):
+    """Of the newest verdict: the base's, then that on what was red; a refusal has none."""
+    more = "\n\ndef test_zero():\n    assert double(0) == 0\n"
+    scratch = Scratch(tmp_path, FILES | {"app.py": f"import os\n{APP_WRONG}", "tests/test_app.py": TESTS + more})
+    agent = in_turn(writes("app.py", "def double(x):\n    return 7\n"), writes("Makefile", "all:\n"), "Path('Makefile').unlink()\n" + writes("app.py", APP))
+    ended = scratch.heal(agent, "--fix-attempts", "3", checks=REAL)
+    assert ended.results == ["red", "blocked", "green"], ended
+    opening = [re.search(r"## What is wrong now\n.*\n=== \w+ ===\n(.*)", ended.text(f"brief-{number}.md"))[1] for number in (1, 2, 3)]
+    assert opening[:2] == ["ruff: 1 finding; pytest: 1 failed, 1 passed", "ruff: no findings; pytest: 1 failed"]
+    assert opening[2].startswith("refused, protected: Makefile")
 
 
 @pytest.mark.parametrize("door", ["stdin", "file"])
@@ -777,10 +816,32 @@ def test_how_a_run_ends(scratch, agent, code, outcome, said):
     assert said in ended.out + ended.err
     assert not scratch.proposals() and ended.summary["branch"] is ended.summary["commit"] is None
     assert f"# {outcome}" in ended.text("handoff.md") and "Decide:" in ended.text("handoff.md")
+    assert f"  handoff       {os.path.relpath(ended.folder, scratch.root)}/handoff.md\n" in ended.out
     if outcome == "no_change":
         assert not ended.has("diff.patch")
     else:
         assert_patch_applies(scratch, ended)
+
+
+def test_an_agent_that_fails_says_why_on_the_screen_and_in_the_handoff(scratch):
+    """Its exit code, its last lines and its log; what an earlier attempt got wrong comes after that."""
+    lines = "".join(f"print('line {number}')\n" for number in range(12))
+    ended = scratch.propose(in_turn(writes("app.py", APP_WRONG), f"{lines}sys.exit('Invalid \x1b[1mAPI key')"), "--fix-attempts", "1", checks=UNIT)
+    assert ended.outcome == "agent_failed" and ended.out.startswith("agent_failed: the agent's command ended with exit 1\n"), ended
+    why = ("the agent's command ended with exit 1; by then it had changed app.py\n"
+           f"its last lines (all of it: .agent-runs/{ended.summary['run_id']}/agent-2.log):\nline 3\n")
+    for text in (ended.err, ended.text("handoff.md"), ended.findings):
+        assert why in text and "line 11\nInvalid API key\n" in text and text.index("Invalid") < text.index("AssertionError"), text
+    assert "line 2\n" not in ended.text("handoff.md")
+
+
+@pytest.mark.parametrize("agent", ["print('Invalid API key')\nsys.exit(1)", "print('thinking', flush=True)\n" + SLEEPS])
+def test_a_scoping_agent_that_fails_says_why(scratch, agent):
+    ended = scratch.propose(agent, "--scope", "auto", "--idle-timeout", "1")
+    assert (ended.code, ended.outcome, ended.summary["attempts"]) == (4, "agent_failed", []), ended
+    why = "the agent printed nothing for 1 s (--idle-timeout)" if "think" in agent else "the agent's command ended with exit 1"
+    assert f"there is no scope: {why}\n" in ended.err and "agent-scope.log):\n" in ended.text("handoff.md")
+    assert ("thinking" if "think" in agent else "Invalid API key") in ended.text("handoff.md")
 
 
 def test_a_refused_change_of_every_kind_is_kept(scratch):
@@ -804,6 +865,49 @@ sys.exit(3)
         assert words in ended.text("diff.patch"), words
 
 
+def test_a_refused_change_can_be_applied_from_a_folder_below(scratch):
+    """There `git apply` alone would leave app.py as it is, and say nothing."""
+    ended = scratch.propose(writes("app.py", APP_WRONG), checks=UNIT, cwd=scratch.root / "tests")
+    apply = ended.summary["next"][-1]
+    subprocess.run(["sh", "-ec", apply], cwd=scratch.root / "tests", env=scratch.env, check=True)
+    assert "apply" in apply and (scratch.root / "app.py").read_text() == APP_WRONG
+
+
+def agents_installed(scratch: Scratch, *names: str) -> str:
+    """A PATH on which, besides git, only these agents are found; each of them edits."""
+    places = scratch.place / "agents"
+    places.mkdir()
+    (places / "git").symlink_to(shutil.which("git"))
+    for name in names:
+        (places / name).write_text(f"#!/bin/sh\nexec {scratch.program(EDITS, 'some-agent.py')}\n")
+        (places / name).chmod(0o755)
+    return str(places)
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    ((), "command, e.g. AGENT_CMD='claude -p --permission-mode acceptEdits --allowedTools Bash,Edit,Write'; or try --simulate good\n"),
+    (("qwen", "codex"), "command, for what is installed here AGENT_CMD='codex exec --dangerously-bypass-approvals-and-sandbox -' "
+                        "or AGENT_CMD='qwen --yolo'; or try --simulate good\n")])
+def test_an_unset_agent_cmd_suggests_whole_commands(scratch, names, words):
+    ended = scratch.run("self-heal", *checks_args(CHEAP), env={"PATH": agents_installed(scratch, *names)})
+    assert ended.code == 64 and ended.err.endswith(words) and ended.err.count("\n") == 1, ended
+
+
+@pytest.mark.parametrize(("command", "hinted"), [("gemini", True), ("gemini --yolo", False), ("my-own", False)])
+def test_a_bare_agent_gets_its_whole_command_as_a_hint(scratch, command, hinted):
+    path = os.pathsep.join([agents_installed(scratch, "gemini", "my-own"), scratch.env["PATH"]])
+    ended = scratch.run("issue-to-pr", scratch.issue(), *checks_args(CHEAP), env={"PATH": path, "AGENT_CMD": command})
+    assert_proposed(scratch, ended)
+    hint = "AGENT_CMD is 'gemini' alone, which may wait for a person; headless it is AGENT_CMD='gemini --approval-mode=yolo --skip-trust'\n"
+    assert (hint in ended.err) == hinted, ended
+
+
+def test_the_readme_shows_the_agents_that_are_suggested():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| Agent | AGENT_CMD |"):].partition("\n\n")[0]
+    assert re.findall(r"^\| [\w ]+ \| `(.*)` \|$", table, re.M) == list(runner_module().AGENTS.values())
+
+
 @needs_linux
 def test_a_file_name_that_is_not_text(scratch):
     """Its bytes go into the commit as they are, and every record stays readable."""
@@ -823,6 +927,10 @@ def test_an_agent_that_runs_out_of_time(scratch):
     assert (ended.code, ended.outcome) == (4, "agent_timed_out"), ended
     assert ended.summary["attempts"][0]["agent_exit"] is None
     assert "working" in ended.text("agent-1.log")
+    assert ended.summary["attempts"][0]["changed"] == ["app.py"] and "attempt 1: agent_timed_out; changed app.py" in ended.text("handoff.md")
+    why = "the agent ran past its limit of 2 s (--timeout, AGENT_TIMEOUT)"
+    assert f"agent_timed_out: {why}\n" in ended.out and f"# agent_timed_out: {why}\n" in ended.text("handoff.md")
+    assert f"{why}; by then it had changed app.py\nits last lines (all of it: .agent-runs/" in ended.err
     assert_patch_applies(scratch, ended)
     wait_for(lambda: process_gone(int(scratch.said("child"))), "the end of the agent's child", 10)
 
@@ -843,6 +951,7 @@ def test_fix_attempts_heal_a_red_first_attempt(scratch):
     ended = scratch.propose(agent, "--fix-attempts", "1", checks=UNIT)
     assert_proposed(scratch, ended, "1\t0\tapp.py")
     assert ended.results == ["red", "green"]
+    assert re.search(r"^=== \w+ ===\nunit: exit 1\n\nunit: ", ended.text("brief-2.md"), re.M)
     assert "AssertionError" in ended.text("brief-2.md") and "AssertionError" not in ended.text("brief-1.md")
     assert "attempt 1, which changed app.py" in ended.text("brief-2.md")
 
@@ -1072,6 +1181,27 @@ def test_a_missing_tool_is_told_with_the_command_that_mends_it(scratch, tool):
     assert ended.err.count("\n") == 1 and f"{python} -m pip install {tool}" in ended.err
 
 
+@pytest.mark.parametrize("where", ["no environment", "below the top", ".venv", "active"])
+def test_a_missing_tool_outside_of_an_environment(scratch, where):
+    """pip refuses to install there; what is made as the line says is where the runner looks."""
+    base = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    if not base.exists() or (base.parent / "ruff").exists():
+        pytest.skip("there is no Python here that has no ruff")
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/git").symlink_to(shutil.which("git"))
+    python = scratch.place / "bin/without-site"
+    python.write_text(f"#!/bin/sh\nexec {base} -S \"$@\"\n")
+    python.chmod(0o755)
+    env = {"PATH": str(scratch.place / "bin"), "VIRTUAL_ENV": str(scratch.place / "venv") if where == "active" else ""}
+    if where in (".venv", "active"):
+        venv_make(scratch.root / ".venv" if where == ".venv" else scratch.place / "venv")
+    ended = scratch.run("self-heal", agent=CALLED, python=str(python), env=env, cwd=scratch.root / "tests" if "below" in where else None)
+    venv = ".venv" if where == "no environment" else f"{scratch.root}/.venv"
+    command = {".venv": ".venv/bin/python -m pip install ruff", "active": f"{scratch.place}/venv/bin/python -m pip install ruff"}.get(
+        where, f"python3 -m venv {venv} && {venv}/bin/pip install pytest ruff")
+    assert (ended.code, ended.err) == (69, f"agent_runner: ruff is missing (check 'ruff'); install it with: {command}\n"), ended
+
+
 # === self-heal ==============================================================
 
 
@@ -1121,6 +1251,16 @@ def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     assert "first commit" in ended.text("proposal.md")
 
 
+def test_a_folder_that_is_left_out_is_one_line(scratch):
+    """A virtual environment that git does not ignore, say; what lies beside known files is named."""
+    scratch.write({f".venv/lib/{number // 100}/{number}.py": "" for number in range(1234)} | {"tests/new.py": "", "node/one.js": "", "x.txt": ""})
+    scratch.write({"tests/more/a": "", "tests/more/b": "", ".gitignore": "*.log\n", "logs/a.log": ""})
+    ended = scratch.propose(EDITS)
+    folded = [".gitignore", ".venv/ (1,234 files)", "node/one.js", "tests/more/ (2 files)", "tests/new.py", "x.txt"]
+    assert sorted(ended.summary["left_out"]) == folded, ended
+    assert ".venv/ (1,234 files)" in ended.err and " and 1 more\n" in ended.err
+
+
 def test_a_flaky_gate_is_not_the_agents_business(scratch):
     """Red the first time, green ever after, on the same files."""
     source = "seen = OUT / 'seen'\nfirst = not seen.exists()\nseen.touch()\nsys.exit(int(first))"
@@ -1153,6 +1293,8 @@ def test_how_healing_ends(red, agents, code, outcome, results):
         page = ended.text("handoff.md")
         for words in ("# gave_up", "AssertionError", "attempt 1: red", "attempt 2: red", "Decide:", "git apply"):
             assert words in page, words
+        patch = f".agent-runs/{ended.summary['run_id']}/diff.patch"
+        assert page.endswith(f"## Next\n    less {patch}  # look\n    git apply {red.root}/{patch}  # use it\n")
         assert_patch_applies(red, ended)
         assert not red.proposals()
 
@@ -1268,6 +1410,9 @@ def no_commit(scratch: Scratch) -> Path:
     pytest.param(("issue-to-pr", "x" * 5000), {}, None, 64, "xxx", id="issue with an endless name"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b" \n"), 64, "empty", id="issue empty"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b"# A\n\0\1"), 64, "binary", id="issue binary"),
+    *[pytest.param(ISSUE_ARGS, {}, issue_bytes(data), 64, f"issue.md is {kind}; save its text as Markdown (UTF-8)", id=kind)
+      for data, kind in ((b"%PDF-1.7\n" + bytes(2_000_000), "a PDF"), (b"PK\3\4\x14\0", "a Word or zip file"),
+                         (b"\xd0\xcf\x11\xe0\xa1", "a Word file"), (rb"{\rtf1 words}", "an RTF file"))],
     pytest.param(ISSUE_ARGS, {}, issue_bytes("# Größe\n".encode("latin-1")), 64, "UTF-8", id="issue not UTF-8"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b"# A\n" * 400_000), 64, "larger", id="issue too large"),
     pytest.param((), {}, None, 64, "COMMAND", id="no subcommand"),
@@ -1286,6 +1431,8 @@ def no_commit(scratch: Scratch) -> Path:
     pytest.param(HEAL_ARGS, {}, bare_repository, 69, "bare", id="bare repository"),
     pytest.param(HEAL_ARGS, {}, lambda scratch: scratch.root / ".git", 69, ".git", id="inside .git"),
     pytest.param((*ISSUE_ARGS, "--base", "nope"), {}, None, 64, "--base nope", id="unknown base"),
+    pytest.param((*HEAL_ARGS, "--scope", "app.py,,"), {}, None, 64, "'app.py,,' is not GLOB or GLOB,GLOB", id="scope of nothing"),
+    pytest.param((*HEAL_ARGS, "--scope", "auto", "--scope", "app.py"), {}, None, 64, "stands alone", id="scope auto and more"),
     pytest.param((*ISSUE_ARGS, "--base=--all"), {}, None, 64, "--base --all", id="base like an option"),
     pytest.param(HEAL_ARGS, {}, record_blocked, 69, ".agent-runs", id=".agent-runs a file"),
     pytest.param((*HEAL_ARGS, "--check", "ok=false"), {}, None, 64, "same name", id="two checks of one name"),
@@ -1428,6 +1575,27 @@ def test_the_first_issue_is_the_demo():
     files = sorted((ROOT / "issues").glob("0001-*.md"))
     assert len(files) == 1
     assert files[0].read_text(encoding="utf-8") == runner_module().DEMO_ISSUE
+
+
+def test_the_file_parses_on_python_3_8():
+    """So that there is one line, and no SyntaxError."""
+    source = RUNNER.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source, feature_version=(3, 8))):
+        for named in [node.slice] if isinstance(node, ast.Subscript) else node.elts if isinstance(node, ast.Set) else []:
+            if isinstance(named, ast.NamedExpr):  # newer parsers take it bare, and do not say so
+                line = source.splitlines()[named.lineno - 1].encode()
+                assert line[:named.col_offset].endswith(b"("), line
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9"])
+def test_an_older_python_gets_one_line(scratch, version):
+    pythons = [shutil.which(f"python{version}"), *glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python"))]
+    works = [python for python in pythons if python and not subprocess.run([python, "-c", ""], capture_output=True).returncode]
+    if not works:
+        pytest.skip(f"there is no Python {version} here")
+    ended = scratch.run("--version", python=works[0], runner=RUNNER)
+    assert ended.code == 69 and ended.out == "" and re.fullmatch(
+        rf"agent_runner needs Python 3\.10 or newer; this is {version}\.\d+: name a newer one, e\.g\. python3\.12 agent_runner\.py\n", ended.err), ended
 
 
 def test_the_single_file_needs_the_standard_library_alone():
@@ -1574,6 +1742,7 @@ HONEST = {
         "import pytest\n\n\n@pytest.fixture\ndef three():\n    return 3\n")) + writes("tests/more/data.txt", "6") + writes("tests/more/test_more.py", (
             "from pathlib import Path\n\nfrom calc import twice\n\n\ndef test_more(three):\n"
             "    assert str(twice(three)) == (Path(__file__).parent / 'data.txt').read_text()\n")), ()),
+    "documents of .github": (UNTESTED, writes(".github/CONTRIBUTING.md", "# How\n") + writes(".github/ISSUE_TEMPLATE/bug.yml", "name: Bug\n"), ()),
     "a new module with docs": (UNTESTED, writes("power.py", "def power(a, b):\n    return a**b\n") + writes("docs/power.md", "# Power\n")
                                + writes("tests/test_power.py", "from power import power\n\n\ndef test_power():\n    assert power(2, 3) == 8\n"), ()),
     "an internal function is renamed with its callers": (UNTESTED | {"calc.py": "def _impl(a):\n    return 2 * a\n\n\ndef add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return _impl(a)\n"},
@@ -1697,9 +1866,9 @@ def scopes(answer: str) -> str:
 
 @pytest.mark.parametrize(("args", "issue", "agent", "outcome"), [
     (("--scope", "app.py"), ISSUE, EDITS, "proposed"),
-    (("--scope", "lib/**", "docs"), ISSUE, EDITS, "scope_disagreement"),
+    (("--scope", "lib/**, docs", "--scope", "tests"), ISSUE, EDITS, "scope_disagreement"),
     ((), ISSUE + "\nScope: app.py, tests/**\n", EDITS, "proposed"),
-    ((), ISSUE + "\nScope: docs\n", EDITS, "scope_disagreement"),
+    ((), ISSUE + "\nScope: docs/**\n", EDITS, "scope_disagreement"),
     ((), ISSUE + "\n```\nScope: docs\n```\n", EDITS, "proposed"),
     (("--scope", "auto"), ISSUE, scopes('{"files": ["app.py"], "why": "it doubles"}'), "proposed"),
     (("--scope", "auto"), ISSUE, scopes('{"directories": ["docs"], "why": "only words"}'), "scope_disagreement"),
@@ -1720,7 +1889,64 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
         assert "## Scope" in ended.text("brief-1.md")
     if outcome == "scope_disagreement":
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
-        assert "--scope" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+        wider = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted([*ended.summary["scope"]["globs"], "app.py"]))
+        assert [command.split()[0] for command in ended.summary["next"]] == ["less", "agent_runner.py", "git"]
+        assert f"agent_runner.py issue-to-pr ... {wider}  # widen\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+
+
+@pytest.mark.parametrize(("line", "wrong"), [
+    ("Scope: everything is fine, take your time", "everything is fine, take your time"),
+    ("Scope: app.py and tests/**", "and"), ("Scope:", ""), ("Scope: auto", "auto"), ("Allow: whatever helps", "whatever helps"),
+    ("Scope: `app.py`, tests, *.", ""), ("Scope: app.py; new/** docs/a.md", ""), ("    Scope: as indented code", None),
+    ("~~~~\nScope: in a fence\n~~~\nScope: still in it\n~~~~", None), ("  ```sh\nAllow: the same\n   ```", None),
+])
+def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scratch, line: str, wrong: str | None) -> None:
+    """Ignored it would widen what may change; taken for globs it would refuse what the agent has done."""
+    ended = scratch.propose(EDITS, issue=f"{ISSUE}\n{line}\n")
+    if wrong or line == "Scope:":
+        word = line[:6]
+        assert ended.code == 64 and not scratch.records(), ended
+        assert ended.err == f"agent_runner: {word} {wrong!r} names no path; write paths or globs, e.g. {word} src/**, tests/**\n"
+        return
+    assert_proposed(scratch, ended)
+    expected = [] if wrong is None else ["app.py", "new/**", "docs/a.md"] if ";" in line else ["app.py", "tests", "*"]
+    assert (ended.summary["scope"] or {"globs": []})["globs"] == expected
+
+
+@pytest.mark.parametrize(("text", "title"), [
+    ("Some words.\n\n```sh\n# install first\n```\n\n## The title\n", "The title"),
+    ("   ~~~~\n# a\n~~~\n# b\n~~~~\n   # The title\n", "The title"),
+    ("```\n# a\n~~~\n# b\n`````\nThe title\n\n    # indented code\n", "The title"),
+    ("``` inline ``` words\n", "``` inline ``` words"),
+    ("```\n# never closed\n\n# nor here\n", "wish"),
+])
+def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
+    assert runner_module().issue_parse(text, "some/wish.md").title == title
+
+
+@pytest.mark.parametrize(("path", "reason"), [
+    (".github/workflows/more/ci.yml", "it decides what CI runs"), (".github/actions/x/action.yml", "it decides what CI runs"),
+    (".github/dependabot.yaml", "it decides what CI runs"), ("CODEOWNERS", "it decides who reviews"), (".github/codeowners", "it decides who reviews"),
+    ("docs/CODEOWNERS", "it decides who reviews"), (".github/copilot-instructions.md", "it instructs coding agents"),
+    (".github/instructions/a.md", "it instructs coding agents"), (".github/CONTRIBUTING.md", ""), (".github/workflows.md", ""), ("src/CODEOWNERS", ""),
+])
+def test_what_is_protected_in_github_and_what_is_not(path: str, reason: str) -> None:
+    runner = runner_module()
+    assert [why for why, globs in runner.PROTECTED.items() if runner.glob_match(path, globs.split())] == [reason] * bool(reason)
+
+
+@pytest.mark.parametrize(("title", "slug"), [
+    ("Größe: ÄÖÜ!", "groesse-aeoeue"), ("Gro\u0308\u00dfe", "groesse"), ("STRAẞE", "strasse"), ("Café déjà", "cafe-deja"),
+    ("Ærø, œuvre, Łódź, Đà, Þór, ð", "aeroe-oeuvre-lodz-da-thor-d"), ("日本", ""), ("ﬁne ½", "fine-12"),
+])
+def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> None:
+    assert runner_module().words_slug(title) == slug
+
+
+def test_a_scope_never_swallows_the_issue(scratch: Scratch) -> None:
+    ended = scratch.run("issue-to-pr", "--scope", "docs/**", "--scope", "app.py,tests", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
+    assert_proposed(scratch, ended)
+    assert ended.summary["scope"]["globs"] == ["docs/**", "app.py", "tests"]
 
 
 def test_an_issue_file_may_allow(scratch: Scratch) -> None:
@@ -1890,6 +2116,7 @@ def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
     """Where its silence is limited; one that talks may take its time."""
     ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
     assert (ended.code, ended.outcome) == (4, "agent_timed_out") and ended.text("agent-1.log").count(".") == 8, ended
+    assert "agent_timed_out: the agent printed nothing for 1 s (--idle-timeout)\n" in ended.out
     assert_patch_applies(scratch, ended)
 
 
@@ -2599,6 +2826,14 @@ def test_a_run_without_progress_ends_early(red: Scratch, agents: list[str], resu
     ended = red.heal(in_turn(*agents), "--fix-attempts", "5")
     assert (ended.outcome, ended.results) == ("gave_up", results), ended
     assert not (red.out / "called").exists()
+    why = f"the agent made no progress: {'attempt 2 left the same files as attempt 1' if results[1:] else 'attempt 1 changed nothing'}"
+    assert f"gave_up: {why}\n" in ended.out and f"# gave_up: {why}\n" in ended.text("handoff.md")
+    assert "--fix-attempts" not in ended.out + ended.text("handoff.md") and "used up" not in ended.out
+
+
+def test_the_last_attempt_is_no_lack_of_progress(red: Scratch) -> None:
+    ended = red.heal(writes("app.py", APP_WRONG + "# 1\n"), "--fix-attempts", "1")
+    assert "gave_up: the repair attempts are used up" in ended.out and "more attempts with --fix-attempts" in ended.text("handoff.md"), ended
 
 
 def test_what_was_red_is_asked_first(tmp_path: Path) -> None:
