@@ -77,6 +77,10 @@ AGENT_PRELUDE = """\
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 OUT = Path({out!r})
+def leave(name, text=''):  # all at once: a test may be waiting for it
+    part = OUT / f'.{{name}}.part'
+    part.write_text(str(text))
+    part.replace(OUT / name)
 """
 SLEEPS = "time.sleep(600)"
 CALLED = "(OUT / 'called').touch()\n"  # for one that must not be called
@@ -85,7 +89,7 @@ NOTHING = "print('all done!')"
 EDITS = "app = Path('app.py')\napp.write_bytes(app.read_bytes().replace(b'x * 2', b'x + x'))"
 BACKGROUND = f"""
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session={LINUX})
-(OUT / 'child').write_text(str(child.pid))
+leave('child', child.pid)
 """
 
 
@@ -1325,7 +1329,7 @@ def test_a_git_that_is_too_old(scratch, args):
 
 # === Interrupts: everything has ended, the record is complete, nothing is lost
 
-WAITS_AGENT = f"{EDITS}\n{BACKGROUND}\n(OUT / 'ready').touch()\n{SLEEPS}"
+WAITS_AGENT = f"{EDITS}\n{BACKGROUND}\nleave('ready')\n{SLEEPS}"
 WAITS_CHECK = f"if 'x + x' not in Path('app.py').read_text():\n    sys.exit()  # the base\n{WAITS_AGENT}"
 
 
@@ -1344,7 +1348,7 @@ def test_an_interrupted_run(scratch, name, during):
 
 
 def test_an_interrupted_heal_before_any_agent(red):
-    check = red.program("(OUT / 'ready').touch()\n" + SLEEPS, "check.py")
+    check = red.program("leave('ready')\n" + SLEEPS, "check.py")
     going = red.start("self-heal", "--check", f"unit={check}", agent=CALLED)
     wait_for((red.out / "ready").exists, "the gate")
     going.child.send_signal(signal.SIGINT)
@@ -1356,7 +1360,7 @@ def test_an_interrupted_heal_before_any_agent(red):
 @needs_linux
 def test_a_killed_runner_leaves_nothing_running(scratch):
     """No program can clean up after SIGKILL; its agent ends all the same."""
-    agent = f"(OUT / 'me').write_text(str(os.getpid()))\n{WAITS_AGENT}"
+    agent = f"leave('me', os.getpid())\n{WAITS_AGENT}"
     going = scratch.start("issue-to-pr", scratch.issue(), "--check", "ok=true", agent=agent)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.kill()
@@ -1969,52 +1973,77 @@ def test_a_full_disk(scratch: Scratch) -> None:
     scratch.git("fsck", "--strict")
 
 
+READY = f"{EDITS}\nleave('ready', os.getpid())\n{SLEEPS}"
+
+
+def run_killed(scratch: Scratch) -> Path:
+    """The record of a run that is killed while its agent works; nothing of it is alive any more."""
+    (scratch.out / "ready").unlink(missing_ok=True)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=READY)
+    wait_for((scratch.out / "ready").exists, "the agent")
+    going.child.kill()
+    story = going.child.communicate(timeout=60)[1].decode()
+    wait_for(lambda: process_gone(int(scratch.said("ready"))), "the end of its agent")
+    return scratch.root / ".agent-runs" / re.findall(r"^run (\S+):", story, re.M)[0]
+
+
 @needs_linux
-@pytest.mark.parametrize("how", ["by SIGKILL", "by a loss of power", "and the temporary directory is emptied"])
+@pytest.mark.parametrize("how", ["by SIGKILL", "and there is a run elsewhere first", "and the temporary directory is emptied"])
 def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, how: str) -> None:
     """Its work becomes a patch, its directories go, and one line says so; what is alive is left alone."""
-    agent = f"{EDITS}\n(OUT / 'ready').write_text(str(os.getpid()))\n{SLEEPS}"
-    alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=READY)
     wait_for((scratch.out / "ready").exists, "the first agent")
-    (scratch.out / "ready").unlink()
-    killed = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
-    wait_for((scratch.out / "ready").exists, "the second agent")
-    killed.child.kill()
-    killed.child.wait()
-    wait_for(lambda: process_gone(int(scratch.said("ready") or 0)), "the end of its agent")
-    folder = next(place for place in scratch.records() if (place / "owner").read_text().split("-")[2] == str(killed.child.pid))
-    places = [Path(name) for name in json.loads((folder / "run_summary.json").read_bytes())["places"]]
-    if how == "and the temporary directory is emptied":
-        for place in places:
-            shutil.rmtree(place)
-    if how == "by a loss of power":  # as if it had run before the machine was started
-        here, boot, *rest = (folder / "owner").read_text().split("-")
-        (folder / "owner").write_text("-".join([here, "0" * 8, *rest]))
-        for place in places:
-            place.rename(place.with_name(place.name.replace(f"{here}-{boot}", f"{here}-00000000")))
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
-    ended = scratch.ended(going, others=1)
+    folder = run_killed(scratch)
+    if "emptied" in how:
+        for name in json.loads((folder / "run_summary.json").read_bytes())["places"]:
+            shutil.rmtree(name)
+    if "elsewhere" in how:  # with another temporary directory: the work is not there
+        other = {"TMPDIR": str(scratch.place)}
+        assert scratch.ended(scratch.start("runs", env=other), others=1).out.count("unfinished") == 2
+    ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
     assert ended.outcome == "proposed" and ended.err.count(f"the run {folder.name} was killed") == 1, ended
     facts = json.loads((folder / "run_summary.json").read_bytes())
-    assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "owner").exists()
-    if how.startswith("by"):
+    assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "running").exists()
+    if "emptied" not in how:
         scratch.git("apply", "--check", str(folder / "diff.patch"))
     alive.child.terminate()
     assert scratch.ended(alive, others=1).outcome == "interrupted"
     assert not list(scratch.tmp.iterdir()), "every private directory is gone"
 
 
+# Kills itself just before it opens, makes or renames what a pattern names.
+KILLS_ITSELF = f"""import importlib.util, os, re, signal, sys
+runner, pattern = sys.argv.pop(1), sys.argv.pop(1)
+def look(event, args):
+    if event in ("open", "os.mkdir", "os.rename") and re.search(pattern, f"{{event}} {{args}}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(look)
+sys.argv.insert(1, runner)
+{LAUNCH}"""
+
+
+def test_a_run_can_be_killed_at_any_moment_of_its_beginning(scratch: Scratch, tmp_path: Path) -> None:
+    """Whoever comes next cleans up, in another repository as well: each of these runs may have one of its own."""
+    environ = scratch.env | {"AGENT_CMD": scratch.program(CALLED)}
+    for moment in (r"open.*/\.?record\b", r"mkdir.*agent-runs/(\.new-)?\d", r"rename.*running", r"rename.*run_summary", r"open.*brief-1"):
+        argv = [sys.executable, "-c", KILLS_ITSELF, str(RUNNER), moment, "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+        ended = subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+        assert ended.returncode == -signal.SIGKILL, (moment, ended)
+    elsewhere = Scratch(tmp_path / "elsewhere")
+    assert elsewhere.run("runs", env={"TMPDIR": str(scratch.tmp)}).code == 0
+    assert not list(scratch.tmp.iterdir()) and not (scratch.out / "called").exists()
+    folders = [path for path in (scratch.root / ".agent-runs").iterdir() if path.is_dir()]
+    assert len(folders) == 1, "of those that were killed earlier there is no record"
+    assert json.loads((folders[0] / "run_summary.json").read_bytes())["outcome"] == "interrupted"
+
+
 def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     """The record of a killed run has no room for its patch: the workspace stays until it has."""
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
-    wait_for((scratch.out / "ready").exists, "the agent")
-    going.child.kill()
-    going.child.communicate(timeout=60)
-    folder, = scratch.records()
+    folder = run_killed(scratch)
     (folder / "diff.patch").mkdir()
     ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
     assert ended.outcome == "proposed" and f"the work of the killed run {folder.name} cannot be saved" in ended.err, ended
-    left, = scratch.tmp.glob("agent-runner-*")
+    left, = scratch.tmp.iterdir()
     assert "x + x" in (left / "files/repo/app.py").read_text() and str(left) in ended.err
     (folder / "diff.patch").rmdir()
     ended = scratch.propose(EDITS)
@@ -2022,14 +2051,50 @@ def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     scratch.git("apply", "--check", str(folder / "diff.patch"))
 
 
-def test_a_recycled_pid_is_not_taken_for_the_owner() -> None:
-    """A process is its number and when it started, on this boot and in this container."""
-    mark = runner_module().process_mark
-    assert mark(os.getpid()) == mark(os.getpid()) and mark(os.getpid()).split("-")[2] == str(os.getpid())
-    assert mark(os.getppid()) != mark(os.getpid()) and mark(2 ** 22 + 1) == ""
-    dead, (here, boot, pid, start) = runner_module().process_dead, mark(os.getpid()).split("-")
-    assert not dead(mark(os.getpid())) and dead(f"{here}-{boot}-{pid}-1") and dead(f"{here}-00000000-{pid}-{start}")
-    assert not dead(f"00000000-{boot}-{pid}-1"), "another machine's, or another container's"
+OWNER = """import subprocess, time
+with agent_runner.private_directory() as place:
+    print(place, flush=True)
+    subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    time.sleep(600)
+"""
+IMPORT = f"import sys\nsys.path.insert(0, {str(RUNNER.parent)!r})\nimport {RUNNER.stem} as agent_runner\n"
+
+
+def test_a_private_directory_is_its_owners_until_that_is_dead(scratch: Scratch) -> None:
+    """A child that goes on does not hold the lock; a directory without our lock is nobody's to remove."""
+    owner = subprocess.Popen([sys.executable, "-c", IMPORT + OWNER], env=scratch.env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        place = Path(owner.stdout.readline().strip())
+        assert re.fullmatch(r"ar-\w{8}", place.name) and place.parent == scratch.tmp.resolve()
+        for name in ("ar-12345678", "ar-projects"):
+            (scratch.tmp / name).mkdir()
+        start = functools.partial(scratch.start, "runs")
+        assert scratch.ended(start(), others=1).code == 0 and place.exists()
+        owner.kill()
+        owner.wait()
+        assert scratch.ended(start(), others=1).code == 0 and not place.exists()
+        assert {path.name for path in scratch.tmp.iterdir()} == {"ar-12345678", "ar-projects"}
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+        owner.stdout.close()
+
+
+NO_LOCKS = f"""import errno, fcntl
+def flock(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+{LAUNCH}"""
+
+
+def test_a_file_system_without_locks(scratch: Scratch) -> None:
+    """A run goes on; what nobody can know to be dead is left alone."""
+    folder = run_killed(scratch)
+    left = set(scratch.tmp.iterdir())
+    environ = scratch.env | {"AGENT_CMD": scratch.program(EDITS)}
+    argv = [sys.executable, "-c", NO_LOCKS, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+    ended = subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+    assert ended.returncode == 0 and scratch.proposals(), ended
+    assert set(scratch.tmp.iterdir()) == left and (folder / "running").exists()
 
 
 def test_ten_runs_at_once(scratch: Scratch) -> None:
@@ -2045,7 +2110,7 @@ def test_ten_runs_at_once(scratch: Scratch) -> None:
 def test_past_runs_are_listed_and_pruned(scratch: Scratch) -> None:
     """Old records go; one that is going on stays, and so does every branch."""
     ended = scratch.propose(EDITS)
-    agent = "(OUT / 'ready').write_text('')\n" + SLEEPS
+    agent = "leave('ready')\n" + SLEEPS
     going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
     wait_for((scratch.out / "ready").exists, "the agent")
     for folder in scratch.records():
@@ -2277,7 +2342,7 @@ said = {
     'removed': tries(os.remove, root / 'ruff.toml'),
     'home': tries((home / 'settings').write_text, 'x'),
     'records': tries(os.listdir, root / '.agent-runs'),
-    'other': tries((tmp / 'agent-runner-other/report').read_text),
+    'other': tries((tmp / 'ar-other123/report').read_text),
     'own': sorted(os.listdir('../..')),
     'host': tries(lambda: socket.create_connection(('127.0.0.1', int(os.environ['PORT'])), 5)),
     'pids': len([name for name in os.listdir('/proc') if name.isdigit()]),
@@ -2303,7 +2368,7 @@ def surroundings(box: Box, port: str) -> dict[str, str]:
 
 @only(["bwrap"])
 def test_what_an_agent_can_reach_in_bwrap(box):
-    other = box.scratch.tmp / "agent-runner-other"
+    other = box.scratch.tmp / "ar-other123"
     other.mkdir()
     (other / "report").write_text("red")
     with server() as port:
@@ -2391,7 +2456,7 @@ Path('/tmp/mine').touch()
 print(json.dumps({'uid': os.getuid(), 'root': root, 'caps': int(status['CapEff'], 16), 'bounds': int(status['CapBnd'], 16),
                   'locked': status['NoNewPrivs'].strip(), 'key': len(os.environ['FOO_API_KEY']),
                   'other': os.environ.get('MY_TOKEN'), 'mounts': [
-    line.split()[1] for line in Path('/proc/mounts').read_text().splitlines() if '/agent-runner-' in line.split()[1]]}))
+    line.split()[1] for line in Path('/proc/mounts').read_text().splitlines() if '/ar-' in line.split()[1]]}))
 """
     ended = box.propose(facts + EDITS, env=SECRETS)
     assert_proposed(box.scratch, ended)
