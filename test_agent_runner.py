@@ -912,8 +912,10 @@ def test_keep_leaves_the_workspace_and_prints_its_path(scratch):
     ended = scratch.propose(EDITS, "--keep")
     kept = re.search(r"kept: (.+?)  \d", ended.err)
     assert kept, ended
-    assert "x + x" in Path(kept[1], "app.py").read_text()
     assert len(list(scratch.tmp.iterdir())) == 1
+    for later in (scratch.start("runs"), scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=NOTHING)):
+        scratch.ended(later, others=1)
+    assert "x + x" in Path(kept[1], "app.py").read_text(), "it is the user's own from now on"
 
 
 def test_json_is_the_summary_and_nothing_else(scratch):
@@ -1976,10 +1978,10 @@ def test_a_full_disk(scratch: Scratch) -> None:
 READY = f"{EDITS}\nleave('ready', os.getpid())\n{SLEEPS}"
 
 
-def run_killed(scratch: Scratch) -> Path:
+def run_killed(scratch: Scratch, *args: str) -> Path:
     """The record of a run that is killed while its agent works; nothing of it is alive any more."""
     (scratch.out / "ready").unlink(missing_ok=True)
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=READY)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), *args, agent=READY)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.kill()
     story = going.child.communicate(timeout=60)[1].decode()
@@ -2049,6 +2051,16 @@ def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     ended = scratch.propose(EDITS)
     assert f"the run {folder.name} was killed" in ended.err, ended
     scratch.git("apply", "--check", str(folder / "diff.patch"))
+
+
+@needs_linux
+def test_the_workspace_of_a_killed_run_is_kept_if_that_was_asked_for(scratch: Scratch) -> None:
+    folder = run_killed(scratch, "--keep")
+    for _ in range(2):
+        scratch.ended(scratch.start("runs"), others=1)
+        scratch.git("apply", "--check", str(folder / "diff.patch"))
+        left, = scratch.tmp.iterdir()
+        assert "x + x" in (left / "files/repo/app.py").read_text()
 
 
 OWNER = """import subprocess, time
