@@ -2823,7 +2823,8 @@ class Court:
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
-        self.change, self.base = Gate(run, private / "change"), Gate(run, private / "base")
+        # Short names: a socket in what is their temporary directory has a path of some 100 characters.
+        self.change, self.base = Gate(run, private / "new"), Gate(run, private / "old")
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
         self.places = [gate.checkout.place for gate in (self.change, self.base)]

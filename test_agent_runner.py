@@ -974,6 +974,25 @@ def test_a_hanging_test_is_stopped_and_its_stack_is_told(scratch):
     assert re.search(r'app\.py", line 5 in double', ended.findings) and "in test_double" in ended.findings
 
 
+def test_the_gates_temporary_directory_is_short(scratch):
+    """In the gate of the base, in that of the change, and in --setup."""
+    check = scratch.program("leave(f'tmp-{os.getpid()}', os.environ['TMPDIR'])", "check.py")
+    assert_proposed(scratch, scratch.propose(EDITS, "--setup", check, checks=(f"tmp={check}",)))
+    longer = {len(path.read_text()) - len(str(scratch.tmp.resolve())) for path in scratch.out.iterdir()}
+    assert len(list(scratch.out.iterdir())) >= 4 and max(longer) <= 20, longer
+
+
+def test_a_test_that_binds_a_socket_in_its_temporary_directory(scratch):
+    """The whole path of a socket has some 100 characters."""
+    scratch.write({"tests/test_socket.py": "import socket\n\n\ndef test_binds(tmp_path):\n"
+                   "    with socket.socket(socket.AF_UNIX) as server:\n        server.bind(str(tmp_path / 'socket'))\n"})
+    scratch.commit()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        ended = scratch.propose(EDITS, checks=TESTS_ONLY, env={"TMPDIR": short})
+    assert_proposed(scratch, ended)
+    assert ended.summary["baseline"]["checks"][0]["tests"] == {"passed": 2}
+
+
 def test_settings_of_the_parent_do_not_reach_the_gate(scratch):
     """Nor do secrets: what runs there was written by an agent."""
     scratch.write({"tests/test_env.py": "import json, os\nfrom pathlib import Path\n\n\ndef test_env():\n"
