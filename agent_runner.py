@@ -925,31 +925,61 @@ class Checkout:
         self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
 
+    def snapshot_plain(self) -> str:
+        """The tree of all files, as if nested repositories were plain folders: each .git is put aside meanwhile."""
+        tree, moved = self.snapshot(), []
+        try:
+            while self.nested:
+                for path in self.nested:
+                    mark = self.place / path / ".git"
+                    moved.append((mark.rename(self.index.with_name(f"nested-{len(moved)}")), mark))
+                tree = self.snapshot()
+        finally:
+            for aside, mark in moved:
+                aside.rename(mark)
+        return tree
+
 
 def nested_repositories(place: Path) -> list[str]:
     """The directories below one that hold a .git of their own, relative to it.
 
     On the way everything is made readable, and what is no file, link or directory is removed.
     """
-    found, queue = [], [str(place)]
+    nested, queue = [], [str(place)]
     while queue:
         folder = queue.pop()
-        with contextlib.suppress(OSError):
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                os.chmod(folder, 0o700)
-            with os.scandir(folder) as entries:
-                there = list(entries)
-            if any(entry.name == ".git" for entry in there) and folder != str(place):
-                found.append(os.path.relpath(folder, place))
-                continue
-            for entry in there:
-                if entry.is_dir(follow_symlinks=False):
-                    queue += [entry.path] * (entry.name != ".git")
-                elif not (entry.is_symlink() or entry.is_file()):
-                    os.unlink(entry.path)  # a FIFO, a socket, a device: git knows none, a reader may hang
-                elif not entry.is_symlink() and not os.access(entry.path, os.R_OK):
-                    os.chmod(entry.path, entry.stat().st_mode | 0o600)
-    return found
+        entries = folder_entries(folder)
+        if folder != str(place) and any(entry.name == ".git" for entry in entries):
+            nested.append(os.path.relpath(folder, place))
+            continue
+        for entry in entries:
+            with contextlib.suppress(OSError):  # one that cannot be changed does not hide the others
+                if entry_is_folder(entry):
+                    queue.append(entry.path)
+    return nested
+
+
+def folder_entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, once it has been made readable; nothing where that cannot be done."""
+    with contextlib.suppress(OSError):
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    return []
+
+
+def entry_is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder to look into; a file is made readable, and what git knows no kind of is removed."""
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return entry.name != ".git"
+    if not entry.is_file():
+        os.unlink(entry.path)  # a FIFO, a socket, a device: a reader may hang
+    elif not os.access(entry.path, os.R_OK):
+        os.chmod(entry.path, entry.stat().st_mode | 0o600)
+    return False
 
 
 # --- Private directories: each has a file that its owner keeps locked. The kernel lets go of the
@@ -3088,9 +3118,9 @@ class Workspace:
                 self.start = self.checkout.snapshot()  # what setup leaves is not the agent's change
             said["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
 
-    def tree(self) -> str:
-        """The base's tree with what the agent has changed."""
-        tree = self.checkout.snapshot()
+    def tree(self, plain: bool = False) -> str:
+        """The base's tree with what the agent has changed; if it is to be `plain`, in nested repositories, too."""
+        tree = self.checkout.snapshot_plain() if plain else self.checkout.snapshot()
         if self.start == self.base.tree:
             return tree
         changes = tree_changes(self.job.repo, self.start, tree)
@@ -3170,12 +3200,9 @@ def proposal_commit(run: Run) -> None:
 
 def change_keep(run: Run, workspace: Workspace) -> None:
     """Keep what the agent did as diff.patch, however the run ends."""
-    nested = workspace.checkout.nested
-    for path in [] if run.job.keep else nested:  # as plain files a patch can hold them
-        shutil.rmtree(workspace.checkout.place / path / ".git", ignore_errors=True)
-    run.tree = "" if nested else run.attempts[-1].tree if run.attempts else ""
+    run.tree = "" if workspace.checkout.nested or not run.attempts else run.attempts[-1].tree
     try:
-        run.tree = run.tree or workspace.tree()
+        run.tree = run.tree or workspace.tree(plain=True)
     except Stop:
         run.tree = run.base.tree  # said before, where it happened
     if run.tree != run.base.tree:
@@ -3270,7 +3297,7 @@ def run_close(folder: Path, place: Path | None) -> None:
     if place and str(place) in facts["places"]:
         repo = repo_open(folder.parent.parent)
         own = workspace_at(repo, place)
-        patch = tree_patch(repo, facts["base"], own.snapshot()) if own.index.exists() else ""
+        patch = tree_patch(repo, facts["base"], own.snapshot_plain()) if own.index.exists() else ""
         if patch:
             file_write(folder / "diff.patch", patch)
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"

@@ -111,6 +111,8 @@ sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
 sys.exit(sys.modules[spec.name].main())
 """
+# To look at one part of it, in a process of its own.
+IMPORT = f"import sys\nsys.path.insert(0, {str(RUNNER.parent)!r})\nimport {RUNNER.stem} as agent_runner\n"
 
 
 @dataclass
@@ -1966,6 +1968,51 @@ def test_whatever_an_agent_leaves_has_a_clear_end(scratch: Scratch, leaves: str)
     assert ended.code in (0, 3, 4) and (ended.code == 0 or ended.findings), ended
 
 
+NESTED = {
+    "a repository": "subprocess.run(['git', 'init', '-q', 'sub'], check=True)\n",
+    "a file that names none": "Path('sub/.git').write_text('gitdir: /no/such/place')\n",
+    "junk": "Path('sub/.git').write_bytes(bytes(range(256)))\n",
+    "a link": "os.symlink(OUT, 'sub/.git')\n",
+    "a file that names one": ("subprocess.run(['git', 'init', '-q', str(OUT / 'other')], check=True)\n"
+                              "Path('sub/.git').write_text(f'gitdir: {OUT}/other/.git')\n"),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_the_work_in_a_nested_repository_is_kept(scratch: Scratch, nested: str) -> None:
+    """Whatever its .git is, and in one inside of it as well; a kept workspace is as the agent left it."""
+    agent = f"{EDITS}\nos.makedirs('sub/deep/.git')\nPath('sub/deep/b.py').write_text('b')\nPath('sub/a.py').write_text('a')\n{NESTED[nested]}"
+    ended = scratch.propose(agent, "--keep")
+    assert ended.outcome == "blocked" and "sub: is a repository inside the repository" in ended.findings, ended
+    assert_patch_applies(scratch, ended)
+    assert re.findall(r"^\+\+\+ b/(.*)", ended.text("diff.patch"), re.M) == ["app.py", "sub/a.py", "sub/deep/b.py"]
+    left, = scratch.tmp.glob("*/files/repo/sub")
+    assert os.path.lexists(left / ".git") and (left / "deep/.git").is_dir()
+
+
+@needs_linux
+def test_the_work_in_a_nested_repository_is_kept_after_a_kill(scratch: Scratch) -> None:
+    folder = run_killed(scratch, before="os.makedirs('sub/.git')\nPath('sub/a.py').write_text('a')\n")
+    assert f"the run {folder.name} was killed" in scratch.run("runs").err
+    assert "+++ b/sub/a.py" in (folder / "diff.patch").read_text()
+
+
+STUBBORN = """import os
+from pathlib import Path
+def unlink(path):
+    raise PermissionError(path)
+for number in range(20):
+    os.mkfifo(f"fifo-{number}")
+    os.makedirs(f"sub-{number}/.git")
+os.unlink = unlink
+print(len(agent_runner.nested_repositories(Path.cwd())))
+"""
+
+
+def test_an_entry_that_cannot_be_changed_does_not_hide_the_others(tmp_path: Path) -> None:
+    assert ran(sys.executable, "-c", IMPORT + STUBBORN, cwd=tmp_path).stdout == "20\n"
+
+
 def test_an_index_that_is_locked(scratch: Scratch) -> None:
     """The user's editor holds it: that is none of our business."""
     (scratch.root / ".git/index.lock").write_text("")
@@ -1997,10 +2044,10 @@ def test_a_full_disk(scratch: Scratch) -> None:
 READY = f"{EDITS}\nleave('ready', os.getpid())\n{SLEEPS}"
 
 
-def run_killed(scratch: Scratch, *args: str) -> Path:
+def run_killed(scratch: Scratch, *args: str, before: str = "") -> Path:
     """The record of a run that is killed while its agent works; nothing of it is alive any more."""
     (scratch.out / "ready").unlink(missing_ok=True)
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), *args, agent=READY)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), *args, agent=before + READY)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.kill()
     story = going.child.communicate(timeout=60)[1].decode()
@@ -2088,7 +2135,6 @@ with agent_runner.private_directory() as place:
     subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     time.sleep(600)
 """
-IMPORT = f"import sys\nsys.path.insert(0, {str(RUNNER.parent)!r})\nimport {RUNNER.stem} as agent_runner\n"
 
 
 def test_a_private_directory_is_its_owners_until_that_is_dead(scratch: Scratch) -> None:
