@@ -506,8 +506,12 @@ def file_write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     # A file name need not be text: a patch keeps its bytes, and JSON has an escape for them.
     errors = "surrogateescape" if path.suffix == ".patch" else "backslashreplace"
-    part.write_bytes(MASK.text(text).encode("utf-8", errors))
-    os.replace(part, path)
+    try:
+        part.write_bytes(MASK.text(text).encode("utf-8", errors))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class Ran(NamedTuple):
@@ -3199,14 +3203,28 @@ def proposal_commit(run: Run) -> None:
 
 
 def change_keep(run: Run, workspace: Workspace) -> None:
-    """Keep what the agent did as diff.patch, however the run ends."""
-    run.tree = "" if workspace.checkout.nested or not run.attempts else run.attempts[-1].tree
+    """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
-        run.tree = run.tree or workspace.tree(plain=True)
+        run.tree = tree_last(run, workspace)
+        if run.tree != run.base.tree:
+            file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+    except (OSError, Stop) as error:
+        run.error = f"the change could not be kept as diff.patch: {error}"
+        with contextlib.suppress(OSError):
+            if not run.branch:  # nowhere else is what the agent did
+                (workspace.private / KEEP).touch()
+                run.error += f"; its files stay in {workspace.checkout.place}"
+        CONSOLE.say(run.error)
+
+
+def tree_last(run: Run, workspace: Workspace) -> str:
+    """The tree of what the agent left last; the base's where git does not take it."""
+    if run.attempts and run.attempts[-1].tree and not workspace.checkout.nested:
+        return run.attempts[-1].tree
+    try:
+        return workspace.tree(plain=True)
     except Stop:
-        run.tree = run.base.tree  # said before, where it happened
-    if run.tree != run.base.tree:
-        file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+        return run.base.tree  # said before, where it happened
 
 
 # === Chapter 10. The record =================================================
@@ -3340,13 +3358,16 @@ def record_write(run: Run) -> None:
 
 
 def record_finish(run: Run) -> None:
-    """Write what a person reads, the proposal or the handoff, and close the record."""
+    """Write what a person reads, the proposal or the handoff, and close the record; that changes no outcome."""
     run.next = next_commands(run)
-    if run.outcome == "proposed":
-        file_write(run.folder / "proposal.md", proposal_text(run))
-    elif run.outcome != "nothing_to_heal":
-        file_write(run.folder / "handoff.md", handoff_text(run))
-    record_write(run)
+    try:
+        if run.outcome == "proposed":
+            file_write(run.folder / "proposal.md", proposal_text(run))
+        elif run.outcome != "nothing_to_heal":
+            file_write(run.folder / "handoff.md", handoff_text(run))
+        record_write(run)
+    except OSError as trouble:
+        CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
     record_release(run)
 
 

@@ -2030,15 +2030,49 @@ def test_an_object_that_is_missing(scratch: Scratch) -> None:
 def test_a_full_disk(scratch: Scratch) -> None:
     """Here a limit on the size of files: what cannot be written is one line, and the repository is whole."""
     flood = f"{EDITS}\nsys.stdout.write('x' * 3_000_000)"
-    limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    environ = scratch.env | {"AGENT_CMD": scratch.program(flood)}
     before = scratch.state()
-    ran = subprocess.run([sys.executable, "-c", limits, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)],
-                         cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+    ran = run_limited(scratch, flood)
     assert ran.returncode == 69 and b"Traceback" not in ran.stderr and b"File too large" in ran.stderr, ran.stderr
     assert scratch.state() == before and not scratch.proposals()
     assert [json.loads((folder / "run_summary.json").read_bytes())["error"] for folder in scratch.records()] != [None]
     scratch.git("fsck", "--strict")
+
+
+def test_a_disk_that_has_no_room_for_the_patch(scratch: Scratch) -> None:
+    """The branch is there, so the run has proposed it."""
+    ran = run_limited(scratch, "for n in range(40):\n    Path(f'f{n}').write_text('word ' * 20_000)")
+    assert ran.returncode == 0 and b"Traceback" not in ran.stderr, ran.stderr
+    facts, = [json.loads((folder / "run_summary.json").read_bytes()) for folder in scratch.records()]
+    assert facts["outcome"] == "proposed" and "could not be kept as diff.patch" in facts["error"]
+    assert scratch.proposals() and not list(scratch.tmp.iterdir())
+
+
+def run_limited(scratch: Scratch, agent: str) -> subprocess.CompletedProcess[bytes]:
+    """A run in which no file can be larger than a megabyte."""
+    limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    environ = scratch.env | {"AGENT_CMD": scratch.program(agent)}
+    argv = [sys.executable, "-c", limits, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+    return subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+
+
+BLOCKS_PATCH = "for record in Path({root!r}, '.agent-runs').glob('2*'):\n    (record / 'diff.patch').mkdir()\n"
+
+
+@pytest.mark.parametrize("outcome", ["proposed", "gate_failed"])
+def test_a_patch_that_cannot_be_written_changes_no_outcome(scratch: Scratch, outcome: str) -> None:
+    """A proposal is one all the same; a refused change stays where it is, and the run says where."""
+    agent = EDITS if outcome == "proposed" else writes("app.py", APP_WRONG)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=BLOCKS_PATCH.format(root=str(scratch.root)) + agent)
+    ended = scratch.ended(going, others=1)
+    assert (ended.code, ended.outcome) == (int(outcome != "proposed"), outcome), ended
+    assert "could not be kept as diff.patch" in ended.summary["error"] and ended.err.count(ended.summary["error"]) == 1, ended
+    assert ended.has("proposal.md") == (outcome == "proposed") and not ended.has(".diff.patch.part")
+    left = list(scratch.tmp.iterdir())
+    if outcome == "proposed":
+        assert_proposed(scratch, ended)
+        assert not left
+    else:
+        assert (left[0] / "files/repo/app.py").read_text() == APP_WRONG and f"stay in {left[0]}" in ended.err
 
 
 READY = f"{EDITS}\nleave('ready', os.getpid())\n{SLEEPS}"
