@@ -305,11 +305,15 @@ class Mask:
         found |= {hit: name for name, value in environ.items() for hit in re.findall(SECRET_URL, value)}
         # Shorter ones would turn ordinary words into masks ("true", "12345").
         self.names = {value: name for value, name in found.items() if len(value) >= 6}
-        self.names |= {json.dumps(value)[1:-1]: name for value, name in list(self.names.items())}
+        for value, name in list(self.names.items()):
+            self.names[json.dumps(value)[1:-1]] = name
+            # Its bytes need not be UTF-8: so it stands in a text that was read from them.
+            self.names[os.fsencode(value).decode("utf-8", "replace")] = name
         values = sorted(self.names, key=len, reverse=True)
-        self.reach = max((len(value.encode()) for value in values), default=1) - 1  # bytes
+        data = [value.encode("utf-8", "surrogateescape") for value in values]
+        self.reach = max(map(len, data), default=1) - 1  # bytes
         self.pattern = re.compile("|".join(map(re.escape, values)) or r"(?!)")
-        self.raw = re.compile(b"|".join(re.escape(value.encode()) for value in values) or rb"(?!)")
+        self.raw = re.compile(b"|".join(map(re.escape, data)) or rb"(?!)")
 
     def text(self, text: str) -> str:
         """The text with every secret value masked."""
@@ -317,7 +321,11 @@ class Mask:
 
     def bytes(self, data: bytes) -> bytes:
         """The bytes with every secret value masked."""
-        return self.raw.sub(lambda hit: f"[masked {self.names[hit[0].decode()]}]".encode(), data)
+        return self.raw.sub(lambda hit: f"[masked {self.name(hit[0])}]".encode(), data)
+
+    def name(self, value: bytes) -> str:
+        """The name of the variable with a value that `raw` has found."""
+        return self.names[value.decode("utf-8", "surrogateescape")]
 
 
 MASK = Mask({})  # main() replaces it by one that knows the environment
@@ -1788,7 +1796,7 @@ def guard_file(source: Source) -> list[Violation]:
     if change.new_mode and re.fullmatch(COMPILED, path) or source.new[:4] in COMPILED_MAGIC:
         found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
     for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
-        found.append(Violation("secret", path, f"contains the value of {MASK.names[secret.decode()]}"))
+        found.append(Violation("secret", path, f"contains the value of {MASK.name(secret)}"))
     return found
 
 

@@ -1202,6 +1202,19 @@ def test_a_secret_is_masked_in_all_that_is_kept_and_shown(scratch):
         assert "[masked MY_TOKEN]" in ended.text(name), name
 
 
+def test_a_secret_that_is_not_text_is_masked(scratch):
+    """In the log and in what is read from it; a change that holds it is refused."""
+    secret = b"open-\xff\xfe-sesame"
+    agent = f"{EDITS}\nos.write(1, b'say ' + {secret!r} + b' now')\nPath('data.bin').write_bytes(b'.' + {secret!r})\n"
+    ended = scratch.propose(f"{agent}sys.exit(3)", env={os.fsencode("MY_TOKEN"): secret})
+    assert ended.outcome == "agent_failed" and ended.text("agent-1.log") == "say [masked MY_TOKEN] now", ended
+    assert b"sesame" not in (ended.folder / "diff.patch").read_bytes() and "sesame" not in ended.err
+    check = scratch.program(f"os.write(1, b'Error: ' + {secret!r})\nsys.exit(1)", "check.py")
+    ended = scratch.propose(agent, checks=(f"tells={check}",), env={os.fsencode("MY_TOKEN"): secret})
+    assert ended.outcome == "blocked" and "data.bin: contains the value of MY_TOKEN" in ended.findings, ended
+    assert "Error: [masked MY_TOKEN]" in ended.text("gate-0.log")
+
+
 def test_a_secret_in_a_title_does_not_get_into_the_commit(scratch):
     """A proposal is meant to be pushed: its message and its branch's name are for everybody."""
     ended = scratch.propose(EDITS, issue=f"# Use {TOKEN} for it\n", env={"MY_TOKEN": TOKEN})
