@@ -677,21 +677,42 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
             LIVE.add(child.pid)
     except OSError as error:
         raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
-    given: bytes | None = stdin or None
-    while True:
-        try:
-            out, err = child.communicate(given, timeout=0.2)
-            break
-        except subprocess.TimeoutExpired:
-            given = None  # communicate() goes on where it was
-            if time.monotonic() - started > seconds or (heed and program_interrupted()):
-                group_signal(child.pid, "SIGKILL")
+    out, err = program_listen(child, stdin, started + seconds, heed)
     LIVE.discard(child.pid)
     if heed and program_interrupted():
         raise Interrupted
     ran = Ran(argv, child.returncode, time.monotonic() - started, out, err)
     program_report(ran)
     return ran
+
+
+def program_listen(child: subprocess.Popen[bytes], stdin: bytes, limit: float, heed: bool) -> tuple[bytes, bytes]:
+    """What a short program printed; at the limit or an interrupt it is ended, with all that it has started."""
+    given, end = stdin or None, float("inf")
+    while True:
+        try:
+            return child.communicate(given, timeout=0.2)
+        except subprocess.TimeoutExpired as so_far:
+            given, printed = None, (so_far.output or b"", so_far.stderr or b"")  # communicate() goes on where it was
+        now = time.monotonic()
+        if now > end:  # something in another session holds the pipes, and may do so for ever
+            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            return printed
+        late = now > limit or (heed and program_interrupted())
+        if late and child.poll() is None:
+            program_kill(child)
+        if late or child.poll() is not None:
+            end = min(end, now + GRACE)
+
+
+def program_kill(child: subprocess.Popen[bytes]) -> None:
+    """End a short program at once, and what it has put into other sessions."""
+    group_signal(child.pid, "SIGKILL")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    program_sweep(child)
 
 
 def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
@@ -724,7 +745,7 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
     """End what a program left behind where no supervisor could: it was killed, or there is none."""
     with LIVE_LOCK:
         LIVE.discard(child.pid)
-        if SUPERVISED and child.returncode >= 0:
+        if SUPERVISED and (child.returncode or 0) >= 0:
             return
         group_signal(child.pid, "SIGKILL")
         for pid in program_kin(os.getpid(), LIVE) if SUPERVISED else []:

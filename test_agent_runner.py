@@ -1929,6 +1929,28 @@ def process_file(process: Path, name: str) -> bytes:
         return b""
 
 
+SHORT = """import time
+agent_runner.program_open()
+began = time.monotonic()
+ran = agent_runner.program_call(["sh", "-c", "setsid sleep 60 & echo $!; " + sys.argv[1]], seconds=2)
+print(time.monotonic() - began, ran.exit, *ran.out.decode().split())
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize("main", ["echo done", "sleep 60"])
+def test_a_short_program_has_a_bound(main: str, tmp_path: Path) -> None:
+    """Although something that it has put into another session holds its output open."""
+    took, code, holder, *words = ran(sys.executable, "-c", IMPORT + SHORT, main).stdout.split()
+    try:
+        assert float(took) < 20, "and not a minute"
+        assert (int(code), words) == ((0, ["done"]) if words else (-signal.SIGKILL, []))
+        assert words or process_gone(int(holder))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(holder), signal.SIGKILL)
+
+
 def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
     """Where its silence is limited; one that talks may take its time."""
     ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
