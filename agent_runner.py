@@ -42,7 +42,6 @@ import threading
 import time
 import tokenize
 import unicodedata
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,6 +51,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where main() says so
+    fcntl = None  # type: ignore[assignment]
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -285,7 +288,8 @@ class Run:
     commit: str = ""
     outcome: str = ""
     error: str = ""
-    places: list[str] = field(default_factory=list)  # its private directories
+    places: list[str] = field(default_factory=list)  # its private directories: the agent's, the gate's
+    lock: int = -1  # of the file `running` in its folder
     next: list[tuple[str, str]] = field(default_factory=list)  # what a human may do: a word, a command
 
 
@@ -346,11 +350,15 @@ class Mask:
         found |= {hit: name for name, value in environ.items() for hit in re.findall(SECRET_URL, value)}
         # Shorter ones would turn ordinary words into masks ("true", "12345").
         self.names = {value: name for value, name in found.items() if len(value) >= 6}
-        self.names |= {json.dumps(value)[1:-1]: name for value, name in list(self.names.items())}
+        for value, name in list(self.names.items()):
+            self.names[json.dumps(value)[1:-1]] = name
+            # Its bytes need not be UTF-8: so it stands in a text that was read from them.
+            self.names[os.fsencode(value).decode("utf-8", "replace")] = name
         values = sorted(self.names, key=len, reverse=True)
-        self.reach = max((len(value.encode()) for value in values), default=1) - 1  # bytes
+        data = [value.encode("utf-8", "surrogateescape") for value in values]
+        self.reach = max(map(len, data), default=1) - 1  # bytes
         self.pattern = re.compile("|".join(map(re.escape, values)) or r"(?!)")
-        self.raw = re.compile(b"|".join(re.escape(value.encode()) for value in values) or rb"(?!)")
+        self.raw = re.compile(b"|".join(map(re.escape, data)) or rb"(?!)")
 
     def text(self, text: str) -> str:
         """The text with every secret value masked."""
@@ -358,7 +366,11 @@ class Mask:
 
     def bytes(self, data: bytes) -> bytes:
         """The bytes with every secret value masked."""
-        return self.raw.sub(lambda hit: f"[masked {self.names[hit[0].decode()]}]".encode(), data)
+        return self.raw.sub(lambda hit: f"[masked {self.name(hit[0])}]".encode(), data)
+
+    def name(self, value: bytes) -> str:
+        """The name of the variable with a value that `raw` has found."""
+        return self.names[value.decode("utf-8", "surrogateescape")]
 
 
 MASK = Mask({})  # main() replaces it by one that knows the environment
@@ -490,6 +502,11 @@ def program_open() -> None:
         prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc/PID/environ, with every secret, is root's alone
 
 
+def program_interrupted() -> bool:
+    """Whether a short program that is running is to be ended, too."""
+    return ENDING.is_set() and not CLOSING.is_set()
+
+
 def program_close() -> None:
     """End whatever is still running; from now on only short calls are made, and a signal changes nothing."""
     CLOSING.set()
@@ -542,8 +559,12 @@ def file_write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     # A file name need not be text: a patch keeps its bytes, and JSON has an escape for them.
     errors = "surrogateescape" if path.suffix == ".patch" else "backslashreplace"
-    part.write_bytes(MASK.text(text).encode("utf-8", errors))
-    os.replace(part, path)
+    try:
+        part.write_bytes(MASK.text(text).encode("utf-8", errors))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class Ran(NamedTuple):
@@ -686,10 +707,11 @@ def supervised(argv: list[str]) -> list[str]:
 
 
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
-                 stdin: bytes = b"", seconds: float = 900) -> Ran:
+                 stdin: bytes = b"", seconds: float = 900, heed: bool = True) -> Ran:
     """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
 
-    `seconds` limits it. Without `env` it gets our environment but for the secrets: others may be able to read it.
+    `seconds` limits it, and so does an interrupt, unless it is not to `heed` that: then it raises Interrupted.
+    Without `env` it gets our environment but for the secrets: others may be able to read it.
     """
     started = time.monotonic()
     env = environ_plain(os.environ) if env is None else env
@@ -700,21 +722,42 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
             LIVE.add(child.pid)
     except OSError as error:
         raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
-    given: bytes | None = stdin or None
-    while True:
-        try:
-            out, err = child.communicate(given, timeout=0.2)
-            break
-        except subprocess.TimeoutExpired:
-            given = None  # communicate() goes on where it was
-            if time.monotonic() - started > seconds or (ENDING.is_set() and not CLOSING.is_set()):
-                group_signal(child.pid, "SIGKILL")
+    out, err = program_listen(child, stdin, started + seconds, heed)
     LIVE.discard(child.pid)
-    if ENDING.is_set() and not CLOSING.is_set():
+    if heed and program_interrupted():
         raise Interrupted
     ran = Ran(argv, child.returncode, time.monotonic() - started, out, err)
     program_report(ran)
     return ran
+
+
+def program_listen(child: subprocess.Popen[bytes], stdin: bytes, limit: float, heed: bool) -> tuple[bytes, bytes]:
+    """What a short program printed; at the limit or an interrupt it is ended, with all that it has started."""
+    given, end = stdin or None, float("inf")
+    while True:
+        try:
+            return child.communicate(given, timeout=0.2)
+        except subprocess.TimeoutExpired as so_far:
+            given, printed = None, (so_far.output or b"", so_far.stderr or b"")  # communicate() goes on where it was
+        now = time.monotonic()
+        if now > end:  # something in another session holds the pipes, and may do so for ever
+            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            return printed
+        late = now > limit or (heed and program_interrupted())
+        if late and child.poll() is None:
+            program_kill(child)
+        if late or child.poll() is not None:
+            end = min(end, now + GRACE)
+
+
+def program_kill(child: subprocess.Popen[bytes]) -> None:
+    """End a short program at once, and what it has put into other sessions."""
+    group_signal(child.pid, "SIGKILL")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    program_sweep(child)
 
 
 def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
@@ -747,7 +790,7 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
     """End what a program left behind where no supervisor could: it was killed, or there is none."""
     with LIVE_LOCK:
         LIVE.discard(child.pid)
-        if SUPERVISED and child.returncode >= 0:
+        if SUPERVISED and (child.returncode or 0) >= 0:
             return
         group_signal(child.pid, "SIGKILL")
         for pid in program_kin(os.getpid(), LIVE) if SUPERVISED else []:
@@ -972,90 +1015,130 @@ class Checkout:
         self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
 
+    def snapshot_plain(self) -> str:
+        """The tree of all files, as if nested repositories were plain folders: each .git is put aside meanwhile."""
+        tree, moved = self.snapshot(), []
+        try:
+            while self.nested:
+                for path in self.nested:
+                    mark = self.place / path / ".git"
+                    moved.append((mark.rename(self.index.with_name(f"nested-{len(moved)}")), mark))
+                tree = self.snapshot()
+        finally:
+            for aside, mark in moved:
+                aside.rename(mark)
+        return tree
+
 
 def nested_repositories(place: Path) -> list[str]:
     """The directories below one that hold a .git of their own, relative to it.
 
     On the way everything is made readable, and what is no file, link or directory is removed.
     """
-    found, queue = [], [str(place)]
+    nested, queue = [], [str(place)]
     while queue:
         folder = queue.pop()
-        with contextlib.suppress(OSError):
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                os.chmod(folder, 0o700)
-            with os.scandir(folder) as entries:
-                there = list(entries)
-            if any(entry.name == ".git" for entry in there) and folder != str(place):
-                found.append(os.path.relpath(folder, place))
-                continue
-            for entry in there:
-                if entry.is_dir(follow_symlinks=False):
-                    queue += [entry.path] * (entry.name != ".git")
-                elif not (entry.is_symlink() or entry.is_file()):
-                    os.unlink(entry.path)  # a FIFO, a socket, a device: git knows none, a reader may hang
-                elif not entry.is_symlink() and not os.access(entry.path, os.R_OK):
-                    os.chmod(entry.path, entry.stat().st_mode | 0o600)
-    return found
+        entries = folder_entries(folder)
+        if folder != str(place) and any(entry.name == ".git" for entry in entries):
+            nested.append(os.path.relpath(folder, place))
+            continue
+        for entry in entries:
+            with contextlib.suppress(OSError):  # one that cannot be changed does not hide the others
+                if entry_is_folder(entry):
+                    queue.append(entry.path)
+    return nested
 
 
-@functools.cache
-def process_place() -> tuple[str, str]:
-    """What tells this machine (or container) from others, and this boot of it from its other ones."""
-    here, boot = [sys.platform, os.uname().nodename], ""
+def folder_entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, once it has been made readable; nothing where that cannot be done."""
     with contextlib.suppress(OSError):
-        here.append(os.readlink("/proc/self/ns/pid"))
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    return f"{zlib.crc32(''.join(here).encode()):08x}", f"{zlib.crc32(boot.encode()):08x}"
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    return []
 
 
-def process_mark(pid: int) -> str:
-    """A name for a living process that a later one with the same number does not have; "" for a dead one."""
-    try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        start = "" if state in (b"Z", b"X") else facts[18].decode()  # proc(5): starttime
-    except OSError:
-        said = b"" if SUPERVISED else program_call(["ps", "-o", "lstart=", "-p", str(pid)]).out.strip()
-        start = f"{zlib.crc32(said):08x}" if said else ""
-    return start and "-".join([*process_place(), str(pid), start])
+def entry_is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder to look into; a file is made readable, and what git knows no kind of is removed."""
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return entry.name != ".git"
+    if not entry.is_file():
+        os.unlink(entry.path)  # a FIFO, a socket, a device: a reader may hang
+    elif not os.access(entry.path, os.R_OK):
+        os.chmod(entry.path, entry.stat().st_mode | 0o600)
+    return False
 
 
-def process_dead(mark: str) -> bool:
-    """Whether the process with this mark has ended; False where that is not for us to say. Raises ValueError."""
-    place, boot, pid, _ = mark.split("-")
-    here, now = process_place()
-    return place == here and (boot != now or process_mark(int(pid)) != mark)
+# --- Private directories: each has a file that its owner keeps locked. The kernel lets go of the
+# lock when the owner ends, however that happens: who can take it, owns what was left behind.
+
+LOCK, KEEP = "agent_runner.lock", "keep"  # a directory with the second is left to the user
+PRIVATE = "ar-"  # short: a socket's whole path has some 100 characters
+
+
+def lock_make(path: Path) -> int:
+    """A new file that is locked from its first moment, as a descriptor; the lock ends with it, or with us."""
+    part = path.with_name(f".{path.name}.part")
+    lock = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks: there nobody can take it either
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    part.rename(path)
+    return lock
+
+
+@contextlib.contextmanager
+def lock_take(path: Path) -> Iterator[bool]:
+    """Whether a lock of this user's could be taken, as its owner is dead; False where nobody can know."""
+    free = False
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path, "rb+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())  # nobody was quicker, and removed it
+            free = same and path.parent.lstat().st_uid == os.getuid()
+        yield free
 
 
 @contextlib.contextmanager
 def private_directory(keep: bool = False) -> Iterator[Path]:
-    """A new directory that only this user can read, named after its owner; gone afterwards."""
-    place = Path(tempfile.mkdtemp(prefix=f"agent-runner-{process_mark(os.getpid())}-")).resolve()
+    """A new directory that only this user can read; gone afterwards, or the user's own if it is to be kept."""
+    place = Path(tempfile.mkdtemp(prefix=PRIVATE)).resolve()
+    lock = lock_make(place / LOCK)
+    if keep:
+        (place / KEEP).touch()
     try:
         yield place
     finally:
-        if not keep:
-            directory_remove(place)
+        private_end(place)
+        os.close(lock)
 
 
-def directory_remove(place: Path) -> None:
-    """Remove a directory, however deep and whatever its permissions; what still resists is left."""
-    for argv in ([], ["chmod", "-R", "u+rwx", str(place)]):
-        if os.path.lexists(place):
-            if argv:
-                program_call(argv)
-            program_call(["rm", "-rf", "--", str(place)])
+def private_end(place: Path) -> None:
+    """Remove a private directory, its lock last; from one that is kept only the lock: then it is the user's own."""
+    if (place / KEEP).exists():
+        (place / LOCK).unlink(missing_ok=True)
+        return
+    directory_remove(*(path for path in place.glob("*") if path.name != LOCK))
+    directory_remove(place)
 
 
-def directories_abandoned() -> list[Path]:
-    """The private directories of runs whose process is dead, now ours: they are renamed to say so."""
-    found = []
-    for place in Path(tempfile.gettempdir()).glob("agent-runner-*-*-*-*-*"):
-        mark, _, rest = place.name.removeprefix("agent-runner-").rpartition("-")
-        with contextlib.suppress(OSError, ValueError):  # another run was quicker; or it is no name of ours
-            if place.lstat().st_uid == os.getuid() and process_dead(mark):
-                found.append(place.rename(place.with_name(f"agent-runner-{process_mark(os.getpid())}-{rest}")))
-    return found
+def private_abandoned() -> Iterator[Path]:
+    """The private directories of runs that are dead, each of them ours until the next is asked for."""
+    for place in Path(tempfile.gettempdir()).resolve().glob(f"{PRIVATE}????????"):
+        with lock_take(place / LOCK) as free:
+            if free:
+                yield place
+
+
+def directory_remove(*places: Path) -> None:
+    """Remove directories, however deep and whatever their permissions; what still resists is left."""
+    remove = ["rm", "-rf", "--", *map(str, places)]
+    if places and program_call(remove, heed=False).exit:
+        program_call(["chmod", "-R", "u+rwx", "--", *map(str, places)], heed=False)
+        program_call(remove, heed=False)
 
 
 def workspace_at(repo: Repo, private: Path) -> Checkout:
@@ -1574,7 +1657,7 @@ def bwrap_words(argv: list[str], reach: Reach, shown: list[Path]) -> list[str]:
     for place in list(mounts):
         inside = {Path(word).relative_to(place).parts[:1] for word in needed if Path(word).is_relative_to(place)}
         mounts |= {place / top[0]: [f"{way}-try", str(place / top[0])] for top in inside
-                   if top and not top[0].startswith("agent-runner-")}
+                   if top and not (place / top[0] / LOCK).exists()}
     mounts |= {place: ["--ro-bind", str(place)] for place in (*shown, *reach.read)}
     mounts |= {place.resolve(): ["--tmpfs"] for place in [shown[0] / ".agent-runs"] if place.is_dir()}
     caches = [place for place in (Path(os.environ.get("XDG_CACHE_HOME", "")), *(HOME / name for name in CACHES))
@@ -1907,7 +1990,7 @@ def guard_file(source: Source) -> list[Violation]:
     if change.new_mode and re.fullmatch(COMPILED, path) or source.new[:4] in COMPILED_MAGIC:
         found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
     for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
-        found.append(Violation("secret", path, f"contains the value of {MASK.names[secret.decode()]}"))
+        found.append(Violation("secret", path, f"contains the value of {MASK.name(secret)}"))
     return found
 
 
@@ -3303,7 +3386,8 @@ class Judge:
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
-        self.change, self.base = Gate(run, private / "change"), Gate(run, private / "base")
+        # Short names: a socket in what is their temporary directory has a path of some 100 characters.
+        self.change, self.base = Gate(run, private / "new"), Gate(run, private / "old")
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
         self.places = [gate.checkout.place for gate in (self.change, self.base)]
@@ -3625,11 +3709,9 @@ def blueprint(run: Run) -> str:
     """The outcome of a run: every step of it, in order."""
     from concurrent.futures import ThreadPoolExecutor
     job, heals = run.job, run.job.command == "self-heal"
-    with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(2) as pool:
+    own, bench = map(Path, run.places)
+    with ThreadPoolExecutor(2) as pool:
         workspace = None
-        run.places = [str(own), str(bench)]
-        run.save(run)
-        file_write(own / "record", str(run.folder))  # whoever finds this directory abandoned can close the record
         try:
             judge = Judge(run, bench, pool)
             if not heals:
@@ -3711,9 +3793,9 @@ class Workspace:
                 self.start = self.checkout.snapshot()  # what setup leaves is not the agent's change
             said["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
 
-    def tree(self) -> str:
-        """The base's tree with what the agent has changed."""
-        tree = self.checkout.snapshot()
+    def tree(self, plain: bool = False) -> str:
+        """The base's tree with what the agent has changed; if it is to be `plain`, in nested repositories, too."""
+        tree = self.checkout.snapshot_plain() if plain else self.checkout.snapshot()
         if self.start == self.base.tree:
             return tree
         changes = tree_changes(self.job.repo, self.start, tree)
@@ -3807,17 +3889,28 @@ def proposal_commit(run: Run) -> None:
 
 
 def change_keep(run: Run, workspace: Workspace) -> None:
-    """Keep what the agent did as diff.patch, however the run ends."""
-    nested = workspace.checkout.nested
-    for path in [] if run.job.keep else nested:  # as plain files a patch can hold them
-        shutil.rmtree(workspace.checkout.place / path / ".git", ignore_errors=True)
-    run.tree = "" if nested else run.attempts[-1].tree if run.attempts else ""
+    """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
-        run.tree = run.tree or workspace.tree()
+        run.tree = tree_last(run, workspace)
+        if run.tree != run.base.tree:
+            file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+    except (OSError, Stop) as error:
+        run.error = f"the change could not be kept as diff.patch: {error}"
+        with contextlib.suppress(OSError):
+            if not run.branch:  # nowhere else is what the agent did
+                (workspace.private / KEEP).touch()
+                run.error += f"; its files stay in {workspace.checkout.place}"
+        CONSOLE.say(run.error)
+
+
+def tree_last(run: Run, workspace: Workspace) -> str:
+    """The tree of what the agent left last; the base's where git does not take it."""
+    if run.attempts and run.attempts[-1].tree and not workspace.checkout.nested:
+        return run.attempts[-1].tree
+    try:
+        return workspace.tree(plain=True)
     except Stop:
-        run.tree = run.base.tree  # said before, where it happened
-    if run.tree != run.base.tree:
-        file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+        return run.base.tree  # said before, where it happened
 
 
 # === Chapter 10. The record =================================================
@@ -3839,20 +3932,21 @@ DECISIONS = {  # the one decision that a handoff asks for
 }
 
 
-def run_open(job: Job, base: Base) -> Run:
+def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
     """A new run with a folder of its own in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     runs = job.repo.root / ".agent-runs"
-    new = runs / f".new-{run_id}"
-    run = Run(job, run_id, new, base, now.isoformat(timespec="seconds"), record_write)
+    run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"), record_write,
+              places=[str(own), str(bench)])
+    # First of all: whoever finds that directory abandoned can close the record, at whatever moment we are killed.
+    (own / "record").write_bytes(os.fsencode(run.folder))
     try:
-        new.mkdir(parents=True)
+        run.folder.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
-        file_write(new / "owner", process_mark(os.getpid()))
-        record_write(run)
-        run.folder = new.rename(runs / run_id)  # so that no reader, and no crash, meets half a record
+        run.lock = lock_make(run.folder / "running")
+        record_write(run)  # from now on it is a record
     except OSError as error:
         raise Stop(EXIT_MISSING, f"the record cannot be written to {runs}: {error.strerror}; "
                                  "make that place writable") from None
@@ -3867,26 +3961,29 @@ def summary_write(folder: Path, facts: dict[str, Any]) -> None:
 
 def runs_recover(repo: Repo) -> None:
     """Close the records of runs that were killed, save their work as a patch, and remove what they left behind."""
-    unsaved = []
-    for place in directories_abandoned():
-        with contextlib.suppress(FileNotFoundError):  # it held no workspace, or its record was deleted
-            folder = Path((place / "record").read_text()).resolve(strict=True)
-            try:
+    for place in private_abandoned():
+        folder = record_of(place)
+        try:
+            if folder:
                 run_close(folder, place)
-            except (OSError, ValueError, KeyError, Stop) as error:
-                CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
-                            "the next run tries again")
-                unsaved.append(folder)
-                continue
-        directory_remove(place)
-    for mark in repo.root.resolve().glob(".agent-runs/*/owner"):  # killed, and the temporary directory is gone as well
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            if mark.parent in unsaved or not process_dead(mark.read_text()):
-                continue
-            if mark.parent.name.startswith(".new-"):
-                directory_remove(mark.parent)
-            else:
+        except (OSError, ValueError, KeyError, Stop) as error:
+            CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
+                        "the next run tries again")
+        else:
+            private_end(place)
+    # Killed, and what it had in the temporary directory is gone as well:
+    for mark in repo.root.resolve().glob(".agent-runs/*/running"):
+        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError):
+            if free:
                 run_close(mark.parent, None)
+
+
+def record_of(place: Path) -> Path | None:
+    """The record that a private directory belongs to; None where it has none, or that was deleted."""
+    with contextlib.suppress(OSError):
+        folder = Path(os.fsdecode((place / "record").read_bytes()))
+        return folder if folder.is_dir() else None
+    return None
 
 
 def run_close(folder: Path, place: Path | None) -> None:
@@ -3894,21 +3991,25 @@ def run_close(folder: Path, place: Path | None) -> None:
 
     Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
     """
+    if folder.parent.name == ".agent-runs" and not (folder / "run_summary.json").exists():
+        return directory_remove(folder)  # killed before it was a record
     facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    if not place and any(os.path.exists(name) for name in facts["places"]):
+        return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
         sandbox_end(box["kind"], box["mark"] or "")  # a daemon's containers outlive us
     if facts["outcome"]:
-        return (folder / "owner").unlink(missing_ok=True)
-    if place and any(name.endswith(place.name.rpartition("-")[2]) for name in facts["places"]):
+        return (folder / "running").unlink(missing_ok=True)
+    if place and str(place) in facts["places"]:
         repo = repo_open(folder.parent.parent)
         own = workspace_at(repo, place)
-        patch = tree_patch(repo, facts["base"], own.snapshot()) if own.index.exists() else ""
+        patch = tree_patch(repo, facts["base"], own.snapshot_plain()) if own.index.exists() else ""
         if patch:
             file_write(folder / "diff.patch", patch)
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
     summary_write(folder, facts)
-    (folder / "owner").unlink(missing_ok=True)
+    (folder / "running").unlink(missing_ok=True)
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
 
@@ -3946,19 +4047,28 @@ def record_write(run: Run) -> None:
 
 
 def record_finish(run: Run) -> None:
-    """Write what a person reads, the proposal or the handoff, and close the record."""
+    """Write what a person reads, the proposal or the handoff, and close the record; that changes no outcome."""
     last = run.attempts[-1] if run.attempts else None
     if last and not last.changed and run.tree not in ("", run.base.tree):  # it was ended before it was judged
         last.changed = [change.path for change in tree_changes(run.job.repo, run.base.tree, run.tree)]
     if run.outcome in ("agent_failed", "agent_timed_out"):
         run.findings = call_findings(run)
     run.next = next_commands(run)
-    if run.outcome == "proposed":
-        file_write(run.folder / "proposal.md", proposal_text(run))
-    elif run.outcome != "nothing_to_heal":
-        file_write(run.folder / "handoff.md", handoff_text(run))
-    record_write(run)
-    (run.folder / "owner").unlink()
+    try:
+        if run.outcome == "proposed":
+            file_write(run.folder / "proposal.md", proposal_text(run))
+        elif run.outcome != "nothing_to_heal":
+            file_write(run.folder / "handoff.md", handoff_text(run))
+        record_write(run)
+    except OSError as trouble:
+        CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
+    record_release(run)
+
+
+def record_release(run: Run) -> None:
+    """The record is closed: from now on nobody has to do that for us."""
+    (run.folder / "running").unlink(missing_ok=True)
+    os.close(run.lock)
 
 
 def record_abandon(run: Run, error: BaseException | None) -> None:
@@ -3967,7 +4077,7 @@ def record_abandon(run: Run, error: BaseException | None) -> None:
     run.error = str(error) or type(error).__name__
     try:
         record_write(run)
-        (run.folder / "owner").unlink()
+        record_release(run)
     except OSError as trouble:
         CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
 
@@ -4279,9 +4389,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     job = job_build(args)
     repo_check(job.repo)
     runs_recover(job.repo)
-    with private_directory() as private:
-        base = base_find(job.repo, args.base or "HEAD", private, sweep=job.command == "self-heal" and not args.base)
-    run = run_open(job, base)
+    with private_directory(job.keep) as own, private_directory() as bench:
+        return run_whole(job, args, own, bench)
+
+
+def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int:
+    """One run in its two private directories, from the base to the result; its exit code."""
+    base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
+    run = run_open(job, base, own, bench)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")
     for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
@@ -4307,7 +4422,7 @@ def cmd_runs(args: argparse.Namespace) -> int:
     kept = 0
     for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
         size, days, facts = run_told(folder.parent)
-        old = args.prune is not None and days > args.prune and not (folder.parent / "owner").exists()
+        old = args.prune is not None and days > args.prune and not (folder.parent / "running").exists()
         console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command', '?'):<11}  "
                            f"{facts.get('outcome') or 'unfinished':<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
                            f"{facts.get('branch') or '-'}"), sys.stdout)
@@ -4362,7 +4477,7 @@ def main(argv: list[str] | None = None) -> int:
         return simulator_main(argv[1])
     MASK = Mask(os.environ)
     try:
-        if os.name != "posix":
+        if os.name != "posix" or fcntl is None:
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
         args = parser_build().parse_args(argv)
