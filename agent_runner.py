@@ -2392,6 +2392,21 @@ def tool_find(tool: str, root: Path) -> list[str]:
     return [os.path.abspath(found)]
 
 
+def check_in_checkout(check: Check, checkout: Checkout) -> Check:
+    """The check with its tool from the environment that --setup made in the checkout, where that has it."""
+    folder, (program, *rest) = checkout.place / ".venv/bin", check.argv
+    if os.sep in program and not os.path.isabs(program):
+        return check  # a script of the repository
+    tool = os.path.basename(program)
+    if check.kind != "command":
+        tool, rest = check.kind, rest[2:] if rest[:1] == ["-m"] else rest
+    # What the change itself brings along is no environment of the user's.
+    if not os.path.lexists(folder / tool) or checkout.git("ls-files", "--", ":(icase).venv"):
+        return check
+    start = [str(folder / "python"), "-m", "pytest"] if tool == "pytest" else [str(folder / tool)]
+    return check._replace(argv=[*start, *rest])
+
+
 def tool_install(tool: str, root: Path) -> str:
     """The command that puts a tool where tool_find looks; outside of an environment pip refuses to install."""
     own = sys.prefix if sys.prefix != sys.base_prefix else None
@@ -2433,7 +2448,7 @@ class Gate:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
         # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc"))
+                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc", ":(exclude).venv"))
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2449,6 +2464,7 @@ class Gate:
 
     def _check(self, check: Check, again: bool) -> CheckResult:
         """What one check says of the files in the checkout."""
+        check = check_in_checkout(check, self.checkout) if self.job.setup else check
         place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
@@ -2472,6 +2488,12 @@ class Gate:
         return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
 
 
+SETUP_ADVICE = (
+    "a pure Python project needs no --setup (its modules are found in the checkout); one that must be built gets an "
+    "environment inside the checkout, e.g. --setup 'uv sync' or "
+    "--setup \"sh -c 'python3 -m venv .venv && .venv/bin/pip install -e . pytest ruff'\"")
+
+
 def repository_mark(place: Path) -> None:
     """Make a directory an empty repository: ruff heeds .gitignore only in one (as it would in CI)."""
     mark = place / ".git"
@@ -2491,6 +2513,9 @@ def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | 
     reach = Reach(place, private / "tmp", network=True)
     ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private), seconds=job.gate_seconds, log=log)
     verdict = command_verdict(Evidence(ran, log_read(log), log, place))
+    made = place / ".venv"
+    if made.is_dir() and not made.is_symlink() and not os.path.lexists(made / ".gitignore"):
+        (made / ".gitignore").write_text("*\n")  # as newer Pythons do: it is never part of a change
     return None if verdict.ok else CheckResult("setup", False, verdict.reason, ran.seconds, verdict.findings)
 
 
@@ -3204,7 +3229,7 @@ class Workspace:
             if failed := setup_run(self.job, self.checkout.place, private, run.folder / "setup.log"):
                 log = path_shown(run.folder / "setup.log")
                 raise Stop(EXIT_MISSING, f"--setup failed on the base ({failed.reason}, {self.job.sandbox.said()}); "
-                                         f"mend it (its output: {log}), or try --sandbox none")
+                                         f"its output: {log}; {SETUP_ADVICE}")
             if self.job.setup:
                 self.start = self.checkout.snapshot()  # what setup leaves is not the agent's change
             said["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
