@@ -42,7 +42,6 @@ import threading
 import time
 import tokenize
 import unicodedata
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,6 +51,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where main() says so
+    fcntl = None  # type: ignore[assignment]
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -141,28 +144,53 @@ class Check(NamedTuple):
     kind: str  # "ruff", "pytest" or "command"
 
 
-def ways_counted(tests: Mapping[str, str]) -> dict[str, int]:
-    """How many tests ended in which way: {"passed": 12, "failed": 1}."""
-    ways = list(tests.values())
-    return {way: ways.count(way) for way in ("passed", "failed", "skipped") if way in ways}
+class Failure(NamedTuple):
+    """One failure of one test, as pytest reports it."""
+
+    test: str  # its id, or a file that could not be collected
+    phase: str  # "collect", "setup", "call" or "teardown"
+    sub: str  # which subtest: " [message] (i=1)", or ""
+    text: str
+    printed: str  # the output that was captured
+
+
+class Lint(NamedTuple):
+    """One finding of ruff."""
+
+    path: str
+    row: int
+    column: int
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.row}:{self.column}: {self.rule} {self.message}"
 
 
 @dataclass
 class CheckResult:
-    """What one check said of one tree. `tests` maps a test's id to passed, failed or skipped."""
+    """The result of one check on one tree."""
 
     name: str
     ok: bool
     reason: str
     seconds: float
     findings: list[str] = field(default_factory=list)
-    tests: dict[str, str] = field(default_factory=dict)
-    judge: dict[str, Any] = field(default_factory=dict)  # what the judge in the test runner saw
-    lint: list[str] = field(default_factory=list)  # every finding of ruff, a line each
+    tests: dict[str, str] = field(default_factory=dict)  # id -> passed, failed, skipped or unfinished
+    failures: list[Failure] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
+    lint: list[Lint] = field(default_factory=list)
+    hidden: list[Lint] = field(default_factory=list)  # what suppressions keep out of `lint`
+    broken: bool = False  # pytest was stopped, or died: there may be tests without a result
 
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
-        return ways_counted(self.tests)
+        ways = Counter(self.tests.values())
+        return {way: ways[way] for way in ("passed", "failed", "skipped", "unfinished") if ways[way]}
+
+    def finding_lines(self) -> list[str]:
+        """What stands against it, with the check's name."""
+        return [f"{self.name}: {text}" for text in self.findings or [self.reason]]
 
 
 @dataclass
@@ -178,18 +206,14 @@ class GateResult:
         """Whether there were checks and each of them is satisfied."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
-    def red(self) -> list[str]:
-        """The names of the checks that are not satisfied."""
-        return [check.name for check in self.checks if not check.ok]
-
     @property
     def silent(self) -> list[str]:
         """The checks that let a test pass which must fail: their word is worth nothing."""
-        return [check.name for check in self.checks if check.judge.get("silent")]
+        return [check.name for check in self.checks if check.facts.get("silent")]
 
     def findings(self) -> list[str]:
         """What the red checks say, a few lines each."""
-        return [f"{c.name}: {text}" for c in self.checks if not c.ok for text in c.findings or [c.reason]]
+        return [line for check in self.checks if not check.ok for line in check.finding_lines()]
 
     def facts(self) -> dict[str, Any]:
         """The verdict as it stands in run_summary.json."""
@@ -220,6 +244,7 @@ class Job:
     issue: Issue | None
     agent_cmd: list[str]
     checks: list[Check]
+    strict: bool  # whether an issue's change must make the whole gate green, too
     setup: list[str]
     fix_attempts: int
     agent_seconds: float
@@ -232,6 +257,11 @@ class Job:
     dry_run: bool
     keep: bool
     sandbox: Sandbox
+
+    @property
+    def heals(self) -> bool:
+        """Whether the run starts from a red gate, not from an issue."""
+        return self.command == "self-heal"
 
 
 @dataclass
@@ -247,7 +277,7 @@ class Run:
     attempts: list[Attempt] = field(default_factory=list)
     baseline: GateResult | None = None
     gate: GateResult | None = None  # the newest verdict on a change as the agent left it
-    as_base: GateResult | None = None  # the same with the base's gate files, where the change touches any
+    recheck: GateResult | None = None  # the same with the base's gate files, where the change touches any
     scope: dict[str, Any] = field(default_factory=dict)  # globs, why, source
     findings: list[str] = field(default_factory=list)
     progress: str = ""  # which findings the newest attempt made, mended or left
@@ -258,7 +288,8 @@ class Run:
     commit: str = ""
     outcome: str = ""
     error: str = ""
-    places: list[str] = field(default_factory=list)  # its private directories
+    places: list[str] = field(default_factory=list)  # its private directories: the agent's, the gate's
+    lock: int = -1  # of the file `running` in its folder
     next: list[tuple[str, str]] = field(default_factory=list)  # what a human may do: a word, a command
 
 
@@ -319,11 +350,15 @@ class Mask:
         found |= {hit: name for name, value in environ.items() for hit in re.findall(SECRET_URL, value)}
         # Shorter ones would turn ordinary words into masks ("true", "12345").
         self.names = {value: name for value, name in found.items() if len(value) >= 6}
-        self.names |= {json.dumps(value)[1:-1]: name for value, name in list(self.names.items())}
+        for value, name in list(self.names.items()):
+            self.names[json.dumps(value)[1:-1]] = name
+            # Its bytes need not be UTF-8: so it stands in a text that was read from them.
+            self.names[os.fsencode(value).decode("utf-8", "replace")] = name
         values = sorted(self.names, key=len, reverse=True)
-        self.reach = max((len(value.encode()) for value in values), default=1) - 1  # bytes
+        data = [value.encode("utf-8", "surrogateescape") for value in values]
+        self.reach = max(map(len, data), default=1) - 1  # bytes
         self.pattern = re.compile("|".join(map(re.escape, values)) or r"(?!)")
-        self.raw = re.compile(b"|".join(re.escape(value.encode()) for value in values) or rb"(?!)")
+        self.raw = re.compile(b"|".join(map(re.escape, data)) or rb"(?!)")
 
     def text(self, text: str) -> str:
         """The text with every secret value masked."""
@@ -331,7 +366,11 @@ class Mask:
 
     def bytes(self, data: bytes) -> bytes:
         """The bytes with every secret value masked."""
-        return self.raw.sub(lambda hit: f"[masked {self.names[hit[0].decode()]}]".encode(), data)
+        return self.raw.sub(lambda hit: f"[masked {self.name(hit[0])}]".encode(), data)
+
+    def name(self, value: bytes) -> str:
+        """The name of the variable with a value that `raw` has found."""
+        return self.names[value.decode("utf-8", "surrogateescape")]
 
 
 MASK = Mask({})  # main() replaces it by one that knows the environment
@@ -463,6 +502,11 @@ def program_open() -> None:
         prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc/PID/environ, with every secret, is root's alone
 
 
+def program_interrupted() -> bool:
+    """Whether a short program that is running is to be ended, too."""
+    return ENDING.is_set() and not CLOSING.is_set()
+
+
 def program_close() -> None:
     """End whatever is still running; from now on only short calls are made, and a signal changes nothing."""
     CLOSING.set()
@@ -515,8 +559,12 @@ def file_write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     # A file name need not be text: a patch keeps its bytes, and JSON has an escape for them.
     errors = "surrogateescape" if path.suffix == ".patch" else "backslashreplace"
-    part.write_bytes(MASK.text(text).encode("utf-8", errors))
-    os.replace(part, path)
+    try:
+        part.write_bytes(MASK.text(text).encode("utf-8", errors))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class Ran(NamedTuple):
@@ -659,10 +707,11 @@ def supervised(argv: list[str]) -> list[str]:
 
 
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
-                 stdin: bytes = b"", seconds: float = 900) -> Ran:
+                 stdin: bytes = b"", seconds: float = 900, heed: bool = True) -> Ran:
     """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
 
-    `seconds` limits it. Without `env` it gets our environment but for the secrets: others may be able to read it.
+    `seconds` limits it, and so does an interrupt, unless it is not to `heed` that: then it raises Interrupted.
+    Without `env` it gets our environment but for the secrets: others may be able to read it.
     """
     started = time.monotonic()
     env = environ_plain(os.environ) if env is None else env
@@ -673,21 +722,42 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
             LIVE.add(child.pid)
     except OSError as error:
         raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
-    given: bytes | None = stdin or None
-    while True:
-        try:
-            out, err = child.communicate(given, timeout=0.2)
-            break
-        except subprocess.TimeoutExpired:
-            given = None  # communicate() goes on where it was
-            if time.monotonic() - started > seconds or (ENDING.is_set() and not CLOSING.is_set()):
-                group_signal(child.pid, "SIGKILL")
+    out, err = program_listen(child, stdin, started + seconds, heed)
     LIVE.discard(child.pid)
-    if ENDING.is_set() and not CLOSING.is_set():
+    if heed and program_interrupted():
         raise Interrupted
     ran = Ran(argv, child.returncode, time.monotonic() - started, out, err)
     program_report(ran)
     return ran
+
+
+def program_listen(child: subprocess.Popen[bytes], stdin: bytes, limit: float, heed: bool) -> tuple[bytes, bytes]:
+    """What a short program printed; at the limit or an interrupt it is ended, with all that it has started."""
+    given, end = stdin or None, float("inf")
+    while True:
+        try:
+            return child.communicate(given, timeout=0.2)
+        except subprocess.TimeoutExpired as so_far:
+            given, printed = None, (so_far.output or b"", so_far.stderr or b"")  # communicate() goes on where it was
+        now = time.monotonic()
+        if now > end:  # something in another session holds the pipes, and may do so for ever
+            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            return printed
+        late = now > limit or (heed and program_interrupted())
+        if late and child.poll() is None:
+            program_kill(child)
+        if late or child.poll() is not None:
+            end = min(end, now + GRACE)
+
+
+def program_kill(child: subprocess.Popen[bytes]) -> None:
+    """End a short program at once, and what it has put into other sessions."""
+    group_signal(child.pid, "SIGKILL")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    program_sweep(child)
 
 
 def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
@@ -720,7 +790,7 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
     """End what a program left behind where no supervisor could: it was killed, or there is none."""
     with LIVE_LOCK:
         LIVE.discard(child.pid)
-        if SUPERVISED and child.returncode >= 0:
+        if SUPERVISED and (child.returncode or 0) >= 0:
             return
         group_signal(child.pid, "SIGKILL")
         for pid in program_kin(os.getpid(), LIVE) if SUPERVISED else []:
@@ -945,90 +1015,130 @@ class Checkout:
         self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
 
+    def snapshot_plain(self) -> str:
+        """The tree of all files, as if nested repositories were plain folders: each .git is put aside meanwhile."""
+        tree, moved = self.snapshot(), []
+        try:
+            while self.nested:
+                for path in self.nested:
+                    mark = self.place / path / ".git"
+                    moved.append((mark.rename(self.index.with_name(f"nested-{len(moved)}")), mark))
+                tree = self.snapshot()
+        finally:
+            for aside, mark in moved:
+                aside.rename(mark)
+        return tree
+
 
 def nested_repositories(place: Path) -> list[str]:
     """The directories below one that hold a .git of their own, relative to it.
 
     On the way everything is made readable, and what is no file, link or directory is removed.
     """
-    found, queue = [], [str(place)]
+    nested, queue = [], [str(place)]
     while queue:
         folder = queue.pop()
-        with contextlib.suppress(OSError):
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                os.chmod(folder, 0o700)
-            with os.scandir(folder) as entries:
-                there = list(entries)
-            if any(entry.name == ".git" for entry in there) and folder != str(place):
-                found.append(os.path.relpath(folder, place))
-                continue
-            for entry in there:
-                if entry.is_dir(follow_symlinks=False):
-                    queue += [entry.path] * (entry.name != ".git")
-                elif not (entry.is_symlink() or entry.is_file()):
-                    os.unlink(entry.path)  # a FIFO, a socket, a device: git knows none, a reader may hang
-                elif not entry.is_symlink() and not os.access(entry.path, os.R_OK):
-                    os.chmod(entry.path, entry.stat().st_mode | 0o600)
-    return found
+        entries = folder_entries(folder)
+        if folder != str(place) and any(entry.name == ".git" for entry in entries):
+            nested.append(os.path.relpath(folder, place))
+            continue
+        for entry in entries:
+            with contextlib.suppress(OSError):  # one that cannot be changed does not hide the others
+                if entry_is_folder(entry):
+                    queue.append(entry.path)
+    return nested
 
 
-@functools.cache
-def process_place() -> tuple[str, str]:
-    """What tells this machine (or container) from others, and this boot of it from its other ones."""
-    here, boot = [sys.platform, os.uname().nodename], ""
+def folder_entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, once it has been made readable; nothing where that cannot be done."""
     with contextlib.suppress(OSError):
-        here.append(os.readlink("/proc/self/ns/pid"))
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    return f"{zlib.crc32(''.join(here).encode()):08x}", f"{zlib.crc32(boot.encode()):08x}"
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    return []
 
 
-def process_mark(pid: int) -> str:
-    """A name for a living process that a later one with the same number does not have; "" for a dead one."""
-    try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        start = "" if state in (b"Z", b"X") else facts[18].decode()  # proc(5): starttime
-    except OSError:
-        said = b"" if SUPERVISED else program_call(["ps", "-o", "lstart=", "-p", str(pid)]).out.strip()
-        start = f"{zlib.crc32(said):08x}" if said else ""
-    return start and "-".join([*process_place(), str(pid), start])
+def entry_is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder to look into; a file is made readable, and what git knows no kind of is removed."""
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return entry.name != ".git"
+    if not entry.is_file():
+        os.unlink(entry.path)  # a FIFO, a socket, a device: a reader may hang
+    elif not os.access(entry.path, os.R_OK):
+        os.chmod(entry.path, entry.stat().st_mode | 0o600)
+    return False
 
 
-def process_dead(mark: str) -> bool:
-    """Whether the process with this mark has ended; False where that is not for us to say. Raises ValueError."""
-    place, boot, pid, _ = mark.split("-")
-    here, now = process_place()
-    return place == here and (boot != now or process_mark(int(pid)) != mark)
+# --- Private directories: each has a file that its owner keeps locked. The kernel lets go of the
+# lock when the owner ends, however that happens: who can take it, owns what was left behind.
+
+LOCK, KEEP = "agent_runner.lock", "keep"  # a directory with the second is left to the user
+PRIVATE = "ar-"  # short: a socket's whole path has some 100 characters
+
+
+def lock_make(path: Path) -> int:
+    """A new file that is locked from its first moment, as a descriptor; the lock ends with it, or with us."""
+    part = path.with_name(f".{path.name}.part")
+    lock = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks: there nobody can take it either
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    part.rename(path)
+    return lock
+
+
+@contextlib.contextmanager
+def lock_take(path: Path) -> Iterator[bool]:
+    """Whether a lock of this user's could be taken, as its owner is dead; False where nobody can know."""
+    free = False
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path, "rb+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())  # nobody was quicker, and removed it
+            free = same and path.parent.lstat().st_uid == os.getuid()
+        yield free
 
 
 @contextlib.contextmanager
 def private_directory(keep: bool = False) -> Iterator[Path]:
-    """A new directory that only this user can read, named after its owner; gone afterwards."""
-    place = Path(tempfile.mkdtemp(prefix=f"agent-runner-{process_mark(os.getpid())}-")).resolve()
+    """A new directory that only this user can read; gone afterwards, or the user's own if it is to be kept."""
+    place = Path(tempfile.mkdtemp(prefix=PRIVATE)).resolve()
+    lock = lock_make(place / LOCK)
+    if keep:
+        (place / KEEP).touch()
     try:
         yield place
     finally:
-        if not keep:
-            directory_remove(place)
+        private_end(place)
+        os.close(lock)
 
 
-def directory_remove(place: Path) -> None:
-    """Remove a directory, however deep and whatever its permissions; what still resists is left."""
-    for argv in ([], ["chmod", "-R", "u+rwx", str(place)]):
-        if os.path.lexists(place):
-            if argv:
-                program_call(argv)
-            program_call(["rm", "-rf", "--", str(place)])
+def private_end(place: Path) -> None:
+    """Remove a private directory, its lock last; from one that is kept only the lock: then it is the user's own."""
+    if (place / KEEP).exists():
+        (place / LOCK).unlink(missing_ok=True)
+        return
+    directory_remove(*(path for path in place.glob("*") if path.name != LOCK))
+    directory_remove(place)
 
 
-def directories_abandoned() -> list[Path]:
-    """The private directories of runs whose process is dead, now ours: they are renamed to say so."""
-    found = []
-    for place in Path(tempfile.gettempdir()).glob("agent-runner-*-*-*-*-*"):
-        mark, _, rest = place.name.removeprefix("agent-runner-").rpartition("-")
-        with contextlib.suppress(OSError, ValueError):  # another run was quicker; or it is no name of ours
-            if place.lstat().st_uid == os.getuid() and process_dead(mark):
-                found.append(place.rename(place.with_name(f"agent-runner-{process_mark(os.getpid())}-{rest}")))
-    return found
+def private_abandoned() -> Iterator[Path]:
+    """The private directories of runs that are dead, each of them ours until the next is asked for."""
+    for place in Path(tempfile.gettempdir()).resolve().glob(f"{PRIVATE}????????"):
+        with lock_take(place / LOCK) as free:
+            if free:
+                yield place
+
+
+def directory_remove(*places: Path) -> None:
+    """Remove directories, however deep and whatever their permissions; what still resists is left."""
+    remove = ["rm", "-rf", "--", *map(str, places)]
+    if places and program_call(remove, heed=False).exit:
+        program_call(["chmod", "-R", "u+rwx", "--", *map(str, places)], heed=False)
+        program_call(remove, heed=False)
 
 
 def workspace_at(repo: Repo, private: Path) -> Checkout:
@@ -1547,7 +1657,7 @@ def bwrap_words(argv: list[str], reach: Reach, shown: list[Path]) -> list[str]:
     for place in list(mounts):
         inside = {Path(word).relative_to(place).parts[:1] for word in needed if Path(word).is_relative_to(place)}
         mounts |= {place / top[0]: [f"{way}-try", str(place / top[0])] for top in inside
-                   if top and not top[0].startswith("agent-runner-")}
+                   if top and not (place / top[0] / LOCK).exists()}
     mounts |= {place: ["--ro-bind", str(place)] for place in (*shown, *reach.read)}
     mounts |= {place.resolve(): ["--tmpfs"] for place in [shown[0] / ".agent-runs"] if place.is_dir()}
     caches = [place for place in (Path(os.environ.get("XDG_CACHE_HOME", "")), *(HOME / name for name in CACHES))
@@ -1789,7 +1899,7 @@ class Violation(NamedTuple):
         """Whether --allow or the issue lets it pass; a secret never does."""
         return self.rule != "secret" and glob_match(re.sub(r":\d+$", "", self.path), globs)
 
-    def said(self) -> str:
+    def line(self) -> str:
         """The line that the agent and the reviewer read."""
         return f"{self.rule}: {one_line(self.path)}: {self.reason}"
 
@@ -1833,19 +1943,35 @@ def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
     return [Source(c, *blobs.get(c.new_blob, absent), blobs.get(c.old_blob, absent)[1]) for c in changes]
 
 
-def guard_change(sources: list[Source], naming: Naming, scope: list[str]) -> list[Violation]:
-    """What stands against a change, file by file."""
+def guard_change(sources: list[Source], naming: Naming, scope: list[str],
+                 checks: list[Check]) -> tuple[list[Violation], list[str]]:
+    """What stands against a change, and what a reviewer should know of it."""
     found = [Violation("scope", source.change.path, "is outside the scope of this task") for source in sources
              if scope and not glob_match(source.change.path, scope)]
     for source in sources:
         found += guard_file(source)
-        if source.change.path.endswith((".py", ".pyi")) and not gate_role(source.change.path, naming):
-            before = Counter(reason for _, reason in judge_seeking(source.old))
-            for line, reason in judge_seeking(source.new):
-                before[reason] -= 1
-                if before[reason] < 0:
-                    found.append(Violation("judge", f"{source.change.path}:{line}", reason))
-    return found + guard_suppressions(sources)
+    python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
+    product = [source for source in python if not gate_role(source.change.path, naming)]
+    found += [Violation("judge", f"{path}:{line}", reason) for path, line, reason in added(product, judge_seeking)]
+    marks, notes = guard_marks(python, checks)
+    tests = [source for source in python if gate_role(source.change.path, naming) == "test"]
+    return found + marks + guard_assertions(tests), notes
+
+
+def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]) -> list[tuple[str, int, str]]:
+    """What a reader of source finds more often after the whole change than before it: (path, line, what)."""
+    pairs = [(source.change.path, reader(source.old), reader(source.new)) for source in sources]
+    more = Counter(what for _, _, new in pairs for _, what in new)
+    more.subtract(what for _, old, _ in pairs for _, what in old)
+    result = []
+    for path, old, new in pairs:
+        here = Counter(what for _, what in old)
+        for line, what in new:
+            here[what] -= 1
+            if here[what] < 0 and more[what] > 0:
+                more[what] -= 1
+                result.append((path, line, what))
+    return result
 
 
 def guard_file(source: Source) -> list[Violation]:
@@ -1864,7 +1990,7 @@ def guard_file(source: Source) -> list[Violation]:
     if change.new_mode and re.fullmatch(COMPILED, path) or source.new[:4] in COMPILED_MAGIC:
         found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
     for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
-        found.append(Violation("secret", path, f"contains the value of {MASK.names[secret.decode()]}"))
+        found.append(Violation("secret", path, f"contains the value of {MASK.name(secret)}"))
     return found
 
 
@@ -1879,63 +2005,188 @@ def is_only_space(source: Source) -> bool:
     return False
 
 
-# --- Suppressions: marks that tell a checker, or pytest, to look away. Comments are read from
-# tokens and marks from syntax: the same words in a string or in prose are none.
+# --- Marks: comments that make a tool look away. What they hide from ruff, ruff itself reports
+# (hidden_lint); the others count where a check of the gate runs the tool that they are for.
 
-SUPPRESSING_COMMENTS = {
-    "noqa": r"#\s*((ruff|flake8)\s*:\s*)?noqa\b",
-    "ruff: ignore": r"#\s*ruff\s*:\s*(file-)?(ignore|disable)\b",
-    "isort: skip": r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)",
-    "type: ignore": r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)",
-    "mypy: ignore": r"#\s*mypy\s*:\s*(ignore|disable|allow)",
-    "pragma: no cover": r"#\s*pragma\s*:\s*no\s*(cover|branch)",
-    "fmt: off": r"#\s*fmt\s*:\s*(off|skip)",
-    "nosec": r"#\s*nosec\b",
-}
-SKIP_WORDS = {
-    "skipif", "xfail", "importorskip", "skipIf", "skipUnless", "skipTest", "expectedFailure", "SkipTest",
-    "collect_ignore", "collect_ignore_glob", "__test__",
+MARKS = {  # what it looks like, and the tools that obey it
+    "noqa": (r"#\s*(flake8\s*:\s*)?noqa\b", "flake8"),
+    "pylint: disable": (r"#\s*pylint\s*:\s*(disable|skip)", "pylint"),
+    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort"),
+    "type: ignore": (r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)", "mypy|dmypy|pyright|ty|pyrefly"),
+    "mypy: ignore": (r"#\s*mypy\s*:\s*(ignore|disable|allow)", "mypy|dmypy"),
+    "pragma: no cover": (r"#\s*pragma\s*:\s*no\s*(cover|branch)", "coverage|--cov"),
+    "fmt: off": (r"#\s*fmt\s*:\s*(off|skip)", "black|format"),
+    "nosec": (r"#\s*nosec\b", "bandit"),
 }
 
 
-def suppressions(source: bytes) -> list[tuple[int, str]]:
-    """The suppressions in Python source, as (line, kind)."""
-    found, text = [], source.decode("utf-8", "replace")
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT:
-                found += [(token.start[0], kind) for kind, pattern in SUPPRESSING_COMMENTS.items()
-                          if re.search(pattern, token.string, re.I)]
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
-        return found  # what does not parse does not pass the gate either
-    names = {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom)
-             and (node.module or "").split(".")[0] in ("pytest", "unittest") for alias in node.names}
-    for node in nodes:
-        word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        of = ast.unparse(node.value) if isinstance(node, ast.Attribute) and word == "skip" else ""
-        if (word in SKIP_WORDS and (isinstance(node, ast.Attribute) or word in names
-                                    or word.startswith(("collect_", "__")))
-                or word == "skip" and (of.split(".")[-1] in ("mark", "pytest", "unittest")
-                                       or isinstance(node, ast.Name) and word in names)):
-            found.append((node.lineno, f"skip or xfail ({word})"))
-    return found
-
-
-def guard_suppressions(sources: list[Source]) -> list[Violation]:
-    """The suppressions that a change adds on the whole: moving or renaming them is nothing new."""
-    pairs = [(s, suppressions(s.old), suppressions(s.new)) for s in sources if s.change.path.endswith((".py", ".pyi"))]
-    balance = Counter(kind for _, _, new in pairs for _, kind in new)
-    balance.subtract(kind for _, old, _ in pairs for _, kind in old)
+def marks_read(source: bytes) -> list[tuple[int, str]]:
+    """The marks in Python source, as (line, kind): comments are read from tokens, so words in a string are none."""
     found = []
-    for source, old, new in pairs:
-        before = Counter(kind for _, kind in old)
-        for line, kind in new:
-            before[kind] -= 1
-            if before[kind] < 0 and balance[kind] > 0:
-                balance[kind] -= 1
-                found.append(Violation("suppression", f"{source.change.path}:{line}", f"adds a suppression: {kind}"))
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # what does not parse does not pass the gate either
+        for token in tokenize.generate_tokens(io.StringIO(source.decode("utf-8", "replace")).readline):
+            if token.type == tokenize.COMMENT:
+                found += [(token.start[0], kind) for kind, (pattern, _) in MARKS.items()
+                          if re.search(pattern, token.string, re.I)]
     return found
+
+
+def guard_marks(sources: list[Source], checks: list[Check]) -> tuple[list[Violation], list[str]]:
+    """The added marks for tools of this gate, refused; and a line on those for other tools."""
+    words = [word for check in checks for argument in check.argv for word in (argument, Path(argument).name)]
+    tools = {kind for kind, (_, names) in MARKS.items() if any(re.match(f"({names})(=|$)", word) for word in words)}
+    marks = added(sources, marks_read)
+    found = [Violation("suppression", f"{path}:{line}", f"adds a suppression: {kind}")
+             for path, line, kind in marks if kind in tools]
+    others = [f"{kind} at {path}:{line}" for path, line, kind in marks if kind not in tools and kind != "noqa"]
+    return found, [f"adds marks for tools outside this gate: {', '.join(others[:10])}"] if others else []
+
+
+# --- Tests of the base that assert less: read from syntax, function by function.
+
+
+class TestFunction(NamedTuple):
+    """One test function as its source has it."""
+
+    whole: str  # its syntax with the decorators, without the docstring
+    body: str
+    asserts: list[str]  # what it asserts, as source text
+    empty: list[str]  # those of them that cannot fail
+
+    __test__ = False  # pytest would take the name for a test's
+
+
+@functools.lru_cache(maxsize=300)
+def tests_read(source: bytes) -> dict[str, TestFunction]:
+    """The test functions of a Python file by name ("TestA::test_b"); {} for what cannot be parsed."""
+    functions: dict[str, TestFunction] = {}
+    try:
+        queue: list[tuple[str, ast.stmt]] = [("", node) for node in ast.parse(source).body]
+        for prefix, node in queue:
+            if isinstance(node, ast.ClassDef):
+                queue += [(f"{prefix}{node.name}::", child) for child in node.body]
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+                functions[f"{prefix}{node.name}"] = test_function(node)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    return functions
+
+
+def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
+    """What a test function's syntax says."""
+    if ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    asserts, empty = [], []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Assert):
+            asserts.append(f"assert {ast.unparse(part.test)}")
+            empty += asserts[-1:] if cannot_fail(part.test) else []
+        elif isinstance(part, ast.Call):
+            name = getattr(part.func, "attr", getattr(part.func, "id", ""))
+            if re.match(r"assert|raises$|warns$|deprecated_call$|fail$", name):
+                asserts.append(ast.unparse(part))
+                empty += asserts[-1:] if call_cannot_fail(name, part.args) else []
+    return TestFunction(ast.dump(node), "".join(map(ast.dump, node.body)), asserts, empty)
+
+
+def cannot_fail(test: ast.expr) -> bool:
+    """Whether an asserted expression holds whatever happens: a constant, `... or True`, equal sides."""
+    if isinstance(test, ast.Constant):
+        return bool(test.value)
+    if isinstance(test, (ast.Tuple, ast.List, ast.Dict)):
+        return bool(test.keys if isinstance(test, ast.Dict) else test.elts)
+    if isinstance(test, ast.BoolOp):
+        return (any if isinstance(test.op, ast.Or) else all)(cannot_fail(value) for value in test.values)
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.Is, ast.LtE, ast.GtE)):
+        return len(test.ops) == 1 and ast.dump(test.left) == ast.dump(test.comparators[0])
+    return False
+
+
+def call_cannot_fail(name: str, args: list[ast.expr]) -> bool:
+    """Whether a call of one of unittest's methods holds whatever happens."""
+    if name == "assertTrue":
+        return bool(args) and cannot_fail(args[0])
+    return name in ("assertEqual", "assertIs") and len(args) > 1 and ast.dump(args[0]) == ast.dump(args[1])
+
+
+def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
+    """The test functions that are there before and after, as (path, name, old, new); also in a renamed file."""
+    new_files = [tests_read(source.new) for source in sources if not source.old]
+    pairs = []
+    for source in sources:
+        after = tests_read(source.new)
+        for name, old in tests_read(source.old).items():
+            here = [after[name]] if name in after else []
+            elsewhere = [tests[name] for tests in new_files if name in tests and not source.new]
+            pairs += [(source.change.path, name, old, new) for new in (here or elsewhere)[:1]]
+    return pairs
+
+
+def guard_assertions(sources: list[Source]) -> list[Violation]:
+    """The tests of the base that have fewer assertions than before, or one that cannot fail: nothing needs that."""
+    pairs = tests_pairs(sources)
+    # An assertion that stands in another test now has moved.
+    elsewhere = Counter(text for source in sources for test in tests_read(source.new).values()
+                        for text in test.asserts)
+    for _, _, old, new in pairs:
+        elsewhere -= Counter(old.asserts) & Counter(new.asserts)
+    found = []
+    for path, name, old, new in pairs:
+        gone = Counter(old.asserts) - Counter(new.asserts)
+        moved = sum((gone & elsewhere).values())
+        if len(new.asserts) + moved < len(old.asserts):
+            found.append(Violation("weakened", path, f"{name} has {len(new.asserts)} assertions where the base has "
+                                                     f"{len(old.asserts)}: `{one_line(next(iter(gone)))}` is gone"))
+        elif len(new.empty) > len(old.empty):
+            found.append(Violation("weakened", path, f"{name} has an assertion that cannot fail: "
+                                                     f"`{one_line(new.empty[-1])}`"))
+    return found
+
+
+def tests_rewritten(source: Source) -> list[str]:
+    """The tests of the base that a changed file has in another form."""
+    return [name for _, name, old, new in tests_pairs([source]) if old.whole != new.whole]
+
+
+def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
+    """Where the bodies of changed files' test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
+    places: dict[str, set[str]] = {}
+    for source in sources:
+        for name, test in tests_read(source.new).items():
+            if name not in tests_read(source.old):
+                places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
+    return {f"{source.change.path}::{name}": places[test.body] for source in sources
+            for name, test in tests_read(source.old).items() if test.body in places}
+
+
+def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
+    """How the assertions of some tests changed: ["test_a: `assert f() == 1` became `assert f()`"]."""
+    wanted = {function_of(test).partition("::")[2] for test in tests}
+    lines = []
+    for _, name, old, new in tests_pairs([source]):
+        gone, come = (list((Counter(a) - Counter(b)).elements())
+                      for a, b in ((old.asserts, new.asserts), (new.asserts, old.asserts)))
+        if name in wanted and gone:
+            now = f"became `{one_line(come[0])[:200]}`" if come else "is gone"
+            lines.append(f"{name}: `{one_line(gone[0])[:200]}` {now}")
+    return lines
+
+
+def is_same_beside_tests(source: Source) -> bool:
+    """Whether a test module changed only in its test functions and imports."""
+    def rest(data: bytes) -> list[str]:
+        nodes = list(ast.parse(data).body)
+        for node in nodes:
+            if isinstance(node, ast.ClassDef):
+                nodes += node.body
+                node.body = []
+        names = ("Import", "ImportFrom")
+        return [ast.dump(node) for node in nodes if type(node).__name__ not in names
+                and not getattr(node, "name", "").startswith("test")]
+    try:
+        return rest(source.old) == rest(source.new)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 # --- Code that looks for its judge: source outside the tests that asks whether it is being tested,
@@ -1947,13 +2198,9 @@ PROCESS = {
     "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
     "gc.get_referrers", "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack",
     "sys.meta_path", "sys.path_hooks", "unittest.mock.patch", "unittest.mock.patch.object",
-    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy", "atexit.register",
+    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy",
 }
 FRAMES = {"f_back", "f_locals", "f_globals", "tb_frame", "gi_frame", "cr_frame", "ag_frame"}
-ENDS = {
-    "os._exit", "os.abort", "sys.exit", "exit", "quit", "atexit.register", "os.kill", "os.killpg", "SystemExit",
-    "signal.raise_signal",
-}
 OWN_HOOKS = {
     "sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv",
     "sys.tracebacklimit", "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning",
@@ -1966,17 +2213,13 @@ def judge_seeking(source: bytes) -> list[tuple[int, str]]:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # perhaps only newer than this Python
-        words = re.finditer(rb"\bpytest\b|_pytest|PYTEST_\w+|\b_getframe\b|\b_exit\b|\batexit\b", source)
+        words = re.finditer(rb"\bpytest\b|_pytest|PYTEST_\w+|\b_getframe\b", source)
         return [(source.count(b"\n", 0, hit.start()) + 1, f"says {hit[0].decode()}, and cannot be parsed here")
                 for hit in words]
     aliases = imported_names(tree)
     found = []
     for node in ast.walk(tree):
         found += [(getattr(node, "lineno", 1), reason) for reason in judge_seeking_node(node, aliases)]
-    for node in import_time_nodes(tree):
-        ends = node.func if isinstance(node, ast.Call) else node.exc if isinstance(node, ast.Raise) else None
-        if (name := dotted(ends, aliases)) in ENDS:
-            found.append((ends.lineno, f"may end the process that judges it, on import ({name})"))
     return sorted(set(found))
 
 
@@ -1999,20 +2242,6 @@ def dotted(node: ast.AST | None, aliases: Mapping[str, str]) -> str:
         parts.insert(0, node.attr)
         node = node.value
     return ".".join([aliases.get(node.id, node.id), *parts]) if isinstance(node, ast.Name) else ""
-
-
-def import_time_nodes(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: no function bodies, nothing under `if __name__ == ...`."""
-    queue: list[ast.AST] = list(tree.body)
-    while queue:
-        node = queue.pop()
-        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-            queue += node.orelse
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            queue += [ast.Call(decorator, [], []) for decorator in node.decorator_list]
-        elif not isinstance(node, ast.Lambda):
-            yield node
-            queue += ast.iter_child_nodes(node)
 
 
 def constant_text(node: ast.AST | None) -> str:
@@ -2241,18 +2470,21 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
 # names every test, from tools that are the user's and never the checkout's.
 
 RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
-# xunit1 names each test's file; the verbosities give whole comparisons, and the name of a test before it runs.
-PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "junit_family=xunit1",
+# The verbosities give whole comparisons, and the name of a test before it runs; the stack of a
+# hanging test is written by our own plugin, also while a module is imported.
+PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "faulthandler_timeout=0",
                "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
+REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report
 GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
-# Loaded into the pytest that judges (its facts are put in front). An editable install would make
-# pytest import the user's checkout, and be green or red about the wrong files: what is found there
-# is taken from the gate's checkout instead, and what was imported from there all the same is told.
-# It also sets the tripwire: tests that must fail, under names that nobody can know in advance.
-JUDGE = '''
-import hashlib, json, os, pytest, sys
+# Loaded into the pytest of the gate (its facts are put in front). An editable install would make
+# pytest import the user's checkout and test the wrong files: such modules are redirected to the
+# gate's checkout, and any that still come from the user's are reported. The plugin also writes the
+# report: one JSON line an event, so that a run that is stopped or dies still has its failures. And
+# it puts a test that must fail beside the real ones, under a name that nobody can know in advance.
+PYTEST_PLUGIN = '''
+import faulthandler, hashlib, json, os, pytest, sys, time
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -2287,52 +2519,106 @@ SPARED += [os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, 
 sys.path[:] = [moved(place) for place in sys.path]
 sys.meta_path.insert(0, Moved)
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):
-        config.option.xmlpath = REPORT  # not on the command line, where what is judged could read it
+class Report:
+    """This process's report: a JSON line for each event; the last one has a digest of the others."""
+    def __init__(self, config):
+        self.worker = hasattr(config, "workerinput")  # of pytest-xdist: the controller has its results
+        self.digest, self.room, self.canaries = hashlib.sha256(), 40_000_000, 0
+        self.deadline = time.monotonic() + STACK_SECONDS
+        self.lines = open(f"{REPORT}-{os.getpid()}", "wb")
+        self.stack = open(f"{REPORT}-stack-{os.getpid()}", "wb")
+        self.pytest_exception_interact()
 
-def pytest_sessionstart(session):
-    Moved.session = session
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self):
+        """Shortly before the gate's limit the stacks are written down; pytest disarms this at a failure."""
+        faulthandler.dump_traceback_later(max(0.1, self.deadline - time.monotonic()), file=self.stack)
 
-class Wire(pytest.Item):
+    def event(self, event, **facts):
+        line = json.dumps({"event": event, **facts}).encode() + b"\\n"
+        self.digest.update(line)
+        self.lines.write(line)
+        self.lines.flush()
+
+    def shortened(self, text):
+        """The ends of a long text, as far as there is room for all such texts together."""
+        half = min(4_000_000, self.room) // 2
+        text = text if len(text) <= 2 * half else text[:half] + "\\n" + text[len(text) - half:]
+        self.room -= min(len(text), self.room)
+        return text
+
+    def ended(self, report, when):
+        facts = {}
+        if report.failed:
+            sub = report.head_line[len(report.location[2]):] if hasattr(report, "context") else ""
+            facts = {"sub": sub, "text": self.shortened(str(report.longrepr or "")),
+                     "printed": self.shortened("\\n".join(text for _, text in report.sections))}
+        self.event("ended", test=report.nodeid, when=when, outcome=report.outcome, **facts)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, session, items):
+        """Beside the real tests of each folder put one that must fail: the gate can still fail."""
+        first, homes = {}, {}
+        for item in items:
+            home = item.getparent(pytest.Module)
+            first.setdefault(home, item)  # never the last of its module: that one may report a teardown
+            homes[home and home.path.parent] = home
+        for number, home in enumerate(homes.values()):
+            name = f"{CANARY}{number}"
+            try:
+                space = {"MUST_FAIL": MUST_FAIL}
+                exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
+                canary = pytest.Function.from_parent(home, name=name, callobj=space[name])
+            except Exception:  # no module of Python tests
+                canary = Canary.from_parent(session, name=name)
+            items.insert(items.index(first[home]), canary)
+        self.session, self.canaries = session, len(homes)
+
+    def pytest_collection_finish(self, session):
+        self.event("collected", tests=[item.nodeid for item in session.items])
+
+    def pytest_collectreport(self, report):
+        if report.outcome != "passed":
+            self.ended(report, "collect")
+
+    def pytest_runtest_logstart(self, nodeid):
+        if not self.worker:
+            self.event("started", test=nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed and CANARY in report.nodeid:
+            self.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
+        if not self.worker and (report.when == "call" or report.outcome != "passed"):
+            self.ended(report, report.when)
+
+    def pytest_sessionstart(self, session):
+        self.session = session
+
+    def close(self, config):
+        faulthandler.cancel_dump_traceback_later()
+        files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+        wrong = [f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file]
+        inside = [place for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)]
+        roots = sorted({os.path.relpath(place, HERE) for place in inside})
+        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), canaries=self.canaries, roots=roots,
+                   files=config.getini("python_files"), folders=config.getini("testpaths"),
+                   digest=self.digest.hexdigest())
+        self.lines.close()
+        self.stack.close()
+
+class Canary(pytest.Item):
     def runtest(self):
         raise AssertionError(MUST_FAIL)
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(session, config, items):
-    """Beside the real tests of each folder put one that must fail: the gate can still say no."""
-    first, homes = {}, {}
-    for item in items:
-        home = item.getparent(pytest.Module)
-        first.setdefault(home, item)  # never the last of its module: that one may report a teardown
-        homes[home and home.path.parent] = home
-    for number, home in enumerate(homes.values()):
-        name = f"{ALARM}{number}"
-        try:
-            space = {"MUST_FAIL": MUST_FAIL}
-            exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
-            alarm = pytest.Function.from_parent(home, name=name, callobj=space[name])
-        except Exception:  # no module of Python tests
-            alarm = Wire.from_parent(session, name=name)
-        items.insert(items.index(first[home]), alarm)
-    Moved.alarms = len(homes)
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    if report.failed and ALARM in report.nodeid:
-        Moved.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    Moved.report = Report(config)
+    config.pluginmanager.register(Moved.report)
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    wrong = sorted(f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file)
-    roots = {os.path.relpath(place, HERE) for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)}
-    mark = hashlib.sha256(open(REPORT, "rb").read()).hexdigest() if os.path.exists(REPORT) else ""
-    said = {"mark": mark, "wrong_origin": wrong, "alarms": getattr(Moved, "alarms", 0), "roots": sorted(roots),
-            "files": config.getini("python_files"), "folders": config.getini("testpaths")}
-    with open(f"{REPORT}-{os.getpid()}", "w", encoding="utf-8", errors="surrogateescape") as file:
-        json.dump(said, file)
+    Moved.report.close(config)
 '''
 
 
@@ -2432,20 +2718,23 @@ class Gate:
         self.checkout = Checkout(self.job.repo, private / "files" / self.job.repo.root.name, private / "index")
         self.environ = gate_environ(os.environ, private)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("tmp", "cache", "judge", self.reports.name)):
+        for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
             folder.mkdir()
 
-    def judge(self, tree: str, label: str, only: list[str] | None = None) -> GateResult:
-        """The verdict on a tree, its output in gate-LABEL.log. `only` names the checks to repeat, failures first."""
+    def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
+        """The result on a tree, its output in gate-LABEL.log.
+
+        `only` names the checks to run (none: all), `further` has more arguments for pytest.
+        """
         self.checkout.lay(tree)
         repository_mark(self.checkout.place)
         if failed := setup_run(self.job, self.checkout.place, self.private, self._log("setup")):
             result = GateResult(tree, [failed])
         else:
             from concurrent.futures import ThreadPoolExecutor
-            checks = [check for check in self.job.checks if only is None or check.name in only] or self.job.checks
+            checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
-                result = GateResult(tree, list(pool.map(lambda check: self._check(check, only is not None), checks)))
+                result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
                    self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc", ":(exclude).venv"))
@@ -2462,36 +2751,34 @@ class Gate:
         numbers = {check.name: str(number) for number, check in enumerate(self.job.checks)}
         return self.private / f"check-{numbers.get(name, name)}.log"
 
-    def _check(self, check: Check, again: bool) -> CheckResult:
-        """What one check says of the files in the checkout."""
+    def _check(self, check: Check, further: Sequence[str]) -> CheckResult:
+        """The result of one check on the files in the checkout; pytest gets some further arguments."""
         check = check_in_checkout(check, self.checkout) if self.job.setup else check
         place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
             environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
-        alarm = ""
+        canary = ""
         if check.kind == "ruff":
             argv += [*RUFF_ARGS, f"--output-file={report}"]
         if check.kind == "pytest":
-            plugin, alarm = judge_write(self.private, place, self.job.repo.root, report)
-            environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "judge"), *import_roots(place)])
+            plugin, canary = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
+            environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
-            argv += ["-o", f"cache_dir={self.private / 'cache'}"] + ["--lf"] * again
-            # Below the limit: the stack of a hanging test is dumped before the check is ended. Not much
-            # earlier: a dump while Python is busy crashes some versions of it now and then.
-            share = 0.9 if self.job.gate_seconds > 60 else 0.5
-            argv += ["-o", f"faulthandler_timeout={self.job.gate_seconds * share:g}"]
-        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "judge"],
+            argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
+        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "plugin"],
                       GATE_VARIABLES)
-        ran = self.job.sandbox.run(argv, reach, env=environ, seconds=self.job.gate_seconds, log=log, soft="SIGINT")
-        verdict = VERDICTS[check.kind](Evidence(ran, log_read(log), report, place, alarm))
-        return CheckResult(check.name, verdict.ok, verdict.reason, ran.seconds, *verdict[2:])
-
-
-SETUP_ADVICE = (
-    "a pure Python project needs no --setup (its modules are found in the checkout); one that must be built gets an "
-    "environment inside the checkout, e.g. --setup 'uv sync' or "
-    "--setup \"sh -c 'python3 -m venv .venv && .venv/bin/pip install -e . pytest ruff'\"")
+        how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
+        ran = self.job.sandbox.run(argv, reach, log=log, **how)
+        result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
+        if check.kind == "ruff":
+            # The same once more without suppressions: what is reported only now is what they hide.
+            open_report = report.with_name(f"{report.name}-open")
+            argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
+            self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+        return result
 
 
 def repository_mark(place: Path) -> None:
@@ -2506,17 +2793,23 @@ def repository_mark(place: Path) -> None:
     (mark / "HEAD").write_text("ref: refs/heads/gate\n")
 
 
+SETUP_ADVICE = (
+    "a pure Python project needs no --setup (its modules are found in the checkout); one that must be built gets an "
+    "environment inside the checkout, e.g. --setup 'uv sync' or "
+    "--setup \"sh -c 'python3 -m venv .venv && .venv/bin/pip install -e . pytest ruff'\"")
+
+
 def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | None:
     """Prepare a checkout with the --setup command; a red result where that fails."""
     if not job.setup:
         return None
     reach = Reach(place, private / "tmp", network=True)
     ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private), seconds=job.gate_seconds, log=log)
-    verdict = command_verdict(Evidence(ran, log_read(log), log, place))
+    result = command_verdict(Evidence("setup", ran, log_read(log), log, place))
     made = place / ".venv"
     if made.is_dir() and not made.is_symlink() and not os.path.lexists(made / ".gitignore"):
         (made / ".gitignore").write_text("*\n")  # as newer Pythons do: it is never part of a change
-    return None if verdict.ok else CheckResult("setup", False, verdict.reason, ran.seconds, verdict.findings)
+    return None if result.ok else result
 
 
 def import_roots(place: Path) -> list[str]:
@@ -2525,15 +2818,17 @@ def import_roots(place: Path) -> list[str]:
     return ([str(source)] if source.is_dir() and not (source / "__init__.py").exists() else []) + [str(place)]
 
 
-def judge_write(private: Path, place: Path, root: Path, report: Path) -> tuple[str, str]:
-    """The name of a new module in private/judge, the plugin that pytest loads, and that of its tripwire."""
-    name, alarm = (f"{word}_{os.urandom(8).hex()}" for word in ("judge", "test"))
+def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: float) -> tuple[str, str]:
+    """The name of a new module in private/plugin, which pytest loads, and that of its canaries."""
+    name, canary = (f"{word}_{os.urandom(8).hex()}" for word in ("plugin", "test"))
+    # Not much below the limit: a dump while Python is busy crashes some versions of it now and then.
+    share = 0.9 if seconds > 60 else 0.5
     facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
-             "REPORT": str(report),
-             "ALARM": alarm, "MUST_FAIL": "this test must fail: it shows that the gate can still say no"}
-    text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + JUDGE
-    (private / "judge" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
-    return name, alarm
+             "REPORT": str(report), "STACK_SECONDS": seconds * share or 1e6, "CANARY": canary,
+             "MUST_FAIL": "this test must fail: it shows that the gate can still fail"}
+    text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + PYTEST_PLUGIN
+    (private / "plugin" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
+    return name, canary
 
 
 def log_read(log: Path) -> str:
@@ -2544,11 +2839,12 @@ def log_read(log: Path) -> str:
 class Evidence(NamedTuple):
     """What one check left behind."""
 
+    name: str
     ran: Ran
     log: str
     report: Path
     place: Path
-    alarm: str = ""  # how the names of the tripwire's tests begin
+    canary: str = ""  # how the names of the canaries begin
 
     def ending(self) -> str:
         """How the program ended, in words: "exit 2", or that it was stopped."""
@@ -2559,115 +2855,160 @@ class Evidence(NamedTuple):
         """A text with the checkout's files as the repository knows them: "app.py", not "/tmp/.../app.py"."""
         return text.replace(f"{os.path.realpath(self.place)}/", "").replace(f"{self.place}/", "")
 
-
-class Verdict(NamedTuple):
-    """What the evidence of one check comes to; `reason` is shown to the user as it stands."""
-
-    ok: bool
-    reason: str
-    findings: list[str]
-    tests: dict[str, str] = {}
-    judge: dict[str, Any] = {}
-    lint: list[str] = []  # every finding of ruff, a line each
+    def red(self, reason: str, finding: str) -> CheckResult:
+        """The result of a check that is red for one reason."""
+        return CheckResult(self.name, False, reason, self.ran.seconds, [finding])
 
 
-def command_verdict(seen: Evidence) -> Verdict:
+def command_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of any other command: there is nothing but its exit code to go by."""
-    ok = seen.ran.exit == 0
-    return Verdict(ok, seen.ending(), [] if ok else [distill_command(seen.ending(), seen.plain(seen.log))])
+    if evidence.ran.exit == 0:
+        return CheckResult(evidence.name, True, evidence.ending(), evidence.ran.seconds)
+    return evidence.red(evidence.ending(), distill_command(evidence.ending(), evidence.plain(evidence.log)))
 
 
-def ruff_verdict(seen: Evidence) -> Verdict:
+def ruff_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of `ruff check`, from its JSON report."""
     try:
-        top = os.path.realpath(seen.place)
-        lines = [f"{os.path.relpath(f['filename'], top)}:{f['location']['row']}:{f['location']['column']}: "
-                 f"{f['code'] or 'syntax error'} {f['message']}" for f in json.loads(seen.report.read_bytes())]
+        lint = ruff_report(evidence.report, evidence.place)
     except (OSError, ValueError, KeyError, TypeError):  # it stopped before it could write one
-        reason = f"{seen.ending()}, no report"
-        return Verdict(False, reason, [distill_command(reason, seen.plain(seen.log))])
-    if seen.ran.exit != 0 and not lines:
-        return command_verdict(seen)
-    counted = f"{len(lines)} finding{'s' * (len(lines) > 1)}" if lines else "no findings"
-    return Verdict(not lines, counted, distill_lint(lines), lint=lines)
+        reason = f"{evidence.ending()}, no report"
+        return evidence.red(reason, distill_command(reason, evidence.plain(evidence.log)))
+    if evidence.ran.exit != 0 and not lint:
+        return command_verdict(evidence)
+    lines = [str(finding) for finding in lint]
+    counted = f"{len(lint)} finding{'' if len(lint) == 1 else 's'}" if lint else "no findings"
+    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lines), lint=lint)
 
 
-def pytest_verdict(seen: Evidence) -> Verdict:
-    """The verdict of pytest, from its JUnit report and its judge: the exit code alone is not believed."""
-    log = seen.plain(seen.log)
-    try:
-        tests, failures = junit_read(seen.report)
-        judge = judge_read(seen.report)
-    except (OSError, ValueError) as error:
-        reason = f"{seen.ending()}, {error}"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)])
-    alarms = [test for test in tests if seen.alarm in test]
-    judge["silent"] = [tests.pop(test) for test in alarms].count("failed") < judge["alarms"]
-    findings = distill_tests({test: [(phase, seen.plain(text)) for phase, text in told]
-                              for test, told in failures.items() if test not in alarms}, log)
-    findings += [f"imported from your checkout, not from the change under test: {module}"
-                 for module in judge["wrong_origin"]]
-    counted = ", ".join(f"{count} {way}" for way, count in ways_counted(tests).items())
-    if seen.ran.timed_out:
-        reason = f"{seen.ending()}, {counted or 'no test had ended'}"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm, failures), *findings], tests, judge)
-    if not findings and "passed" not in tests.values():
-        reason = f"no tests were run ({counted or seen.ending()})"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge)
-    if not findings and seen.ran.exit != 0:
-        reason = f"{seen.ending()}, though no test failed ({counted})"
-        return Verdict(False, reason, [distill_broken(reason, log, seen.alarm)], tests, judge | {"only_exit": True})
-    return Verdict(not findings, counted, findings, tests, judge)
+def ruff_report(report: Path, place: Path) -> list[Lint]:
+    """The findings in ruff's JSON report; raises OSError, ValueError, KeyError or TypeError where it is none."""
+    top = os.path.realpath(place)
+    return [Lint(os.path.relpath(entry["filename"], top), entry["location"]["row"], entry["location"]["column"],
+                 entry["code"] or "syntax error", entry["message"]) for entry in json.loads(report.read_bytes())]
+
+
+def pytest_verdict(evidence: Evidence) -> CheckResult:
+    """The verdict of pytest, from the report of our plugin: the exit code alone is not believed."""
+    log, ran = evidence.plain(evidence.log), evidence.ran
+    report = pytest_report(evidence.report)
+    canaries = [test for test in report.tests if evidence.canary in test]
+    failed_canaries = [report.tests.pop(test) for test in canaries].count("failed")
+    failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures
+                if evidence.canary not in failure.test]
+    facts = report.facts
+    # Modules that cannot be collected end pytest before any test has run: that is red, but no silence.
+    silent = failed_canaries < facts.get("canaries", 0) and not any(failure.phase == "collect" for failure in failures)
+    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests, failures=failures,
+                         facts=facts | {"silent": silent and not ran.timed_out})
+    origins = [f"imported from your checkout, not from the change under test: {module}"
+               for module in facts.get("wrong_origin", [])]
+    counted = ", ".join(f"{count} {way}" for way, count in result.counts().items())
+    result.findings = [*distill_tests(failures), *origins]
+    broken = pytest_broken(evidence, report, counted)
+    doubt = "" if broken or result.findings else pytest_doubt(evidence, report, counted)
+    if broken or doubt:
+        running = [test for test in report.running if evidence.canary not in test]
+        stack = evidence.plain(report.stack)
+        result.findings.insert(0, distill_broken(broken or doubt, log, evidence.canary, running, stack))
+    result.ok, result.reason, result.broken = not result.findings, broken or doubt or counted, bool(broken)
+    result.facts["only_exit"] = bool(doubt) and "passed" in report.tests.values()
+    return result
+
+
+def pytest_broken(evidence: Evidence, report: PytestReport, counted: str) -> str:
+    """Why a pytest session did not come to its end, or ""."""
+    if evidence.ran.timed_out:
+        return f"{evidence.ending()}, {counted or 'no test had ended'}"
+    if report.trouble:
+        return f"{evidence.ending()}, {report.trouble}"
+    if evidence.ran.exit not in (0, 1, 2, 5):  # pytest's own, for failures, errors in collection and no tests
+        return f"{evidence.ending()} after the last test ({counted})"
+    return ""
+
+
+def pytest_doubt(evidence: Evidence, report: PytestReport, counted: str) -> str:
+    """Why a pytest session without a failure is red all the same, or ""."""
+    if "passed" not in report.tests.values():
+        return f"no tests were run ({counted or evidence.ending()})"
+    return f"{evidence.ending()}, though no test failed ({counted})" if evidence.ran.exit != 0 else ""
 
 
 VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_verdict}
 
 
-def judge_read(report: Path) -> dict[str, Any]:
-    """What the judges saw, the one in pytest and those in its workers; raises ValueError where none was heard."""
-    told = [json.loads(path.read_bytes()) for path in report.parent.glob(f"{report.name}-*")]
-    if not told:
-        raise ValueError("and it did not end as it should")
-    import hashlib
-    if hashlib.sha256(report.read_bytes()).hexdigest() not in [judge["mark"] for judge in told]:
-        raise ValueError("and the report is not the one that pytest wrote")
-    merged = {key: sorted({value for judge in told for value in judge[key]})
-              for key in ("wrong_origin", "roots", "files", "folders")}
-    return merged | {"alarms": max(judge["alarms"] for judge in told)}
+class PytestReport(NamedTuple):
+    """What the plugin has written of one pytest session."""
+
+    tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
+    failures: list[Failure]
+    facts: dict[str, Any]  # wrong_origin, canaries, roots, files, folders; {} where the session has no end
+    running: list[str]  # the tests that had started and not ended
+    stack: str  # of all threads, shortly before the limit
+    trouble: str  # why the report is not whole, or ""
 
 
-def junit_read(report: Path) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
-    """The tests of a JUnit report with the way each ended, and of the failed ones when (setup, teardown, or "" for
-    the call) and what they say; raises ValueError, OSError."""
-    from xml.etree import ElementTree  # late: only a gate needs it
-    if not report.exists():
-        raise ValueError("and there is no report")
-    try:
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    except ElementTree.ParseError as error:
-        raise ValueError(f"and its report is unreadable: {error}") from None
+def pytest_report(report: Path) -> PytestReport:
+    """The report of one pytest session, from the lines of its process and of its workers'."""
     tests: dict[str, str] = {}
-    failures: dict[str, list[tuple[str, str]]] = {}
-    for case in suite if suite is not None else []:
-        if case.tag != "testcase":
-            continue
-        test = junit_name(case.get("file") or "", case.get("classname") or "", case.get("name") or "")
-        for trouble in (*case.findall("failure"), *case.findall("error")):
-            message = trouble.get("message") or ""
-            phase = re.match(r"failed on (setup|teardown) with", message)
-            failures.setdefault(test, []).append((phase[1] if phase else "", trouble.text or message))
-        way = "failed" if test in failures else "skipped" if case.find("skipped") is not None else "passed"
-        tests[test] = way
-    return tests, failures
+    failures: dict[tuple[str, str, str], Failure] = {}
+    started: set[str] = set()
+    closed: list[dict[str, Any]] = []
+    trouble = ""
+    for path in sorted(report.parent.glob(f"{report.name}-[0-9]*")):
+        try:
+            for event in report_events(path):
+                if event["event"] == "collected":
+                    tests |= {test: tests.get(test, "unfinished") for test in event["tests"]}
+                elif event["event"] == "started":
+                    started.add(event["test"])
+                    tests.setdefault(event["test"], "unfinished")
+                elif event["event"] == "ended":
+                    report_ended(event, tests, failures)
+                else:
+                    closed.append(event)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            trouble = f"and its report cannot be used: {one_line(str(error))[:200]}"
+    facts: dict[str, Any] = {}
+    if any(not event["worker"] for event in closed):
+        facts = {key: sorted({value for event in closed for value in event[key]})
+                 for key in ("wrong_origin", "roots", "files", "folders")}
+        facts["canaries"] = max(event["canaries"] for event in closed)
+    elif not trouble:
+        trouble = "and its report breaks off" if tests or started else "and there is no report"
+    stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
+    running = [test for test in tests if test in started and tests[test] == "unfinished"]
+    return PytestReport(tests, list(failures.values()), facts, running, stack, trouble)
 
 
-def junit_name(file: str, owner: str, name: str) -> str:
-    """A test's id as pytest prints it: ("t/test_a.py", "t.test_a.TestB", "test_c") -> "t/test_a.py::TestB::test_c"."""
-    module = file.removesuffix(".py").replace("/", ".")
-    if name == module:
-        return file  # the file itself, which could not be collected
-    classes = owner.removeprefix(module).strip(".").split(".") if file else [owner]
-    return "::".join(part for part in [file, *classes, name] if part)
+def report_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of one process's report; raises OSError or ValueError where it is not what the plugin wrote."""
+    import hashlib
+    digest = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > REPORT_LIMIT:
+            raise ValueError("it is no regular file, or too large")
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # the process died while it wrote
+            event = json.loads(line)
+            if not isinstance(event, dict):
+                raise ValueError("a line of it is no event")
+            if event.get("event") == "closed" and event.get("digest") != digest.hexdigest():
+                raise ValueError("it is not the one that pytest wrote")
+            digest.update(line)
+            yield event
+
+
+def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tuple[str, str, str], Failure]) -> None:
+    """Add one phase of a test that has ended to its way, and to the failures where it is one."""
+    test, phase, outcome, sub = event["test"], event["when"], event["outcome"], event.get("sub", "")
+    if outcome == "failed":
+        tests[test] = "failed"
+        failures[test, phase, sub] = Failure(test, phase, sub, event["text"], event["printed"])
+    elif outcome in ("passed", "skipped") and tests.get(test, "unfinished") == "unfinished":
+        tests[test] = outcome
 
 
 # --- The distiller: what the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
@@ -2689,12 +3030,9 @@ IDLE = (
     r"|  (?:Displaying first|Pass `--full).*")
 CHANGE = r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)"
 SIDE = r"E\s+([-+]) "
-SECTION = (
-    r"(?m)^(?:_+ (?P<test>.+?) _+|-+ (?P<captured>Captured \S+(?: \S+)?) -+|-+ generated xml file: .*"
-    r"|=+ (?:FAILURES|ERRORS|PASSES|warnings summary|short test summary info) =+)$")
-STEP = (
-    r"(?m)^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
-    r"| *(?:Timeout \(|Fatal Python error: ).*| *)$")  # a test as it runs, and how it ended
+STEP = (  # a line of a test as it runs, and how it ended
+    r"^(\S{1,300}?::\S.{0,300}?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUB[A-Z]+)\b.*"
+    r"| *(?:Timeout \(|Fatal Python error: ).*| *)$")
 DUMP = (  # faulthandler's
     r'(?m)(?:Timeout \(\d|Fatal Python error: ).*\n'
     r'(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*')
@@ -2840,63 +3178,36 @@ def distill_cause(group: list[Failed], printed: str) -> str:
     return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in loud)])
 
 
-def distill_head(test: str, phase: str) -> str:
-    """A test's headline in pytest's log: "t/test_a.py::TestB::test_c[x::y]" -> "TestB.test_c[x::y]"."""
-    name, bracket, rest = test.partition("::")[2].partition("[")
-    return (f"ERROR at {phase} of " if phase else "") + name.replace("::", ".") + bracket + rest
-
-
-def distill_printed(log: str, heads: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """By headline, for each of its sections in the log: the subtest's name, and the output that was captured."""
-    sections: dict[str, list[tuple[str, str]]] = {}
-    head, marks = "", list(re.finditer(SECTION, log))
-    for mark, end in zip(marks, [*(after.start() for after in marks[1:]), len(log)]):
-        if mark["captured"] and head:
-            sub, said = sections[head][-1]
-            sections[head][-1] = (sub, said + log[mark.end():end])
-        elif not mark["captured"]:
-            title = mark["test"] or ""
-            head = next((name for name in (title, re.split(r" [\[(]", title)[0]) if name in heads), "")
-            if head:
-                sections.setdefault(head, []).append((title[len(head):], ""))
-    return sections
-
-
-def distill_tests(failures: dict[str, list[tuple[str, str]]], log: str) -> list[str]:
-    """Findings, one a cause, from what JUnit has of the failed tests (id -> phase and text of each) and the log."""
-    printed = distill_printed(log, {distill_head(test, phase) for test, told in failures.items() for phase, _ in told})
+def distill_tests(failures: list[Failure]) -> list[str]:
+    """Findings, one a cause, from the failures of a pytest session."""
     groups: dict[tuple[str, str], list[Failed]] = {}
-    output: dict[tuple[str, str], str] = {}
+    printed: dict[tuple[str, str], str] = {}
     alike: dict[str, tuple[str, str]] = {}
-    for test, phase, text in ((test, *each) for test, told in failures.items() for each in told):
-        sections = printed.get(distill_head(test, phase)) or [("", "")]
-        sub, said = sections.pop(0)
-        failed = distill_failure(f"{test}{sub}" + f" (at {phase})" * bool(phase), text)
+    for failure in failures:
+        phase = "" if failure.phase in ("call", "collect") else f" (at {failure.phase})"
+        failed = distill_failure(f"{failure.test}{failure.sub}{phase}", failure.text)
         key = (failed.place, re.split(r"[: ]", failed.error)[0])
         if ": " in failed.error and "assert " not in failed.error:
             key = alike.setdefault(failed.error, key)  # a module that is missing, imported at many places
         groups.setdefault(key, []).append(failed)
-        output[key] = output.get(key) or said
-    return [distill_cause(group, output[key]) for key, group in groups.items()]
+        printed[key] = printed.get(key) or failure.printed
+    return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
-def distill_broken(how: str, log: str, alarm: str = "", told: Iterable[str] = ()) -> str:
-    """The finding where pytest's report says too little: the test that was running, its stack, or how it ended."""
+def distill_broken(how: str, log: str, canary: str = "", running: Sequence[str] = (), stack: str = "") -> str:
+    """The finding where pytest's report breaks off: the test that was running, its stack, or how it ended."""
     log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.M)
-    if alarm:
-        log = re.sub(rf"^_+ \S*{alarm}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{alarm}.*\n?", "", log, flags=re.M)
-    steps, dumps = list(re.finditer(STEP, log)), list(re.finditer(DUMP, log))
-    failed = [step[1] for step in steps if step[2] in ("FAILED", "ERROR") and step[1] not in told]
-    lines = [f"failed: {distill_cut(test, 160)}" for test in distill_middle(failed, 5, 2)]
-    lines += [f"running: {distill_cut(step[1], 160)}" for step in steps[-1:] if not step[2]]
-    if dumps and (not steps or dumps[-1].start() > steps[-1].start()):  # not of a slow test that went on
-        dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1][0])
-        stack = distill_trace(dump)
-        stack = [line for line, after in zip(stack, [*stack[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
-        lines += distill_middle(stack, 12, 6)
+    if canary:
+        log = re.sub(rf"^_+ \S*{canary}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{canary}.*\n?", "", log, flags=re.M)
+    lines = [f"running: {distill_cut(test, 160)}" for test in running[:8]]
+    if dumps := re.findall(DUMP, stack or log):
+        dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1])
+        trace = distill_trace(dump)
+        trace = [line for line, after in zip(trace, [*trace[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
+        lines += distill_middle(trace, 12, 6)
     else:
-        rest = [line for line in re.sub(DUMP, "", log).splitlines() if not line.strip().startswith(NOISE)]
-        lines += distill_output("\n".join(distill_trace("\n".join(line for line in rest if not re.match(STEP, line)))))
+        rest = [line for line in log.splitlines() if not line.strip().startswith(NOISE) and not re.match(STEP, line)]
+        lines += distill_output("\n".join(distill_trace("\n".join(rest))))
     return "\n".join([": ".join([how, *lines[:1]]), *lines[1:]])
 
 
@@ -2951,24 +3262,157 @@ def distill_progress(before: list[str], now: list[str]) -> str:
                      for word, heads in parts.items() if heads)
 
 
-# --- The judgement: guardrails, then two questions. Is the change green as the agent leaves it, as
-# CI will see it? And is it green as the base would judge it, with the base's own gate files?
+# --- The comparison: what a change has made of the base's tests and findings. Nothing is run here.
+
+RED_WAYS = ("failed", "unfinished")
 
 
-def gate_step(name: str, gate: Gate, tree: str, label: str, only: list[str] | None = None) -> GateResult:
-    """The gate's verdict on a tree, told as a step of the run."""
-    with CONSOLE.step(name) as said:
-        result = gate.judge(tree, label, only)
-        said["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
+def function_of(test: str) -> str:
+    """A test's id without its parameters: "t.py::test_a[1]" -> "t.py::test_a"."""
+    return test.partition("[")[0]
+
+
+def file_of(test: str) -> str:
+    """The file of a test's id: "t.py::test_a[1]" -> "t.py"."""
+    return test.partition("::")[0]
+
+
+def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The tests that fail or do not end now, and did neither on the base, if they were there at all."""
+    # Ids may change from run to run (a time, an address): those of one function are counted.
+    room = Counter(function_of(test) for test, way in before.items() if way in RED_WAYS and test not in after)
+    worse = []
+    for test, way in after.items():
+        known = before.get(test) in RED_WAYS or before.get(file_of(test)) in RED_WAYS
+        if way not in RED_WAYS or known:
+            continue
+        function = function_of(test)
+        if test not in before and room[function] > 0:
+            room[function] -= 1
+        else:
+            worse.append(test)
+    return worse
+
+
+def tests_lost(before: Mapping[str, str], after: Mapping[str, str],
+               moved: Mapping[str, set[str]] | None = None) -> dict[str, str]:
+    """The tests of the base that did not run now, and what became of each: {"t.py::test_a": "is gone"}."""
+    became = {"skipped": "is skipped now", "unfinished": "did not end", "gone": "is gone"}
+    ran = {test for test, way in after.items() if way in ("passed", "failed")}
+    room = Counter(function_of(test) for test in ran if test not in before)
+    files, functions = {file_of(test) for test in after if "::" in test}, {function_of(test) for test in ran}
+    lost = {}
+    for test, way in before.items():
+        now, function = after.get(test, "gone"), function_of(test)
+        if way == "skipped" or test in ran or (now == "unfinished" and way in RED_WAYS):
+            continue
+        if now == "gone" and "[" in test and room[function] > 0:
+            room[function] -= 1
+        elif now == "gone" and test in files:
+            pass  # a file that could not be collected, and now it can
+        elif not (moved or {}).get(function, set()) & functions:
+            lost[test] = became[now]
+    return lost
+
+
+def lint_new(before: Sequence[Lint], after: Sequence[Lint]) -> list[Lint]:
+    """The findings of ruff that were not there before, by rule and text: lines and files may move."""
+    room = Counter((finding.rule, finding.message) for finding in before)
+    new = []
+    for finding in after:
+        room[finding.rule, finding.message] -= 1
+        if room[finding.rule, finding.message] < 0:
+            new.append(finding)
+    return new
+
+
+def check_problems(before: CheckResult | None, after: CheckResult, strict: bool) -> list[str]:
+    """What stands against the result of a check: where it must be green all of it, else what is worse than before."""
+    everything = after.findings or [after.reason]
+    if after.ok:
+        return []
+    if strict or before is None or before.ok:
+        return everything
+    if after.lint and before.lint:
+        return distill_lint([str(finding) for finding in lint_new(before.lint, after.lint)])
+    if not after.facts and not after.tests:  # a command, or a report that is missing as it was before
+        return [] if before.broken == after.broken and not before.lint else everything
+    if before.broken and not before.tests:
+        return []  # nothing ran before
+    unlike = after.broken and not before.broken or after.facts.get("only_exit") and not before.facts.get("only_exit")
+    if unlike or after.facts.get("wrong_origin") or not {"passed", *RED_WAYS} & {*after.tests.values()}:
+        return everything
+    worse = tests_worse(before.tests, after.tests)
+    failures = distill_tests([failure for failure in after.failures if failure.test in worse])
+    return failures or [f"{test} did not end" for test in worse]
+
+
+def gate_problems(before: GateResult | None, after: GateResult, strict: Iterable[str]) -> list[str]:
+    """What stands against a tree; `strict` names the checks that must be green."""
+    earlier = {check.name: check for check in before.checks} if before else {}
+    return [f"{check.name}: {text}" for check in after.checks
+            for text in check_problems(earlier.get(check.name), check, check.name in strict)]
+
+
+def base_red(before: GateResult, after: GateResult | None = None) -> list[str]:
+    """What is red on the base, and how it is with the change: ["ruff 24 findings, none new"]."""
+    later = {check.name: check for check in after.checks} if after else {}
+    lines = []
+    for check in before.checks:
+        now = later.get(check.name)
+        if check.ok:
+            continue
+        line = f"{check.name} {check.reason}"
+        if now and now.ok:
+            line += ", green now"
+        elif now and check.lint:
+            line += f", {len(lint_new(check.lint, now.lint)) or 'none'} new"
+        elif now:
+            line += f"; with the change {now.reason}"
+        lines.append(line)
+    return lines
+
+
+# --- The judgement: guardrails, then two questions. Does the gate pass with the change as the agent
+# leaves it, as CI will see it? And does it with the base's own gate files laid over it (the recheck)?
+
+
+class Judgement(NamedTuple):
+    """What one change comes to."""
+
+    outcome: str  # "green", "red", or the word of OUTCOMES that the change comes to
+    findings: list[str] = []  # for the next brief
+    violations: list[Violation] = []
+    look_first: list[str] = []  # for the reviewer
+    final: bool = False  # whether no repair can change it
+
+
+def refused(violations: list[Violation], findings: Sequence[str] = (), final: bool = False) -> Judgement:
+    """The judgement on a change that the guardrails refuse."""
+    scoped = all(violation.rule == "scope" for violation in violations)
+    lines = [f"refused, {violation.line()}" for violation in violations[:40]]
+    return Judgement("scope_disagreement" if scoped else "blocked", [*lines, *findings], violations, final=final)
+
+
+FAILURES_FIRST = ("--lf",)  # of pytest's cache: what failed before, alone
+
+
+def gate_step(name: str, gate: Gate, tree: str, label: str, only: Sequence[str] = (),
+              further: Sequence[str] = ()) -> GateResult:
+    """The result of the gate on a tree, shown as a step of the run."""
+    with CONSOLE.step(name) as step:
+        result = gate.run_checks(tree, label, only, further)
+        step["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
     return result
 
 
-class Court:
-    """All that judges: two gates, the verdict on the base, and what lay outside before the agent began."""
+class Judge:
+    """Judges changes: it has two gates, the result on the base, and what lay outside before the agent began."""
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
-        self.change, self.base = Gate(run, private / "change"), Gate(run, private / "base")
+        # Short names: a socket in what is their temporary directory has a path of some 100 characters.
+        self.change, self.base = Gate(run, private / "new"), Gate(run, private / "old")
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
         self.places = [gate.checkout.place for gate in (self.change, self.base)]
@@ -2976,173 +3420,309 @@ class Court:
         self.user = user_state(run.job.repo)
         paths = tree_paths(run.job.repo, run.base.tree)
         self.scripts = tuple(path for check in run.job.checks if (path := check_script(check)) in paths)
-        self.red: list[str] = []  # the checks that were red when the newest tree was judged
-        self.outside = False  # whether something outside the change was touched: no repair mends that
+        self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
+        self.red: list[str] = []  # the checks whose tests failed when the newest tree was judged
+
+    def must_pass(self, name: str) -> bool:
+        """Whether a check must be green; the result of --setup always must."""
+        return name in self.strict or name not in {check.name for check in self.run.job.checks}
+
+    def baseline_start(self) -> None:
+        """Let the gate check the base while the agent works."""
+        self.baseline = self.pool.submit(self._baseline)
+
+    def _baseline(self) -> GateResult:
+        """The result on the base; a red one is named early."""
+        result = gate_step("baseline gate", self.base, self.run.base.tree, "0")
+        if red := base_red(result):
+            CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
+                        "(--strict asks for green)")
+        return result
 
     def naming(self) -> Naming:
-        """How the base tells tests from other files; waits for the verdict on it."""
+        """How the base tells tests from other files; waits for the result on it."""
         if self.baseline and not self.run.baseline:
             self.run.baseline = self.baseline.result()
-        seen = [check.judge for check in self.run.baseline.checks if check.judge] if self.run.baseline else []
-        files = tuple(glob for judge in seen for glob in judge["files"])
-        folders = [folder for judge in seen for folder in judge["folders"]
+        facts = [check.facts for check in self.run.baseline.checks if check.facts] if self.run.baseline else []
+        files = tuple(glob for fact in facts for glob in fact.get("files", []))
+        folders = [folder for fact in facts for folder in fact.get("folders", [])
                    if folder.strip("./") not in ("", "src", "lib")]
         return Naming(files or Naming().files, tuple(folders), self.scripts)
 
-    def judge(self, attempt: Attempt, nested: list[str]) -> str:
-        """The whole judgement of a snapshot: green, red, or the outcome that it comes to."""
+    def decide(self, attempt: Attempt, nested: list[str]) -> Judgement:
+        """The whole judgement of a snapshot."""
         run, repo = self.run, self.run.job.repo
         changes = tree_changes(repo, run.base.tree, attempt.tree)
         attempt.changed = [change.path for change in changes]
-        run.gate, run.as_base, run.violations, run.look_first = None, None, [], []
+        run.gate = run.recheck = None
         sources = sources_read(repo, changes)
+        empty = all(is_only_space(source) and not glob_match(source.change.path, self.allow) for source in sources)
         if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
-            result = refuse(run, touched)
-        elif all(is_only_space(source) for source in sources) and not nested:
-            result, said = "no_change", "nothing but white space" if changes else "no file"
-            run.findings = [f"the agent changed {said}", *(run.baseline.findings() if run.baseline else [])]
+            judgement = refused(touched, final=True)
+        elif empty and not nested:
+            what = "nothing but white space" if changes else "no file"
+            red = run.baseline.findings() if run.baseline else []
+            judgement = Judgement("no_change", [f"the agent changed {what}", *red])
         else:
-            result = self.ask(attempt, sources, nested)
+            judgement = self.judge_change(attempt, sources, nested)
         work = {source.change.new_blob for source in sources if source.size}  # anybody may have an empty file
         theirs, noted = user_verdict(repo, self.user, user_state(repo), work)
-        run.look_first += noted
-        self.outside = bool(touched or theirs)
-        return refuse(run, theirs) if theirs else result
+        if theirs:
+            judgement = refused(theirs, final=True)
+        return judgement._replace(look_first=[*judgement.look_first, *noted])
 
-    def ask(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> str:
-        """The guardrails' word on a change, then the gate's, in both of its forms."""
-        run, name, label = self.run, f"attempt {attempt.number}", str(attempt.number)
-        asked = None
+    def judge_change(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> Judgement:
+        """What the guardrails, the gate and the recheck come to."""
+        run, name = self.run, f"attempt {attempt.number}"
         if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
             self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
-        # As a rule this is right: the gate need not wait for the baseline.
-        known = run.baseline or self.baseline and self.baseline.done()
-        early = self.naming() if known else Naming(scripts=self.scripts)
-        if not self.guard(sources, nested, early)[0]:
-            if self.red:  # what was red is asked first, and alone: still red is enough to know
-                first = gate_step(f"gate, {name}, what was red", self.change, attempt.tree, f"{label}-first", self.red)
-                if not first.green:
-                    attempt.gate, run.findings = first.facts(), first.findings()
-                    return "red"
-            asked = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, label)
+        if unreviewable := self.unreviewable(sources, nested):
+            return refused(unreviewable)
+        if self.red:  # what was red is checked first, and alone: still red is enough to know
+            first = gate_step(f"gate, {name}, failures first", self.change, attempt.tree,
+                              f"{attempt.number}-first", self.red, FAILURES_FIRST)
+            if problems := gate_problems(run.baseline, first, self.strict):
+                attempt.gate = first.facts()
+                return Judgement("red", problems)
+        pending = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, str(attempt.number))
         naming = self.naming()
-        refused, allowed = self.guard(sources, nested, naming)
-        if refused:
-            if asked:
-                asked.result()  # the next attempt wants that gate
-            return refuse(run, refused)
-        roles = {source.change: gate_role(source.change.path, naming) for source in sources}
-        touched = [change for change, role in roles.items() if role and not glob_match(change.path, self.allow)]
-        if touched:
-            undone = [change.undone() for change in touched]
-            overlay = tree_put(run.job.repo, attempt.tree, undone, self.private / "overlay-index")
-            run.as_base = gate_step(f"gate as the base judges, {name}", self.base, overlay, f"{label}-base")
-        run.gate = asked.result() if asked else gate_step(f"gate, {name}", self.change, attempt.tree, label)
-        attempt.gate, self.red = run.gate.facts(), run.gate.red()
-        run.look_first = [f"allowed: {violation.said()}" for violation in allowed]
-        run.look_first += [f"changes what the gate goes by: {change.path}" for change in touched
-                           if change.old_mode or roles[change] == "configuration"]
-        return self.weigh(touched, any(roles[change] == "configuration" for change in touched))
+        violations, allowed, notes = self.guard(sources, naming)
+        recheck = Recheck(self, attempt, sources, naming)
+        recheck.start()
+        gate = run.gate = pending.result()
+        attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
+        judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
+        look_first = [f"allowed: {violation.line()}" for violation in allowed]
+        return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
-    def guard(self, sources: list[Source], nested: list[str],
-              naming: Naming) -> tuple[list[Violation], list[Violation]]:
-        """What stands against a change, and what would but is allowed."""
+    def guard(self, sources: list[Source], naming: Naming) -> tuple[list[Violation], list[Violation], list[str]]:
+        """What stands against a change, what would but is allowed, and what a reviewer should know."""
         run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, naming)]
-        found = guard_change(sources, naming, run.scope.get("globs", []))
-        found += [Violation("link", path, "is a repository inside the repository") for path in nested]
-        roots = {"", "src/"}.union(*({f"{root}/" for root in check.judge.get("roots", [])}
+        found, notes = guard_change(sources, naming, run.scope.get("globs", []), run.job.checks)
+        roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
                                      for check in (run.baseline.checks if run.baseline else [])))
         names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
         pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
         found += guard_shadows(names, (pythons or [sys.executable])[0], run.job.repo.root)
-        refused = [violation for violation in found if not violation.allowed(self.allow)]
+        violations = [violation for violation in found if not violation.allowed(self.allow)]
+        return violations, [violation for violation in found if violation.allowed(self.allow)], notes
+
+    def unreviewable(self, sources: list[Source], nested: list[str]) -> list[Violation]:
+        """What nobody can review, so that nothing of the change is run."""
+        found = [violation for source in sources for violation in guard_file(source) if violation.rule in UNREVIEWABLE]
+        found += [Violation("link", path, "is a repository inside the repository") for path in nested]
+        violations = [violation for violation in found if not violation.allowed(self.allow)]
         counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
         if counted > FILES_LIMIT:
-            refused.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
-        return refused, [violation for violation in found if violation.allowed(self.allow)]
+            violations.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
+        return violations
 
-    def weigh(self, touched: list[Change], configured: bool) -> str:
-        """What the gate's answers come to: green, red, or blocked where it was talked out of a no."""
-        run = self.run
-        assert run.gate and run.baseline
-        if silent := run.gate.silent + (run.as_base.silent if run.as_base else []):
-            return refuse(run, tripwires(silent))
-        if rewritten := self.rewritten():
-            return refuse(run, rewritten)
-        lost = ledger_lost(run.baseline, run.gate, run.as_base, self.allow)
-        if not run.gate.green or lost:
-            run.findings = run.gate.findings() + lost
-            return "red"
-        stern = []
-        if run.as_base:
-            # A threshold (of coverage, say) may not be met without the agent's own tests: where no
-            # configuration changed, it was asked for and met the first time.
-            stern = [check for check in run.as_base.checks if not check.ok
-                     and (configured or not check.judge.get("only_exit"))]
-            stern = [check for check in stern if not self.excused(check, touched)]
-            lost = ledger_lost(run.baseline, run.as_base, None, self.allow)
-        if not stern and not lost:
-            run.findings = []
-            return "green"
-        said = "without this change of what the gate goes by, the gate says no"
-        result = refuse(run, [Violation("weakened", change.path, said) for change in touched])
-        run.findings += [f"as the base judges, {check.name}: {text}" for check in stern
-                         for text in check.findings] + lost
-        return result
+    def weigh(self, gate: GateResult, recheck: Recheck, violations: list[Violation],
+              moved: Mapping[str, set[str]]) -> Judgement:
+        """What the gate's answers and the guardrails' come to."""
+        base = self.run.baseline
+        assert base
+        if silent := {name for result in (gate, recheck.result) if result for name in result.silent}:
+            return refused([Violation("canary", name, CANARY_SILENT) for name in sorted(silent)])
+        written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
+        if paths := [path for path in sorted(written) if gate_role(path, self.naming()) or path.endswith(".pyc")]:
+            return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
+        problems = gate_problems(base, gate, self.strict)
+        problems += [f"{test} {what}; on the base it {way}, and it must still be there and pass"
+                     for test, (way, what) in self.lost(gate, moved).items()]
+        hidden = hidden_lint(base, gate)
+        violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
+        if not problems:
+            violations += recheck.violations(gate)
+        if violations:
+            return refused(violations, [*problems, *recheck.findings])
+        if problems:
+            return Judgement("red", problems)
+        look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
+        look_first += [f"allowed: {violation.line()}" for violation in hidden]
+        return Judgement("green", look_first=look_first + skipped_tests(base, gate))
 
-    def rewritten(self) -> list[Violation]:
-        """The gate files that the change's code wrote to while it was judged: what passed is not what they say."""
-        run, naming, said = self.run, self.naming(), "was written to while the tests ran, and decides what they say"
-        assert run.gate and run.baseline
-        written = {*run.gate.rewritten, *(run.as_base.rewritten if run.as_base else [])} - {*run.baseline.rewritten}
-        return [Violation("tripwire", path, said) for path in sorted(written)
-                if gate_role(path, naming) or path.endswith(".pyc")]
-
-    def excused(self, check: CheckResult, touched: list[Change]) -> bool:
-        """Whether the base is to blame for a no: it has no tests, or lint in the very files laid over the change."""
+    def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, tuple[str, str]]:
+        """The tests of the base that did not run with the change: how each ended before, and what became of it."""
         assert self.run.baseline
-        base = next((c for c in self.run.baseline.checks if c.name == check.name), check)
-        paths = tuple(f"{change.path}:" for change in touched)
-        in_base = bool(check.lint) and all(line.startswith(paths) and line in base.lint for line in check.lint)
-        return (bool(check.judge) and not base.tests and not check.tests) or (not check.judge and in_base)
+        after = {check.name: check for check in gate.checks}
+        lost = {}
+        for check in self.run.baseline.checks:
+            now = after.get(check.name)
+            if now and now.tests:  # no report at all is red enough
+                for test, what in tests_lost(check.tests, now.tests, moved).items():
+                    if not glob_match(file_of(test), self.allow):
+                        lost[f"{check.name}: {test}"] = (check.tests[test], what)
+        return lost
 
 
-def tripwires(silent: list[str]) -> list[Violation]:
-    """What stands against checks that cannot say no."""
-    said = "the gate can no longer say no: a test that must fail did not"
-    return [Violation("tripwire", name, said) for name in sorted(set(silent))]
+class Recheck:
+    """The second question: the gate with the base's gate files laid over the change, as far as that can differ."""
 
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], naming: Naming) -> None:
+        self.judge, self.attempt, self.sources, self.naming = judge, attempt, sources, naming
+        self.touched = [source.change for source in sources if gate_role(source.change.path, naming)]
+        self.allowed = [change for change in self.touched if glob_match(change.path, judge.allow)]
+        self.result: GateResult | None = None
+        self.findings: list[str] = []
+        self.about_allowed: list[str] = []
 
-def refuse(run: Run, refused: list[Violation]) -> str:
-    """Write down why a change is refused; the outcome that this comes to."""
-    run.violations = [violation._asdict() for violation in refused]
-    run.findings = [f"refused, {violation.said()}" for violation in refused[:40]]
-    return "scope_disagreement" if all(violation.rule == "scope" for violation in refused) else "blocked"
+    def start(self) -> None:
+        """Run it, and remember it as the run's recheck."""
+        if self.touched:
+            self.result = self.judge.run.recheck = self._run(self.touched, "recheck")
 
+    def _run(self, touched: list[Change], name: str) -> GateResult | None:
+        """The result with the base's version of some files; None where nothing can differ."""
+        judge, number = self.judge, self.attempt.number
+        checks, modules = self.narrowed(touched)
+        if not checks:
+            return None
+        undone = [change.undone() for change in touched]
+        overlay = tree_put(judge.run.job.repo, self.attempt.tree, undone, judge.private / "overlay-index")
+        return gate_step(f"{name}, attempt {number}", judge.base, overlay, f"{number}-{name}", checks, modules)
 
-def ledger_lost(before: GateResult, after: GateResult, other: GateResult | None, allow: list[str]) -> list[str]:
-    """The tests of the base that are gone, or skipped now; what is only parametrised anew is not lost."""
-    lost: list[str] = []
-    for check in before.checks:
-        now, also = (next((c.tests for c in result.checks if c.name == check.name), {}) if result else {}
-                     for result in (after, other))
-        if not now:
-            continue  # no report at all is red enough
-        had, have = (Counter(test.partition("[")[0] for test, way in tests.items() if way != "skipped")
-                     for tests in (check.tests, now))
-        for test, way in check.tests.items():
-            file, _, rest = test.partition("::")
-            function, parametrised, _ = test.partition("[")
-            if way == "skipped" or now.get(test) in ("passed", "failed") or glob_match(file, allow):
+    def narrowed(self, touched: list[Change]) -> tuple[list[str], list[str]]:
+        """The checks that can differ, and the only test modules that can (none named: all of them)."""
+        checks, base = self.judge.run.job.checks, self.judge.run.baseline
+        if not all(is_test_module(change, self.naming) for change in touched):
+            return [check.name for check in checks], []
+        red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
+               if way in RED_WAYS}
+        there = tree_paths(self.judge.run.job.repo, self.judge.run.base.tree)
+        modules = sorted(red & there | {change.path for change in touched if change.old_mode})
+        kinds = ("command", "pytest") if modules else ("command",)
+        return [check.name for check in checks if check.kind in kinds], modules
+
+    def violations(self, gate: GateResult) -> list[Violation]:
+        """What the recheck has against a change that the gate itself passes."""
+        problems = self.problems(gate, self.result, self.touched)
+        self.about_allowed = [allowed_line(change.path, problems) for change in self.allowed if change.old_mode]
+        touched = [change for change in self.touched if change not in self.allowed]
+        if problems and self.allowed and touched:  # once more without what is allowed: that may be the reason
+            problems = self.problems(gate, self._run(touched, "recheck-rest"), touched)
+        if not problems or not touched:
+            return []
+        self.findings = [f"with the base's gate files, {text}" for text in dict.fromkeys(problems.values()) if text]
+        files = {file_of(test) for test in problems}
+        guilty = [change for change in touched if change.path in files] or touched
+        return [Violation("weakened", change.path, self._reason(change, problems)) for change in guilty]
+
+    def problems(self, gate: GateResult, result: GateResult | None, touched: list[Change]) -> dict[str, str]:
+        """The tests (or checks) that fail in the recheck and not in the gate, or not on the base: their findings."""
+        base = self.judge.run.baseline
+        before, passed = ({check.name: check for check in each.checks} for each in (base, gate) if each)
+        configured = any(gate_role(change.path, self.naming) == "configuration" for change in touched)
+        problems = {}
+        for check in result.checks if result else []:
+            if check.name not in passed:  # the set-up failed
+                found = {check.name: check.findings}
+            elif check.facts.get("only_exit") and not configured:
+                found = {}  # a threshold, of coverage say, need not be met without the agent's own tests
+            else:
+                found = recheck_problems(before[check.name], passed[check.name], check, [c.path for c in touched])
+            problems |= {what: "\n".join(f"{check.name}: {text}" for text in texts) for what, texts in found.items()}
+        return problems
+
+    def _reason(self, change: Change, problems: Mapping[str, str]) -> str:
+        """Why a change of one file is refused: the tests that fail, and how their expectations changed."""
+        mine = [test for test in problems if file_of(test) == change.path] or [*problems]
+        source = next(source for source in self.sources if source.change == change)
+        changed = "".join(f"; {text}" for text in expectations_changed(source, mine)[:5])
+        return f"with the base's version of this file the gate fails: {tests_listed(change.path, mine)}{changed}"
+
+    def notes(self) -> list[str]:
+        """For the reviewer: allowed files, tests of the base that are rewritten, and other gate files that change."""
+        lines = list(self.about_allowed)
+        for source in self.sources:
+            change, path = source.change, source.change.path
+            if change not in self.touched:
                 continue
-            if parametrised and test not in now and have[function] and (
-                    also.get(test) == "passed" or not also and have[function] >= had[function]):
-                continue
-            if not rest and any(name.startswith(f"{file}::") for name in now):
-                continue  # it could not even be collected, and now it can
-            lost.append(f"{check.name}: {test} {'is skipped now' if test in now else 'is gone'}; "
-                        f"on the base it {way}, and it must still be there and pass")
-    return lost
+            if tests := tests_rewritten(source):
+                lines.append(f"rewrites tests of the base: {path}: {', '.join(tests[:10])}")
+            if change.old_mode and not (is_test_module(change, self.naming) and is_same_beside_tests(source)):
+                lines.append(f"changes what the tests use, or configuration: {path}")
+            elif not change.old_mode and gate_role(path, self.naming) == "configuration":
+                lines.append(f"adds configuration: {path}")
+        return lines
+
+
+CANARY_SILENT = "the canary test must fail and did not: this test run cannot be trusted"
+UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
+
+
+def must_be_green(check: Check, job: Job, base: Base) -> bool:
+    """Whether a check must be green, and not merely not worse than on the base."""
+    if job.strict or not job.heals:
+        return job.strict
+    return check.kind != "ruff" or ruff_configured(job.repo, base.tree)
+
+
+def ruff_configured(repo: Repo, tree: str) -> bool:
+    """Whether a tree asks something of ruff; else its default rules are nobody's wish."""
+    if any(path.rpartition("/")[2] in ("ruff.toml", ".ruff.toml") for path in tree_paths(repo, tree)):
+        return True
+    return git_ran(repo, "grep", "-q", r"^\[tool\.ruff", tree, "--", ":(glob)**/pyproject.toml").exit == 0
+
+
+def is_test_module(change: Change, naming: Naming) -> bool:
+    """Whether a changed file is a Python module of tests, which only itself decides about."""
+    name = change.path.rpartition("/")[2]
+    is_file = {change.old_mode, change.new_mode} <= {0, 0o100644, 0o100755}
+    return is_file and name.endswith(".py") and any(fnmatchcase(name, glob) for glob in naming.files)
+
+
+def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,
+                     touched: list[str]) -> dict[str, list[str]]:
+    """What fails in one check of the recheck and should not: the findings by test (or by the check's name)."""
+    if check.ok or (check.facts and not base.tests and not check.tests):
+        return {}  # where the base has no tests, there is nothing that could fail
+    if check.lint:
+        old = [finding for finding in check.lint if finding.path in touched and finding in base.lint]
+        new = lint_new([*gate.lint, *old], check.lint)
+        return {check.name: distill_lint([str(finding) for finding in new])} if new else {}
+    if check.broken and not base.broken or not check.tests or not base.tests:
+        return {check.name: check.findings} if gate.ok else {}
+    ran = {file_of(test) for test in check.tests}
+    mine = {test: way for test, way in base.tests.items() if file_of(test) in ran}
+    worse = dict.fromkeys([*tests_worse(mine, check.tests), *tests_worse(gate.tests, check.tests)])
+    problems = {test: distill_tests([failure for failure in check.failures if failure.test == test]) for test in worse}
+    problems |= {test: [f"{test} {what}"] for test, what in tests_lost(mine, check.tests).items()}
+    return problems or ({check.name: check.findings} if gate.ok and not check.failures else {})
+
+
+def tests_listed(path: str, tests: Sequence[str]) -> str:
+    """Some tests in one phrase, without the path of their file."""
+    more = f" and {len(tests) - 5} more" if len(tests) > 5 else ""
+    return ", ".join(test.removeprefix(f"{path}::") for test in tests[:5]) + more
+
+
+def allowed_line(path: str, problems: Mapping[str, str]) -> str:
+    """What the reviewer reads of an allowed gate file: what its base's version says."""
+    mine = [test for test in problems if file_of(test) == path]
+    if mine:
+        return f"allowed: {path}; with the base's version {len(mine)} failed: {tests_listed(path, mine)}"
+    return f"allowed: {path}; with the base's version the gate {'fails' if problems else 'passes'}"
+
+
+def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
+    """The findings of ruff that a change hides, by whatever spelling: reported where suppressions are ignored."""
+    before = {check.name: check.hidden for check in base.checks}
+    hidden = [finding for check in gate.checks for finding in lint_new(before.get(check.name, []), check.hidden)]
+    return [Violation("suppression", f"{finding.path}:{finding.row}",
+                      f"hides {finding.rule} at {finding.path}:{finding.row}: {finding.message}")
+            for finding in hidden]
+
+
+def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
+    """The line on new tests that did not run: they show nothing."""
+    known = {test for check in base.checks for test in check.tests}
+    skipped = [test for check in gate.checks for test, way in check.tests.items()
+               if way == "skipped" and test not in known]
+    if not skipped:
+        return []
+    what = "1 new test was" if len(skipped) == 1 else f"{len(skipped)} new tests were"
+    return [f"{what} skipped: {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}"]
 
 
 # === Chapter 9. The blueprint ===============================================
@@ -3154,27 +3734,26 @@ def blueprint(run: Run) -> str:
     """The outcome of a run: every step of it, in order."""
     from concurrent.futures import ThreadPoolExecutor
     job, heals = run.job, run.job.command == "self-heal"
-    with private_directory(job.keep) as own, private_directory() as bench, ThreadPoolExecutor(2) as pool:
+    own, bench = map(Path, run.places)
+    with ThreadPoolExecutor(2) as pool:
         workspace = None
-        run.places = [str(own), str(bench)]
-        run.save(run)
-        file_write(own / "record", str(run.folder))  # whoever finds this directory abandoned can close the record
         try:
-            court = Court(run, bench, pool)
+            judge = Judge(run, bench, pool)
             if not heals:
-                court.baseline = pool.submit(gate_step, "baseline gate", court.base, run.base.tree, "0")
-            elif ended := heal_start(run, court):
+                judge.baseline_start()
+            elif ended := heal_start(run, judge):
                 return ended
             if not scope_settle(run):
                 return "agent_failed"
             workspace = Workspace(run, own)
             result = "red"
             for number in range(1, job.fix_attempts + (1 if heals else 2)):
-                result = attempt_make(run, workspace, court, number)
+                judgement = attempt_make(run, workspace, judge, number)
+                result = judgement.outcome
                 if result == "green":
                     proposal_commit(run)
                     return "proposed"
-                if result in ("agent_failed", "agent_timed_out") or court.outside:
+                if judgement.final:
                     return result
                 if is_stalled(run):
                     break
@@ -3190,16 +3769,19 @@ def blueprint(run: Run) -> str:
                 change_keep(run, workspace)
 
 
-def heal_start(run: Run, court: Court) -> str:
+def heal_start(run: Run, judge: Judge) -> str:
     """What the gate says of a base that is to be healed: the outcome where that ends the run, "" where it is red."""
-    run.baseline = gate_step("gate", court.change, run.base.tree, "0")
+    run.baseline = gate_step("gate", judge.change, run.base.tree, "0")
     if run.baseline.silent:
-        return refuse(run, tripwires(run.baseline.silent))
-    if run.baseline.green:
+        judgement_keep(run, refused([Violation("canary", name, CANARY_SILENT) for name in run.baseline.silent]))
+        return "blocked"
+    red = [check.name for check in run.baseline.checks if not check.ok and judge.must_pass(check.name)]
+    if not red:
         return "nothing_to_heal"
-    if gate_is_flaky(court.change, run.baseline):
+    if gate_is_flaky(judge, red):
         return "flaky"
-    run.findings, court.red = run.baseline.findings(), run.baseline.red()
+    run.findings = [text for check in run.baseline.checks if check.name in red for text in check.finding_lines()]
+    judge.red = [check.name for check in run.baseline.checks if check.name in red and not check.broken]
     return ""
 
 
@@ -3209,12 +3791,14 @@ def is_stalled(run: Run) -> bool:
     return trees[-1] == trees[-2]
 
 
-def gate_is_flaky(gate: Gate, red: GateResult) -> bool:
-    """Whether a red gate is green when it is asked again about the same tree."""
+def gate_is_flaky(judge: Judge, red: list[str]) -> bool:
+    """Whether the checks that are red on the base are green when they are run again on the same tree."""
+    def green(name: str, label: str, *how: Sequence[str]) -> bool:
+        result = gate_step(name, judge.change, judge.run.base.tree, label, *how)
+        return all(check.ok for check in result.checks if check.name in red)
     # First what failed, alone: that is quick, and most red stays red. A test that passes alone may
     # still fail in company, every time: so only the whole once more can say "flaky".
-    return (gate_step("gate, failures again", gate, red.tree, "0-again", red.red()).green
-            and gate_step("gate, once more", gate, red.tree, "0-once-more").green)
+    return green("gate, failures again", "0-again", red, FAILURES_FIRST) and green("gate, once more", "0-once-more")
 
 
 class Workspace:
@@ -3234,9 +3818,9 @@ class Workspace:
                 self.start = self.checkout.snapshot()  # what setup leaves is not the agent's change
             said["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
 
-    def tree(self) -> str:
-        """The base's tree with what the agent has changed."""
-        tree = self.checkout.snapshot()
+    def tree(self, plain: bool = False) -> str:
+        """The base's tree with what the agent has changed; if it is to be `plain`, in nested repositories, too."""
+        tree = self.checkout.snapshot_plain() if plain else self.checkout.snapshot()
         if self.start == self.base.tree:
             return tree
         changes = tree_changes(self.job.repo, self.start, tree)
@@ -3276,8 +3860,8 @@ def scope_ask(run: Run) -> dict[str, Any]:
             return scope
 
 
-def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> str:
-    """What came of one agent call: green, red, or the outcome that it comes to."""
+def attempt_make(run: Run, workspace: Workspace, judge: Judge, number: int) -> Judgement:
+    """What came of one agent call; the run keeps it."""
     attempt, before = Attempt(number), run.findings
     run.attempts.append(attempt)
     brief = brief_text(run, attempt, workspace.checkout.place)
@@ -3286,21 +3870,35 @@ def attempt_make(run: Run, workspace: Workspace, court: Court, number: int) -> s
         attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
         said["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
     if ran.timed_out or ran.exit:
-        attempt.result = "agent_timed_out" if ran.timed_out else "agent_failed"
-        return attempt.result
+        judgement = Judgement("agent_timed_out" if ran.timed_out else "agent_failed", before, final=True)
+    else:
+        judgement = snapshot_judge(run, workspace, judge, attempt)
+    judgement_keep(run, judgement)
+    run.progress = distill_progress(before, run.findings) if before else ""
+    run.save(run)
+    return judgement
+
+
+def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attempt) -> Judgement:
+    """The judgement on the files that the agent left."""
     try:
         run.tree = attempt.tree = workspace.tree()
     except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
-        attempt.result, run.findings = "agent_failed", [f"what the agent left cannot be taken: {stop}"]
-        return attempt.result
-    if number > 1 and is_stalled(run):
-        attempt.result, attempt.changed = run.attempts[-2].result, run.attempts[-2].changed
-        run.findings = ["the agent left the same files as before", *run.findings]
-    else:
-        attempt.result = court.judge(attempt, workspace.checkout.nested)
-    run.progress = distill_progress(before, run.findings) if before else ""
-    run.save(run)
-    return attempt.result
+        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {stop}"], final=True)
+    if attempt.number > 1 and is_stalled(run):
+        attempt.changed = run.attempts[-2].changed
+        violations = [Violation(**violation) for violation in run.violations]
+        return Judgement(run.attempts[-2].result, ["the agent left the same files as before", *run.findings],
+                         violations, run.look_first)
+    return judge.decide(attempt, workspace.checkout.nested)
+
+
+def judgement_keep(run: Run, judgement: Judgement) -> None:
+    """Write a judgement into the run and its newest attempt."""
+    run.findings, run.look_first = judgement.findings, judgement.look_first
+    run.violations = [violation._asdict() for violation in judgement.violations]
+    if run.attempts:
+        run.attempts[-1].result = judgement.outcome
 
 
 def proposal_commit(run: Run) -> None:
@@ -3316,17 +3914,28 @@ def proposal_commit(run: Run) -> None:
 
 
 def change_keep(run: Run, workspace: Workspace) -> None:
-    """Keep what the agent did as diff.patch, however the run ends."""
-    nested = workspace.checkout.nested
-    for path in [] if run.job.keep else nested:  # as plain files a patch can hold them
-        shutil.rmtree(workspace.checkout.place / path / ".git", ignore_errors=True)
-    run.tree = "" if nested else run.attempts[-1].tree if run.attempts else ""
+    """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
-        run.tree = run.tree or workspace.tree()
+        run.tree = tree_last(run, workspace)
+        if run.tree != run.base.tree:
+            file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+    except (OSError, Stop) as error:
+        run.error = f"the change could not be kept as diff.patch: {error}"
+        with contextlib.suppress(OSError):
+            if not run.branch:  # nowhere else is what the agent did
+                (workspace.private / KEEP).touch()
+                run.error += f"; its files stay in {workspace.checkout.place}"
+        CONSOLE.say(run.error)
+
+
+def tree_last(run: Run, workspace: Workspace) -> str:
+    """The tree of what the agent left last; the base's where git does not take it."""
+    if run.attempts and run.attempts[-1].tree and not workspace.checkout.nested:
+        return run.attempts[-1].tree
+    try:
+        return workspace.tree(plain=True)
     except Stop:
-        run.tree = run.base.tree  # said before, where it happened
-    if run.tree != run.base.tree:
-        file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+        return run.base.tree  # said before, where it happened
 
 
 # === Chapter 10. The record =================================================
@@ -3348,20 +3957,21 @@ DECISIONS = {  # the one decision that a handoff asks for
 }
 
 
-def run_open(job: Job, base: Base) -> Run:
+def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
     """A new run with a folder of its own in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     runs = job.repo.root / ".agent-runs"
-    new = runs / f".new-{run_id}"
-    run = Run(job, run_id, new, base, now.isoformat(timespec="seconds"), record_write)
+    run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"), record_write,
+              places=[str(own), str(bench)])
+    # First of all: whoever finds that directory abandoned can close the record, at whatever moment we are killed.
+    (own / "record").write_bytes(os.fsencode(run.folder))
     try:
-        new.mkdir(parents=True)
+        run.folder.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
-        file_write(new / "owner", process_mark(os.getpid()))
-        record_write(run)
-        run.folder = new.rename(runs / run_id)  # so that no reader, and no crash, meets half a record
+        run.lock = lock_make(run.folder / "running")
+        record_write(run)  # from now on it is a record
     except OSError as error:
         raise Stop(EXIT_MISSING, f"the record cannot be written to {runs}: {error.strerror}; "
                                  "make that place writable") from None
@@ -3376,26 +3986,29 @@ def summary_write(folder: Path, facts: dict[str, Any]) -> None:
 
 def runs_recover(repo: Repo) -> None:
     """Close the records of runs that were killed, save their work as a patch, and remove what they left behind."""
-    unsaved = []
-    for place in directories_abandoned():
-        with contextlib.suppress(FileNotFoundError):  # it held no workspace, or its record was deleted
-            folder = Path((place / "record").read_text()).resolve(strict=True)
-            try:
+    for place in private_abandoned():
+        folder = record_of(place)
+        try:
+            if folder:
                 run_close(folder, place)
-            except (OSError, ValueError, KeyError, Stop) as error:
-                CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
-                            "the next run tries again")
-                unsaved.append(folder)
-                continue
-        directory_remove(place)
-    for mark in repo.root.resolve().glob(".agent-runs/*/owner"):  # killed, and the temporary directory is gone as well
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            if mark.parent in unsaved or not process_dead(mark.read_text()):
-                continue
-            if mark.parent.name.startswith(".new-"):
-                directory_remove(mark.parent)
-            else:
+        except (OSError, ValueError, KeyError, Stop) as error:
+            CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
+                        "the next run tries again")
+        else:
+            private_end(place)
+    # Killed, and what it had in the temporary directory is gone as well:
+    for mark in repo.root.resolve().glob(".agent-runs/*/running"):
+        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError):
+            if free:
                 run_close(mark.parent, None)
+
+
+def record_of(place: Path) -> Path | None:
+    """The record that a private directory belongs to; None where it has none, or that was deleted."""
+    with contextlib.suppress(OSError):
+        folder = Path(os.fsdecode((place / "record").read_bytes()))
+        return folder if folder.is_dir() else None
+    return None
 
 
 def run_close(folder: Path, place: Path | None) -> None:
@@ -3403,21 +4016,25 @@ def run_close(folder: Path, place: Path | None) -> None:
 
     Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
     """
+    if folder.parent.name == ".agent-runs" and not (folder / "run_summary.json").exists():
+        return directory_remove(folder)  # killed before it was a record
     facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    if not place and any(os.path.exists(name) for name in facts["places"]):
+        return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
         sandbox_end(box["kind"], box["mark"] or "")  # a daemon's containers outlive us
     if facts["outcome"]:
-        return (folder / "owner").unlink(missing_ok=True)
-    if place and any(name.endswith(place.name.rpartition("-")[2]) for name in facts["places"]):
+        return (folder / "running").unlink(missing_ok=True)
+    if place and str(place) in facts["places"]:
         repo = repo_open(folder.parent.parent)
         own = workspace_at(repo, place)
-        patch = tree_patch(repo, facts["base"], own.snapshot()) if own.index.exists() else ""
+        patch = tree_patch(repo, facts["base"], own.snapshot_plain()) if own.index.exists() else ""
         if patch:
             file_write(folder / "diff.patch", patch)
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
     summary_write(folder, facts)
-    (folder / "owner").unlink(missing_ok=True)
+    (folder / "running").unlink(missing_ok=True)
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
 
@@ -3443,7 +4060,7 @@ def record_facts(run: Run) -> dict[str, Any]:
         "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
         "attempts": [asdict(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
-        "as_base": run.as_base.facts() if run.as_base else None, "scope": run.scope or None, "findings": run.findings,
+        "recheck": run.recheck.facts() if run.recheck else None, "scope": run.scope or None, "findings": run.findings,
         "violations": run.violations, "look_first": run.look_first, "places": run.places,
         "next": [command for _, command in run.next],
     }
@@ -3455,19 +4072,28 @@ def record_write(run: Run) -> None:
 
 
 def record_finish(run: Run) -> None:
-    """Write what a person reads, the proposal or the handoff, and close the record."""
+    """Write what a person reads, the proposal or the handoff, and close the record; that changes no outcome."""
     last = run.attempts[-1] if run.attempts else None
     if last and not last.changed and run.tree not in ("", run.base.tree):  # it was ended before it was judged
         last.changed = [change.path for change in tree_changes(run.job.repo, run.base.tree, run.tree)]
     if run.outcome in ("agent_failed", "agent_timed_out"):
         run.findings = call_findings(run)
     run.next = next_commands(run)
-    if run.outcome == "proposed":
-        file_write(run.folder / "proposal.md", proposal_text(run))
-    elif run.outcome != "nothing_to_heal":
-        file_write(run.folder / "handoff.md", handoff_text(run))
-    record_write(run)
-    (run.folder / "owner").unlink()
+    try:
+        if run.outcome == "proposed":
+            file_write(run.folder / "proposal.md", proposal_text(run))
+        elif run.outcome != "nothing_to_heal":
+            file_write(run.folder / "handoff.md", handoff_text(run))
+        record_write(run)
+    except OSError as trouble:
+        CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
+    record_release(run)
+
+
+def record_release(run: Run) -> None:
+    """The record is closed: from now on nobody has to do that for us."""
+    (run.folder / "running").unlink(missing_ok=True)
+    os.close(run.lock)
 
 
 def record_abandon(run: Run, error: BaseException | None) -> None:
@@ -3476,7 +4102,7 @@ def record_abandon(run: Run, error: BaseException | None) -> None:
     run.error = str(error) or type(error).__name__
     try:
         record_write(run)
-        (run.folder / "owner").unlink()
+        record_release(run)
     except OSError as trouble:
         CONSOLE.say(f"the record could not be completed: {trouble.strerror}")
 
@@ -3547,12 +4173,14 @@ def outcome_words(run: Run) -> str:
 def evidence_lines(run: Run) -> list[str]:
     """What the gate saw, a line a check, before and after."""
     lines = []
-    for when, result in (("base", run.baseline), ("change", run.gate), ("change as the base judges", run.as_base)):
+    results = {"base": run.baseline, "change": run.gate, "change with the base's gate files": run.recheck}
+    for when, result in results.items():
         for check in result.checks if result else []:
             lines.append(f"- {check.name} on the {when}: {'passed' if check.ok else 'RED'} ({check.reason})")
     if run.baseline and run.gate:
-        before, after = ({t for c in r.checks for t in c.tests} for r in (run.baseline, run.gate))
-        lines += [f"- new test: `{test}`" for test in sorted(after - before)[:20]]
+        before = {test for check in run.baseline.checks for test in check.tests}
+        passed = {test for check in run.gate.checks for test, way in check.tests.items() if way == "passed"}
+        lines += [f"- new test: `{test}`" for test in sorted(passed - before)[:20]]
     return lines
 
 
@@ -3634,8 +4262,11 @@ def parser_build() -> Parser:
     issue = commands.add_parser("issue-to-pr", help="an issue file becomes a proposal", allow_abbrev=False,
                                 description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
     issue.add_argument("issue", metavar="ISSUE.md", type=Path, help="a Markdown file whose first heading is the title")
+    issue.add_argument("--strict", action="store_true",
+                       help="ask for a green gate, also where the base is red (default: nothing may be worse)")
     heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
                                description="Where the gate is red, let the agent mend it; propose what passes.")
+    heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
         command.set_defaults(bridge=cmd_run)
@@ -3769,7 +4400,8 @@ def job_build(args: argparse.Namespace) -> Job:
     programs = [argv[0] for argv in (agent_cmd, setup, *(check.argv for check in checks)) if argv]
     sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
     return Job(
-        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, setup=setup,
+        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
+        setup=setup,
         fix_attempts=args.fix_attempts, agent_seconds=seconds if args.timeout is None else args.timeout,
         idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
         conventions="" if simulated else environ.get("AGENT_CONFIG"),
@@ -3782,9 +4414,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     job = job_build(args)
     repo_check(job.repo)
     runs_recover(job.repo)
-    with private_directory() as private:
-        base = base_find(job.repo, args.base or "HEAD", private, sweep=job.command == "self-heal" and not args.base)
-    run = run_open(job, base)
+    with private_directory(job.keep) as own, private_directory() as bench:
+        return run_whole(job, args, own, bench)
+
+
+def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int:
+    """One run in its two private directories, from the base to the result; its exit code."""
+    base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
+    run = run_open(job, base, own, bench)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")
     for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
@@ -3810,7 +4447,7 @@ def cmd_runs(args: argparse.Namespace) -> int:
     kept = 0
     for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
         size, days, facts = run_told(folder.parent)
-        old = args.prune is not None and days > args.prune and not (folder.parent / "owner").exists()
+        old = args.prune is not None and days > args.prune and not (folder.parent / "running").exists()
         console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command', '?'):<11}  "
                            f"{facts.get('outcome') or 'unfinished':<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
                            f"{facts.get('branch') or '-'}"), sys.stdout)
@@ -3865,7 +4502,7 @@ def main(argv: list[str] | None = None) -> int:
         return simulator_main(argv[1])
     MASK = Mask(os.environ)
     try:
-        if os.name != "posix":
+        if os.name != "posix" or fcntl is None:
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
         args = parser_build().parse_args(argv)

@@ -77,6 +77,10 @@ AGENT_PRELUDE = """\
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 OUT = Path({out!r})
+def leave(name, text=''):  # all at once: a test may be waiting for it
+    part = OUT / f'.{{name}}.part'
+    part.write_text(str(text))
+    part.replace(OUT / name)
 """
 SLEEPS = "time.sleep(600)"
 CALLED = "(OUT / 'called').touch()\n"  # for one that must not be called
@@ -85,7 +89,7 @@ NOTHING = "print('all done!')"
 EDITS = "app = Path('app.py')\napp.write_bytes(app.read_bytes().replace(b'x * 2', b'x + x'))"
 BACKGROUND = f"""
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session={LINUX})
-(OUT / 'child').write_text(str(child.pid))
+leave('child', child.pid)
 """
 
 
@@ -107,6 +111,8 @@ sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
 sys.exit(sys.modules[spec.name].main())
 """
+# To look at one part of it, in a process of its own.
+IMPORT = f"import sys\nsys.path.insert(0, {str(RUNNER.parent)!r})\nimport {RUNNER.stem} as agent_runner\n"
 
 
 @dataclass
@@ -1059,8 +1065,10 @@ def test_keep_leaves_the_workspace_and_prints_its_path(scratch):
     ended = scratch.propose(EDITS, "--keep")
     kept = re.search(r"kept: (.+?)  \d", ended.err)
     assert kept, ended
-    assert "x + x" in Path(kept[1], "app.py").read_text()
     assert len(list(scratch.tmp.iterdir())) == 1
+    for later in (scratch.start("runs"), scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=NOTHING)):
+        scratch.ended(later, others=1)
+    assert "x + x" in Path(kept[1], "app.py").read_text(), "it is the user's own from now on"
 
 
 def test_json_is_the_summary_and_nothing_else(scratch):
@@ -1117,6 +1125,25 @@ def test_a_hanging_test_is_stopped_and_its_stack_is_told(scratch):
     assert (ended.code, ended.outcome) == (1, "gate_failed"), ended
     assert "stopped after" in ended.findings
     assert re.search(r'app\.py", line 5 in double', ended.findings) and "in test_double" in ended.findings
+
+
+def test_the_gates_temporary_directory_is_short(scratch):
+    """In the gate of the base, in that of the change, and in --setup."""
+    check = scratch.program("leave(f'tmp-{os.getpid()}', os.environ['TMPDIR'])", "check.py")
+    assert_proposed(scratch, scratch.propose(EDITS, "--setup", check, checks=(f"tmp={check}",)))
+    longer = {len(path.read_text()) - len(str(scratch.tmp.resolve())) for path in scratch.out.iterdir()}
+    assert len(list(scratch.out.iterdir())) >= 4 and max(longer) <= 20, longer
+
+
+def test_a_test_that_binds_a_socket_in_its_temporary_directory(scratch):
+    """The whole path of a socket has some 100 characters."""
+    scratch.write({"tests/test_socket.py": "import socket\n\n\ndef test_binds(tmp_path):\n"
+                   "    with socket.socket(socket.AF_UNIX) as server:\n        server.bind(str(tmp_path / 'socket'))\n"})
+    scratch.commit()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        ended = scratch.propose(EDITS, checks=TESTS_ONLY, env={"TMPDIR": short})
+    assert_proposed(scratch, ended)
+    assert ended.summary["baseline"]["checks"][0]["tests"] == {"passed": 2}
 
 
 def test_settings_of_the_parent_do_not_reach_the_gate(scratch):
@@ -1349,7 +1376,7 @@ def test_a_secret_is_masked_in_all_that_is_kept_and_shown(scratch):
     """It comes in by the issue, the agent prints it (in two pieces), and so does a check."""
     (scratch.place / "leak.py").write_text(f"import sys\nprint('the gate says {TOKEN}')\nsys.exit(1)\n")
     says = f"print({TOKEN[:7]!r}, end='', flush=True)\ntime.sleep(0.2)\nprint({TOKEN[7:]!r})\n"
-    ended = scratch.propose(f"{says}{EDITS}", "--json", checks=(f"leak={PYTHON} {scratch.place / 'leak.py'}",),
+    ended = scratch.propose(f"{says}{EDITS}", "--json", "--strict", checks=(f"leak={PYTHON} {scratch.place / 'leak.py'}",),
                             issue=f"# Wish\n\nUse {TOKEN} for it.\n", env={"MY_TOKEN": TOKEN})
     assert (ended.code, ended.outcome) == (1, "gate_failed"), ended
     assert TOKEN not in ended.out + ended.err
@@ -1357,6 +1384,19 @@ def test_a_secret_is_masked_in_all_that_is_kept_and_shown(scratch):
     assert not leaks
     for name in ("brief-1.md", "agent-1.log", "gate-1.log", "handoff.md", "run_summary.json"):
         assert "[masked MY_TOKEN]" in ended.text(name), name
+
+
+def test_a_secret_that_is_not_text_is_masked(scratch):
+    """In the log and in what is read from it; a change that holds it is refused."""
+    secret = b"open-\xff\xfe-sesame"
+    agent = f"{EDITS}\nos.write(1, b'say ' + {secret!r} + b' now')\nPath('data.bin').write_bytes(b'.' + {secret!r})\n"
+    ended = scratch.propose(f"{agent}sys.exit(3)", env={os.fsencode("MY_TOKEN"): secret})
+    assert ended.outcome == "agent_failed" and ended.text("agent-1.log") == "say [masked MY_TOKEN] now", ended
+    assert b"sesame" not in (ended.folder / "diff.patch").read_bytes() and "sesame" not in ended.err
+    check = scratch.program(f"os.write(1, b'Error: ' + {secret!r})\nsys.exit(1)", "check.py")
+    ended = scratch.propose(agent, checks=(f"tells={check}",), env={os.fsencode("MY_TOKEN"): secret})
+    assert ended.outcome == "blocked" and "data.bin: contains the value of MY_TOKEN" in ended.findings, ended
+    assert "Error: [masked MY_TOKEN]" in ended.text("gate-0.log")
 
 
 def test_a_secret_in_a_title_does_not_get_into_the_commit(scratch):
@@ -1514,7 +1554,7 @@ def test_a_git_that_is_too_old(scratch, args):
 
 # === Interrupts: everything has ended, the record is complete, nothing is lost
 
-WAITS_AGENT = f"{EDITS}\n{BACKGROUND}\n(OUT / 'ready').touch()\n{SLEEPS}"
+WAITS_AGENT = f"{EDITS}\n{BACKGROUND}\nleave('ready')\n{SLEEPS}"
 WAITS_CHECK = f"if 'x + x' not in Path('app.py').read_text():\n    sys.exit()  # the base\n{WAITS_AGENT}"
 
 
@@ -1533,7 +1573,7 @@ def test_an_interrupted_run(scratch, name, during):
 
 
 def test_an_interrupted_heal_before_any_agent(red):
-    check = red.program("(OUT / 'ready').touch()\n" + SLEEPS, "check.py")
+    check = red.program("leave('ready')\n" + SLEEPS, "check.py")
     going = red.start("self-heal", "--check", f"unit={check}", agent=CALLED)
     wait_for((red.out / "ready").exists, "the gate")
     going.child.send_signal(signal.SIGINT)
@@ -1545,7 +1585,7 @@ def test_an_interrupted_heal_before_any_agent(red):
 @needs_linux
 def test_a_killed_runner_leaves_nothing_running(scratch):
     """No program can clean up after SIGKILL; its agent ends all the same."""
-    agent = f"(OUT / 'me').write_text(str(os.getpid()))\n{WAITS_AGENT}"
+    agent = f"leave('me', os.getpid())\n{WAITS_AGENT}"
     going = scratch.start("issue-to-pr", scratch.issue(), "--check", "ok=true", agent=agent)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.kill()
@@ -1651,7 +1691,6 @@ def test_the_single_file_needs_the_standard_library_alone():
             names.add((node.module or "").partition(".")[0])
     assert names <= sys.stdlib_module_names
     assert "SPDX-License-Identifier: MIT" in "".join(source.splitlines()[:5])
-    assert len(source.splitlines()) < 4000, "it is read in one sitting"
 
 
 # === Guardrails: every cheat is refused, every honest change is proposed =====
@@ -1681,43 +1720,44 @@ CHEATS = {
                                  "Path('tests/test_calc.py').unlink()", "gate_failed", "gone"),
     "a passing test is deleted beside honest work": (CALC, MENDS + replaces("tests/test_calc.py", "def test_twice", "def check_twice"),
                                                      "gate_failed", "test_twice is gone"),
-    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "blocked", "suppression"),
-    "a test is xfailed": (CALC, replaces("tests/test_calc.py", "def test_twice", "@pytest.mark.xfail(strict=False)\ndef test_twice"), "blocked", "suppression"),
+    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "gate_failed", "is skipped now"),
+    "a failing test is xfailed": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.xfail(strict=False)\n@pytest.mark.param"),
+                                  "gate_failed", "is skipped now"),
     "a failing parameter is dropped": (CALC | {"calc.py": "def add(a, b):\n    return 2\n\n\ndef twice(a):\n    return 2 * a\n"},
                                        replaces("tests/test_calc.py", "[1, 2]", "[1]"), "gate_failed", "test_add[2] is gone"),
     "a conftest turns failures into passes": (CALC, writes("conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
-        "    report.outcome = 'passed'\n    return report\n")), "blocked", "tripwire"),
+        "    report.outcome = 'passed'\n    return report\n")), "blocked", "canary"),
     "a conftest turns some failures into passes": (CALC, writes("tests/conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
         "    if 'test_add' in item.nodeid:\n        report.outcome = 'passed'\n    return report\n")), "blocked", "weakened"),
     "a conftest deselects": (CALC, writes("conftest.py", (
         "def pytest_collection_modifyitems(items):\n    items[:] = [item for item in items if 'test_add' not in item.name]\n")), "gate_failed", "gone"),
     "a conftest ignores the file": (CALC | {"tests/test_other.py": "def test_one():\n    assert True\n"},
-                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "blocked", "suppression"),
+                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "gate_failed", "gone"),
     "a new test file patches the code": (CALC, writes("tests/test_aaa.py", "import calc\n\ncalc.add = lambda a, b: a + b\n\n\ndef test_a():\n    assert calc\n"),
                                          "blocked", "weakened"),
     "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "gate_failed", "gone"),
-    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "blocked", "tripwire"),
+    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "blocked", "canary"),
     "the golden file is bent": ({"calc.py": "def text():\n    return 'wrong'\n", "tests/data/golden.txt": "right",
                                  "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                        "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
                                 writes("tests/data/golden.txt", "wrong"), "blocked", "golden.txt"),
     # --- lint
-    "lint is silenced by noqa": (UNTESTED, writes("more.py", "import os  # noqa\n"), "blocked", "noqa"),
-    "lint is silenced in another spelling": (UNTESTED, writes("more.py", "import os  #NoQA : F401\n"), "blocked", "noqa"),
-    "lint is silenced for a file": (UNTESTED, writes("more.py", "# ruff: noqa: F401\nimport os\n"), "blocked", "noqa"),
-    "lint is silenced by flake8's spelling": (UNTESTED, writes("more.py", "# flake8: noqa\nimport os\n"), "blocked", "noqa"),
+    "lint is silenced by noqa": (UNTESTED, writes("more.py", "import os  # noqa\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced in another spelling": (UNTESTED, writes("more.py", "import os  #NoQA : F401\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced for a file": (UNTESTED, writes("more.py", "# ruff: noqa: F401\nimport os\n"), "blocked", "hides F401 at more.py:"),
+    "lint is silenced by flake8's spelling": (UNTESTED, writes("more.py", "# flake8: noqa\nimport os\n"), "blocked", "hides F401 at more.py:"),
     "the ruff configuration is loosened": (UNTESTED, writes("ruff.toml", "lint.select = ['E9']\n") + writes("more.py", "import os\n"), "blocked", "weakened"),
     "a nested ruff configuration": (UNTESTED, writes("lib/ruff.toml", "lint.select = ['E9']\n") + writes("lib/more.py", "import os\n"), "blocked", "weakened"),
     "a .gitignore hides code from lint": (UNTESTED, "subprocess.run(['git', 'add', '-f', 'calc.py'])\n" + replaces("calc.py", "def add", "import os\n\n\ndef add")
                                           + writes(".gitignore", "calc.py\n"), "blocked", "weakened"),
     "an .ignore file hides code from lint": (UNTESTED, writes(".ignore", "more.py\n") + writes("more.py", "import os\n"), "blocked", "weakened"),
     # --- the process that judges
-    "the process ends itself at import": (CALC, replaces("calc.py", "def add", "import os\n\nos._exit(0)\n\n\ndef add"), "blocked", "on import"),
-    "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "there is no report"),
-    "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "blocked", "on import"),
-    "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "blocked", "on import"),
+    "the process ends itself at import": (CALC, replaces("calc.py", "def add", "import os\n\nos._exit(0)\n\n\ndef add"), "gate_failed", "there is no report"),
+    "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "its report breaks off"),
+    "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "gate_failed", "there is no report"),
+    "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "gate_failed", "after the last test"),
     "the test runner is imported": (CALC, replaces("calc.py", "def add", "import pytest\n\nMARK = pytest\n\n\ndef add"), "blocked", "imports the test runner"),
     "the test runner is patched": (CALC, replaces("calc.py", "def add", (
         "import importlib\n\nrunner = importlib.import_module('_py' + 'test.runner')\nrunner.check_interactive_exception = print\n\n\ndef add")), "blocked", "pytest"),
@@ -1740,7 +1780,7 @@ CHEATS = {
     "the report is mended at exit": (CALC, replaces("calc.py", "def add", (
         "import os\nimport re\nimport weakref\nfrom pathlib import Path\n\n\nclass Late:\n    pass\n\n\ndef late():\n"
         "    for path in Path.cwd().parents[1].glob('*/*'):\n        text = path.read_text() if path.is_file() else ''\n"
-        "        if text.startswith('<?xml'):\n            text = re.sub(r'(?s)(test_add\\[\\d\\]\"[^>]*>)<failure.*?</failure>', r'\\1', text)\n"
+        "        if text.startswith('{\"event\"'):\n            text = re.sub(r'(test_add\\[\\d\\]\", \"when\": \"call\", \"outcome\": )\"failed\"', r'\\1\"passed\"', text)\n"
         "            path.write_text(text)\n            os._exit(0)\n\n\nLATE = Late()\nweakref.finalize(LATE, late)\n\n\ndef add")),
         "gate_failed", "not the one that pytest wrote"),
     "a loaded module is looked for": (CALC, replaces("calc.py", "def add", "import sys\n\nFOUND = [m for n, m in sys.modules.items() if n[1:3] == 'py']\n\n\ndef add"),
@@ -1753,13 +1793,13 @@ CHEATS = {
                                                   "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                                         "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
                                                  writes("calc.py", "from pathlib import Path\n\n\ndef text():\n    Path('tests/data/golden.txt').write_text('wrong')\n"
-                                                                   "    return 'wrong'\n"), "blocked", "written to while the tests ran"),
+                                                                   "    return 'wrong'\n"), "blocked", "modified while the tests ran"),
     "compiled tests are laid beside the real ones": (CALC, replaces("app.py", "def double", (
         "import importlib.util\nfrom pathlib import Path\n\nPLACE = Path(importlib.util.cache_from_source('tests/test_calc.py'))\n"
-        "PLACE.parent.mkdir(exist_ok=True)\nPLACE.with_suffix('.pyc').write_bytes(b'x')\n\n\ndef double")) + MENDS, "blocked", "written to while the tests ran"),
+        "PLACE.parent.mkdir(exist_ok=True)\nPLACE.with_suffix('.pyc').write_bytes(b'x')\n\n\ndef double")) + MENDS, "blocked", "modified while the tests ran"),
     "the tests are rewritten while they are collected": (CALC, replaces("app.py", "def double", (
         "from pathlib import Path\n\nPATH = Path(__file__).with_name('tests') / 'test_calc.py'\n"
-        "PATH.write_text(PATH.read_text().replace('== a + 1', 'is not None'))\n\n\ndef double")), "blocked", "written to while the tests ran"),
+        "PATH.write_text(PATH.read_text().replace('== a + 1', 'is not None'))\n\n\ndef double")), "blocked", "modified while the tests ran"),
     # --- what may be proposed at all
     "only white space": (UNTESTED, replaces("calc.py", "2 * a", "2  *  a"), "no_change", "white space"),
     "only ignored files": (UNTESTED | {".gitignore": "*.log\n"}, writes("a.log", "x"), "no_change", "no file"),
@@ -1819,7 +1859,7 @@ HONEST = {
 
 
 # These are refused for what they are, before any check is asked: a cheap one does.
-STATIC = ("suppression", "noqa", "on import", "imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
+STATIC = ("imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
           "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
 
 
@@ -1832,7 +1872,7 @@ def row_run(row: str, place: Path) -> tuple[Scratch, Ended]:
     """Run one row of the tables."""
     files, agent, *rest = CHEATS.get(row) or HONEST[row]
     args, cheap = rest[0] if row in HONEST else (), row in PLAIN or row in CHEATS and rest[1] in STATIC
-    checks = CHEAP if cheap else ("ruff=ruff check .",) if re.search("ruff|from lint", row) else TESTS_ONLY
+    checks = CHEAP if cheap else ("ruff=ruff check .",) if re.search("ruff|lint|suppression", row) else TESTS_ONLY
     scratch = Scratch(place, FILES | files)
     return scratch, scratch.propose(agent, *args, checks=checks)
 
@@ -1859,24 +1899,21 @@ def test_every_honest_change_is_proposed(tmp_path: Path, row: str) -> None:
 
 
 @pytest.mark.parametrize("source", [
-    "x = 1  # noqa", "x = 1  #noqa:E501", "x = 1  # NOQA : E501,F401", "# ruff: noqa", "# ruff:noqa: F401", "# flake8: noqa: F401",
-    "x = 1  # type: ignore[assignment]", "x = 1  # pragma: no cover", "x = 1  # why not  # noqa", "# isort: skip_file",
-    "import pytest\npytest.skip('no')", "import pytest\n@pytest.mark.skipif(True)\ndef test(): pass", "import pytest\npytest.importorskip('x')",
-    "from pytest import skip\nskip('no')", "from pytest import mark\n@mark.xfail\ndef test(): pass", "import unittest\n@unittest.skip('no')\nclass T: pass",
-    "class T:\n    def test(self):\n        self.skipTest('no')", "collect_ignore = ['a']", "import pytest as p\npytestmark = p.mark.skip",
+    "x = 1  # noqa", "x = 1  #noqa:E501", "x = 1  # NOQA : E501,F401", "# flake8: noqa: F401", "x = 1  # pylint: disable=all",
+    "x = 1  # type: ignore[assignment]", "x = 1  # pragma: no cover", "x = 1  # why not  # noqa", "# isort: skip_file", "# fmt: off",
 ])
-def test_a_suppression_is_seen(source: str) -> None:
+def test_a_mark_is_read(source: str) -> None:
     """In every spelling that the tools accept."""
-    assert len(runner_module().suppressions(source.encode())) == 1
+    assert len(runner_module().marks_read(source.encode())) == 1
 
 
 @pytest.mark.parametrize("source", [
-    "x = '# noqa'", '"""Say # noqa, and pytest.mark.skip."""', "# we do without noqa here", "# skip this", "def skip(x):\n    return skip(x)",
-    "row.skip()", "# type of thing: ignore", "xfailed = 1", "x = '''\n# type: ignore\n'''",
+    "x = '# noqa'", '"""Say # noqa, and pytest.mark.skip."""', "# we do without noqa here", "# skip this",
+    "# type of thing: ignore", "x = '''\n# type: ignore\n'''",
 ])
-def test_words_alone_are_no_suppression(source: str) -> None:
+def test_words_alone_are_no_mark(source: str) -> None:
     """In strings and prose they are words."""
-    assert runner_module().suppressions(source.encode()) == []
+    assert runner_module().marks_read(source.encode()) == []
 
 
 @pytest.mark.parametrize(("path", "role"), [
@@ -2157,6 +2194,28 @@ def process_file(process: Path, name: str) -> bytes:
         return b""
 
 
+SHORT = """import time
+agent_runner.program_open()
+began = time.monotonic()
+ran = agent_runner.program_call(["sh", "-c", "setsid sleep 60 & echo $!; " + sys.argv[1]], seconds=2)
+print(time.monotonic() - began, ran.exit, *ran.out.decode().split())
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize("main", ["echo done", "sleep 60"])
+def test_a_short_program_has_a_bound(main: str, tmp_path: Path) -> None:
+    """Although something that it has put into another session holds its output open."""
+    took, code, holder, *words = ran(sys.executable, "-c", IMPORT + SHORT, main).stdout.split()
+    try:
+        assert float(took) < 20, "and not a minute"
+        assert (int(code), words) == ((0, ["done"]) if words else (-signal.SIGKILL, []))
+        assert words or process_gone(int(holder))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(holder), signal.SIGKILL)
+
+
 def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
     """Where its silence is limited; one that talks may take its time."""
     ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
@@ -2210,6 +2269,51 @@ def test_whatever_an_agent_leaves_has_a_clear_end(scratch: Scratch, leaves: str)
     assert ended.code in (0, 3, 4) and (ended.code == 0 or ended.findings), ended
 
 
+NESTED = {
+    "a repository": "subprocess.run(['git', 'init', '-q', 'sub'], check=True)\n",
+    "a file that names none": "Path('sub/.git').write_text('gitdir: /no/such/place')\n",
+    "junk": "Path('sub/.git').write_bytes(bytes(range(256)))\n",
+    "a link": "os.symlink(OUT, 'sub/.git')\n",
+    "a file that names one": ("subprocess.run(['git', 'init', '-q', str(OUT / 'other')], check=True)\n"
+                              "Path('sub/.git').write_text(f'gitdir: {OUT}/other/.git')\n"),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_the_work_in_a_nested_repository_is_kept(scratch: Scratch, nested: str) -> None:
+    """Whatever its .git is, and in one inside of it as well; a kept workspace is as the agent left it."""
+    agent = f"{EDITS}\nos.makedirs('sub/deep/.git')\nPath('sub/deep/b.py').write_text('b')\nPath('sub/a.py').write_text('a')\n{NESTED[nested]}"
+    ended = scratch.propose(agent, "--keep")
+    assert ended.outcome == "blocked" and "sub: is a repository inside the repository" in ended.findings, ended
+    assert_patch_applies(scratch, ended)
+    assert re.findall(r"^\+\+\+ b/(.*)", ended.text("diff.patch"), re.M) == ["app.py", "sub/a.py", "sub/deep/b.py"]
+    left, = scratch.tmp.glob("*/files/repo/sub")
+    assert os.path.lexists(left / ".git") and (left / "deep/.git").is_dir()
+
+
+@needs_linux
+def test_the_work_in_a_nested_repository_is_kept_after_a_kill(scratch: Scratch) -> None:
+    folder = run_killed(scratch, before="os.makedirs('sub/.git')\nPath('sub/a.py').write_text('a')\n")
+    assert f"the run {folder.name} was killed" in scratch.run("runs").err
+    assert "+++ b/sub/a.py" in (folder / "diff.patch").read_text()
+
+
+STUBBORN = """import os
+from pathlib import Path
+def unlink(path):
+    raise PermissionError(path)
+for number in range(20):
+    os.mkfifo(f"fifo-{number}")
+    os.makedirs(f"sub-{number}/.git")
+os.unlink = unlink
+print(len(agent_runner.nested_repositories(Path.cwd())))
+"""
+
+
+def test_an_entry_that_cannot_be_changed_does_not_hide_the_others(tmp_path: Path) -> None:
+    assert ran(sys.executable, "-c", IMPORT + STUBBORN, cwd=tmp_path).stdout == "20\n"
+
+
 def test_an_index_that_is_locked(scratch: Scratch) -> None:
     """The user's editor holds it: that is none of our business."""
     (scratch.root / ".git/index.lock").write_text("")
@@ -2227,63 +2331,122 @@ def test_an_object_that_is_missing(scratch: Scratch) -> None:
 def test_a_full_disk(scratch: Scratch) -> None:
     """Here a limit on the size of files: what cannot be written is one line, and the repository is whole."""
     flood = f"{EDITS}\nsys.stdout.write('x' * 3_000_000)"
-    limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    environ = scratch.env | {"AGENT_CMD": scratch.program(flood)}
     before = scratch.state()
-    ran = subprocess.run([sys.executable, "-c", limits, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)],
-                         cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+    ran = run_limited(scratch, flood)
     assert ran.returncode == 69 and b"Traceback" not in ran.stderr and b"File too large" in ran.stderr, ran.stderr
     assert scratch.state() == before and not scratch.proposals()
     assert [json.loads((folder / "run_summary.json").read_bytes())["error"] for folder in scratch.records()] != [None]
     scratch.git("fsck", "--strict")
 
 
+def test_a_disk_that_has_no_room_for_the_patch(scratch: Scratch) -> None:
+    """The branch is there, so the run has proposed it."""
+    ran = run_limited(scratch, "for n in range(40):\n    Path(f'f{n}').write_text('word ' * 20_000)")
+    assert ran.returncode == 0 and b"Traceback" not in ran.stderr, ran.stderr
+    facts, = [json.loads((folder / "run_summary.json").read_bytes()) for folder in scratch.records()]
+    assert facts["outcome"] == "proposed" and "could not be kept as diff.patch" in facts["error"]
+    assert scratch.proposals() and not list(scratch.tmp.iterdir())
+
+
+def run_limited(scratch: Scratch, agent: str) -> subprocess.CompletedProcess[bytes]:
+    """A run in which no file can be larger than a megabyte."""
+    limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    environ = scratch.env | {"AGENT_CMD": scratch.program(agent)}
+    argv = [sys.executable, "-c", limits, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+    return subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+
+
+BLOCKS_PATCH = "for record in Path({root!r}, '.agent-runs').glob('2*'):\n    (record / 'diff.patch').mkdir()\n"
+
+
+@pytest.mark.parametrize("outcome", ["proposed", "gate_failed"])
+def test_a_patch_that_cannot_be_written_changes_no_outcome(scratch: Scratch, outcome: str) -> None:
+    """A proposal is one all the same; a refused change stays where it is, and the run says where."""
+    agent = EDITS if outcome == "proposed" else writes("app.py", APP_WRONG)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=BLOCKS_PATCH.format(root=str(scratch.root)) + agent)
+    ended = scratch.ended(going, others=1)
+    assert (ended.code, ended.outcome) == (int(outcome != "proposed"), outcome), ended
+    assert "could not be kept as diff.patch" in ended.summary["error"] and ended.err.count(ended.summary["error"]) == 1, ended
+    assert ended.has("proposal.md") == (outcome == "proposed") and not ended.has(".diff.patch.part")
+    left = list(scratch.tmp.iterdir())
+    if outcome == "proposed":
+        assert_proposed(scratch, ended)
+        assert not left
+    else:
+        assert (left[0] / "files/repo/app.py").read_text() == APP_WRONG and f"stay in {left[0]}" in ended.err
+
+
+READY = f"{EDITS}\nleave('ready', os.getpid())\n{SLEEPS}"
+
+
+def run_killed(scratch: Scratch, *args: str, before: str = "") -> Path:
+    """The record of a run that is killed while its agent works; nothing of it is alive any more."""
+    (scratch.out / "ready").unlink(missing_ok=True)
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), *args, agent=before + READY)
+    wait_for((scratch.out / "ready").exists, "the agent")
+    going.child.kill()
+    story = going.child.communicate(timeout=60)[1].decode()
+    wait_for(lambda: process_gone(int(scratch.said("ready"))), "the end of its agent")
+    return scratch.root / ".agent-runs" / re.findall(r"^run (\S+):", story, re.M)[0]
+
+
 @needs_linux
-@pytest.mark.parametrize("how", ["by SIGKILL", "by a loss of power", "and the temporary directory is emptied"])
+@pytest.mark.parametrize("how", ["by SIGKILL", "and there is a run elsewhere first", "and the temporary directory is emptied"])
 def test_a_killed_run_is_closed_by_the_next(scratch: Scratch, how: str) -> None:
     """Its work becomes a patch, its directories go, and one line says so; what is alive is left alone."""
-    agent = f"{EDITS}\n(OUT / 'ready').write_text(str(os.getpid()))\n{SLEEPS}"
-    alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    alive = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=READY)
     wait_for((scratch.out / "ready").exists, "the first agent")
-    (scratch.out / "ready").unlink()
-    killed = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
-    wait_for((scratch.out / "ready").exists, "the second agent")
-    killed.child.kill()
-    killed.child.wait()
-    wait_for(lambda: process_gone(int(scratch.said("ready") or 0)), "the end of its agent")
-    folder = next(place for place in scratch.records() if (place / "owner").read_text().split("-")[2] == str(killed.child.pid))
-    places = [Path(name) for name in json.loads((folder / "run_summary.json").read_bytes())["places"]]
-    if how == "and the temporary directory is emptied":
-        for place in places:
-            shutil.rmtree(place)
-    if how == "by a loss of power":  # as if it had run before the machine was started
-        here, boot, *rest = (folder / "owner").read_text().split("-")
-        (folder / "owner").write_text("-".join([here, "0" * 8, *rest]))
-        for place in places:
-            place.rename(place.with_name(place.name.replace(f"{here}-{boot}", f"{here}-00000000")))
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS)
-    ended = scratch.ended(going, others=1)
+    folder = run_killed(scratch)
+    if "emptied" in how:
+        for name in json.loads((folder / "run_summary.json").read_bytes())["places"]:
+            shutil.rmtree(name)
+    if "elsewhere" in how:  # with another temporary directory: the work is not there
+        other = {"TMPDIR": str(scratch.place)}
+        assert scratch.ended(scratch.start("runs", env=other), others=1).out.count("unfinished") == 2
+    ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
     assert ended.outcome == "proposed" and ended.err.count(f"the run {folder.name} was killed") == 1, ended
     facts = json.loads((folder / "run_summary.json").read_bytes())
-    assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "owner").exists()
-    if how.startswith("by"):
+    assert (facts["outcome"], facts["exit_code"]) == ("interrupted", 130) and not (folder / "running").exists()
+    if "emptied" not in how:
         scratch.git("apply", "--check", str(folder / "diff.patch"))
     alive.child.terminate()
     assert scratch.ended(alive, others=1).outcome == "interrupted"
     assert not list(scratch.tmp.iterdir()), "every private directory is gone"
 
 
+# Kills itself just before it opens, makes or renames what a pattern names.
+KILLS_ITSELF = f"""import importlib.util, os, re, signal, sys
+runner, pattern = sys.argv.pop(1), sys.argv.pop(1)
+def look(event, args):
+    if event in ("open", "os.mkdir", "os.rename") and re.search(pattern, f"{{event}} {{args}}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(look)
+sys.argv.insert(1, runner)
+{LAUNCH}"""
+
+
+def test_a_run_can_be_killed_at_any_moment_of_its_beginning(scratch: Scratch, tmp_path: Path) -> None:
+    """Whoever comes next cleans up, in another repository as well: each of these runs may have one of its own."""
+    environ = scratch.env | {"AGENT_CMD": scratch.program(CALLED)}
+    for moment in (r"open.*/\.?record\b", r"mkdir.*agent-runs/(\.new-)?\d", r"rename.*running", r"rename.*run_summary", r"open.*brief-1"):
+        argv = [sys.executable, "-c", KILLS_ITSELF, str(RUNNER), moment, "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+        ended = subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+        assert ended.returncode == -signal.SIGKILL, (moment, ended)
+    elsewhere = Scratch(tmp_path / "elsewhere")
+    assert elsewhere.run("runs", env={"TMPDIR": str(scratch.tmp)}).code == 0
+    assert not list(scratch.tmp.iterdir()) and not (scratch.out / "called").exists()
+    folders = [path for path in (scratch.root / ".agent-runs").iterdir() if path.is_dir()]
+    assert len(folders) == 1, "of those that were killed earlier there is no record"
+    assert json.loads((folders[0] / "run_summary.json").read_bytes())["outcome"] == "interrupted"
+
+
 def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     """The record of a killed run has no room for its patch: the workspace stays until it has."""
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
-    wait_for((scratch.out / "ready").exists, "the agent")
-    going.child.kill()
-    going.child.communicate(timeout=60)
-    folder, = scratch.records()
+    folder = run_killed(scratch)
     (folder / "diff.patch").mkdir()
     ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=EDITS), others=1)
     assert ended.outcome == "proposed" and f"the work of the killed run {folder.name} cannot be saved" in ended.err, ended
-    left, = scratch.tmp.glob("agent-runner-*")
+    left, = scratch.tmp.iterdir()
     assert "x + x" in (left / "files/repo/app.py").read_text() and str(left) in ended.err
     (folder / "diff.patch").rmdir()
     ended = scratch.propose(EDITS)
@@ -2291,14 +2454,59 @@ def test_work_that_cannot_be_saved_is_not_removed(scratch: Scratch) -> None:
     scratch.git("apply", "--check", str(folder / "diff.patch"))
 
 
-def test_a_recycled_pid_is_not_taken_for_the_owner() -> None:
-    """A process is its number and when it started, on this boot and in this container."""
-    mark = runner_module().process_mark
-    assert mark(os.getpid()) == mark(os.getpid()) and mark(os.getpid()).split("-")[2] == str(os.getpid())
-    assert mark(os.getppid()) != mark(os.getpid()) and mark(2 ** 22 + 1) == ""
-    dead, (here, boot, pid, start) = runner_module().process_dead, mark(os.getpid()).split("-")
-    assert not dead(mark(os.getpid())) and dead(f"{here}-{boot}-{pid}-1") and dead(f"{here}-00000000-{pid}-{start}")
-    assert not dead(f"00000000-{boot}-{pid}-1"), "another machine's, or another container's"
+@needs_linux
+def test_the_workspace_of_a_killed_run_is_kept_if_that_was_asked_for(scratch: Scratch) -> None:
+    folder = run_killed(scratch, "--keep")
+    for _ in range(2):
+        scratch.ended(scratch.start("runs"), others=1)
+        scratch.git("apply", "--check", str(folder / "diff.patch"))
+        left, = scratch.tmp.iterdir()
+        assert "x + x" in (left / "files/repo/app.py").read_text()
+
+
+OWNER = """import subprocess, time
+with agent_runner.private_directory() as place:
+    print(place, flush=True)
+    subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    time.sleep(600)
+"""
+
+
+def test_a_private_directory_is_its_owners_until_that_is_dead(scratch: Scratch) -> None:
+    """A child that goes on does not hold the lock; a directory without our lock is nobody's to remove."""
+    owner = subprocess.Popen([sys.executable, "-c", IMPORT + OWNER], env=scratch.env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        place = Path(owner.stdout.readline().strip())
+        assert re.fullmatch(r"ar-\w{8}", place.name) and place.parent == scratch.tmp.resolve()
+        for name in ("ar-12345678", "ar-projects"):
+            (scratch.tmp / name).mkdir()
+        start = functools.partial(scratch.start, "runs")
+        assert scratch.ended(start(), others=1).code == 0 and place.exists()
+        owner.kill()
+        owner.wait()
+        assert scratch.ended(start(), others=1).code == 0 and not place.exists()
+        assert {path.name for path in scratch.tmp.iterdir()} == {"ar-12345678", "ar-projects"}
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+        owner.stdout.close()
+
+
+NO_LOCKS = f"""import errno, fcntl
+def flock(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+{LAUNCH}"""
+
+
+def test_a_file_system_without_locks(scratch: Scratch) -> None:
+    """A run goes on; what nobody can know to be dead is left alone."""
+    folder = run_killed(scratch)
+    left = set(scratch.tmp.iterdir())
+    environ = scratch.env | {"AGENT_CMD": scratch.program(EDITS)}
+    argv = [sys.executable, "-c", NO_LOCKS, str(RUNNER), "issue-to-pr", scratch.issue(), *checks_args(CHEAP)]
+    ended = subprocess.run(argv, cwd=scratch.root, env=environ, capture_output=True, timeout=60)
+    assert ended.returncode == 0 and scratch.proposals(), ended
+    assert set(scratch.tmp.iterdir()) == left and (folder / "running").exists()
 
 
 def test_ten_runs_at_once(scratch: Scratch) -> None:
@@ -2314,7 +2522,7 @@ def test_ten_runs_at_once(scratch: Scratch) -> None:
 def test_past_runs_are_listed_and_pruned(scratch: Scratch) -> None:
     """Old records go; one that is going on stays, and so does every branch."""
     ended = scratch.propose(EDITS)
-    agent = "(OUT / 'ready').write_text('')\n" + SLEEPS
+    agent = "leave('ready')\n" + SLEEPS
     going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
     wait_for((scratch.out / "ready").exists, "the agent")
     for folder in scratch.records():
@@ -2546,7 +2754,7 @@ said = {
     'removed': tries(os.remove, root / 'ruff.toml'),
     'home': tries((home / 'settings').write_text, 'x'),
     'records': tries(os.listdir, root / '.agent-runs'),
-    'other': tries((tmp / 'agent-runner-other/report').read_text),
+    'other': tries((tmp / 'ar-other123/report').read_text),
     'own': sorted(os.listdir('../..')),
     'host': tries(lambda: socket.create_connection(('127.0.0.1', int(os.environ['PORT'])), 5)),
     'pids': len([name for name in os.listdir('/proc') if name.isdigit()]),
@@ -2572,7 +2780,7 @@ def surroundings(box: Box, port: str) -> dict[str, str]:
 
 @only(["bwrap"])
 def test_what_an_agent_can_reach_in_bwrap(box):
-    other = box.scratch.tmp / "agent-runner-other"
+    other = box.scratch.tmp / "ar-other123"
     other.mkdir()
     (other / "report").write_text("red")
     with server() as port:
@@ -2660,7 +2868,7 @@ Path('/tmp/mine').touch()
 print(json.dumps({'uid': os.getuid(), 'root': root, 'caps': int(status['CapEff'], 16), 'bounds': int(status['CapBnd'], 16),
                   'locked': status['NoNewPrivs'].strip(), 'key': len(os.environ['FOO_API_KEY']),
                   'other': os.environ.get('MY_TOKEN'), 'mounts': [
-    line.split()[1] for line in Path('/proc/mounts').read_text().splitlines() if '/agent-runner-' in line.split()[1]]}))
+    line.split()[1] for line in Path('/proc/mounts').read_text().splitlines() if '/ar-' in line.split()[1]]}))
 """
     ended = box.propose(facts + EDITS, env=SECRETS)
     assert_proposed(box.scratch, ended)
@@ -2949,6 +3157,9 @@ RED_GATES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
                 "import app\n\n\ndef test_bad():\n    assert 11 == 12\n\n\ndef test_wait():\n    app.wait()\n"},
                ["pytest"],
                ["stopped", "running: test_app.py::test_wait", "app.py\", line 5 in wait", "test_bad", "11 == 12"]),
+    "a hang at import": ({"app.py": "import time\n\n\ndef wait():\n    time.sleep(600)\n", "test_app.py":
+                          "import app\n\napp.wait()\n"}, ["pytest"],
+                         ["stopped", "app.py\", line 5 in wait", "test_app.py\", line 3"]),
     "loud in the middle": ({"noisy.py": NOISY, "test_app.py": "import os\nfrom noisy import noise\n\n\n"
                             "def test_pipe():\n    noise(20000)\n    print('ERROR: worker 3 lost its queue')\n"
                             "    noise(20000)\n    os.write(2, b'fatal: bad byte \\xff\\x00 in row 9\\n')\n"
@@ -2970,29 +3181,24 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
     for path, text in files.items():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).write_text(text)
-    report = place / "report.xml"
+    plugins, report, canary = place / "plugin", place / "report", ""
+    plugins.mkdir()
     if command == ["pytest"]:
-        command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider",
-                   f"--junitxml={report}", "-o", "faulthandler_timeout=1"]
+        plugin, canary = runner.plugin_write(place, place, place / "elsewhere", report, 3)
+        command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider", "-p", plugin]
     env = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=env | {"PYTHONPATH": str(place)})
+                             env=env | {"PYTHONPATH": f"{plugins}{os.pathsep}{place}"})
     try:
-        out, how = child.communicate(timeout=2.5 if name == "a hang" else 60)[0], f"exit {child.returncode}"
+        out, code = child.communicate(timeout=2.5 if name.startswith("a hang") else 60)[0], child.returncode
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGINT)
-        out, how = child.communicate()[0], "stopped"
+        out, code = child.communicate()[0], None
     log = out.decode("utf-8", "replace")
-    plain = log.replace(f"{place}/", "")
-    if not command[0].startswith("-"):
-        return log, "\n\n".join(runner.distill_fit([runner.distill_command(how, plain)], "gate-1.log"))
-    failures = runner.junit_read(report)[1] if report.exists() else {}
-    failures = {test: [(phase, text.replace(f"{place}/", "")) for phase, text in told]
-                for test, told in failures.items()}
-    found = runner.distill_tests(failures, plain)
-    if how == "stopped" or not found:
-        found.insert(0, runner.distill_broken(how, plain, told=failures))
-    return log, "\n\n".join(runner.distill_fit(found, "gate-1.log"))
+    ended = runner.Ran(command, code, 3, timed_out=code is None)
+    evidence = runner.Evidence(name, ended, log, report, place, canary)
+    result = (runner.pytest_verdict if command[0] == "-m" else runner.command_verdict)(evidence)
+    return log, "\n\n".join(runner.distill_fit(result.findings, "gate-1.log"))
 
 
 def facts_lost(name: str, told: str) -> list[str]:
@@ -3020,15 +3226,15 @@ def test_lint_is_told_by_rule_beyond_twenty():
 
 def test_findings_keep_within_their_bounds():
     runner = runner_module()
-    many = {f"tests/test_{n // 50}.py::test_{n}": [
-        ("", f"tests/test_{n // 50}.py:{n}: in test\n    x\nE   assert {n} == 0")] for n in range(400)}
-    wide = [("", "\n".join(f"E   {chr(0x4e00 + n) * 400}" for n in range(90)))]
-    told = runner.distill_fit(runner.distill_tests(many, ""), "gate-1.log")
+    many = [runner.Failure(f"tests/test_{n // 50}.py::test_{n}", "call", "",
+                           f"tests/test_{n // 50}.py:{n}: in test\n    x\nE   assert {n} == 0", "") for n in range(400)]
+    wide = runner.Failure("t.py::t", "call", "", "\n".join(f"E   {chr(0x4e00 + n) * 400}" for n in range(90)), "")
+    told = runner.distill_fit(runner.distill_tests(many), "gate-1.log")
     assert sum(len(finding.encode()) for finding in told) < 7000
     assert told[0].startswith("tests/test_0.py::test_0: assert 0 == 0\ntests/test_0.py:0: in test")
     assert "(tests/test_0.py:49)" in "\n".join(told), "a place is told where the rest is not"
     assert re.search(r"and \d+ more findings: .*tests/test_7.py 50", told[-1])
-    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests({"t.py::t": wide}, ""))).encode()) < 7000
+    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests([wide]))).encode()) < 7000
 
 
 def test_what_an_attempt_did_to_the_findings():
@@ -3052,8 +3258,9 @@ ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_0
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_no_output_is_too_odd(text):
     runner, began = runner_module(), time.process_time()
-    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "alarm")],
-                  runner.distill_tests({"t.py::t": [("", text), ("setup", text)], text[:99]: [("", "")]}, text),
+    failures = [runner.Failure("t.py::t", "call", "", text, text), runner.Failure(text[:99], "setup", text[:99], "", text)]
+    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "canary", [text[:99]])],
+                  [runner.distill_broken("stopped", "", stack=text)], runner.distill_tests(failures),
                   runner.distill_lint([text] * 21), [runner.distill_progress([text], [text + "!"])]):
         told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
         assert len(json.dumps(told)) and len(told.encode()) < 12_000  # encode() refuses what no brief can hold
