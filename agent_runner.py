@@ -2719,6 +2719,21 @@ def tool_find(tool: str, root: Path) -> list[str]:
     return [os.path.abspath(found)]
 
 
+def check_in_checkout(check: Check, checkout: Checkout) -> Check:
+    """The check with its tool from the environment that --setup made in the checkout, where that has it."""
+    folder, (program, *rest) = checkout.place / ".venv/bin", check.argv
+    if os.sep in program and not os.path.isabs(program):
+        return check  # a script of the repository
+    tool = os.path.basename(program)
+    if check.kind != "command":
+        tool, rest = check.kind, rest[2:] if rest[:1] == ["-m"] else rest
+    # What the change itself brings along is no environment of the user's.
+    if not os.path.lexists(folder / tool) or checkout.git("ls-files", "--", ":(icase).venv"):
+        return check
+    start = [str(folder / "python"), "-m", "pytest"] if tool == "pytest" else [str(folder / tool)]
+    return check._replace(argv=[*start, *rest])
+
+
 def tool_install(tool: str, root: Path) -> str:
     """The command that puts a tool where tool_find looks; outside of an environment pip refuses to install."""
     own = sys.prefix if sys.prefix != sys.base_prefix else None
@@ -2764,7 +2779,7 @@ class Gate:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc"))
+                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc", ":(exclude).venv"))
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2780,6 +2795,7 @@ class Gate:
 
     def _check(self, check: Check, further: Sequence[str]) -> CheckResult:
         """The result of one check on the files in the checkout; pytest gets some further arguments."""
+        check = check_in_checkout(check, self.checkout) if self.job.setup else check
         place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
@@ -2819,6 +2835,12 @@ def repository_mark(place: Path) -> None:
     (mark / "HEAD").write_text("ref: refs/heads/gate\n")
 
 
+SETUP_ADVICE = (
+    "a pure Python project needs no --setup (its modules are found in the checkout); one that must be built gets an "
+    "environment inside the checkout, e.g. --setup 'uv sync' or "
+    "--setup \"sh -c 'python3 -m venv .venv && .venv/bin/pip install -e . pytest ruff'\"")
+
+
 def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | None:
     """Prepare a checkout with the --setup command; a red result where that fails."""
     if not job.setup:
@@ -2826,6 +2848,9 @@ def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | 
     reach = Reach(place, private / "tmp", network=True)
     ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private), seconds=job.gate_seconds, log=log)
     result = command_verdict(Evidence("setup", ran, log_read(log), log, place))
+    made = place / ".venv"
+    if made.is_dir() and not made.is_symlink() and not os.path.lexists(made / ".gitignore"):
+        (made / ".gitignore").write_text("*\n")  # as newer Pythons do: it is never part of a change
     return None if result.ok else result
 
 
@@ -3860,7 +3885,7 @@ class Workspace:
             if failed := setup_run(self.job, self.checkout.place, private, run.folder / "setup.log"):
                 log = path_shown(run.folder / "setup.log")
                 raise Stop(EXIT_MISSING, f"--setup failed on the base ({failed.reason}, {self.job.sandbox.said()}); "
-                                         f"mend it (its output: {log}), or try --sandbox none")
+                                         f"its output: {log}; {SETUP_ADVICE}")
             if self.job.setup:
                 self.start = self.checkout.snapshot()  # what setup leaves is not the agent's change
             said["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"

@@ -1008,6 +1008,48 @@ def test_a_setup_that(scratch, command, setup, said):
     assert not scratch.proposals() and not (scratch.out / "called").exists()
     if setup == "fails":
         assert ended.text("setup.log") == "cannot set up\n"
+        assert "a pure Python project needs no --setup" in ended.err and "--sandbox none" not in ended.err
+        advised = re.findall(r"--setup ('[^']*'|\"[^\"]*\")", ended.err)
+        assert [shlex.split(shlex.split(command)[0])[0] for command in advised] == ["uv", "sh"]
+
+
+MAKES_VENV = f"""
+subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], check=True)
+Path('.venv/.gitignore').unlink(missing_ok=True)  # of newer Pythons
+site = next(Path('.venv').glob('lib/python*/site-packages'))
+(site / 'tools.pth').write_text({''.join(f'{path}{chr(10)}' for path in sys.path if path.endswith('-packages'))!r})
+(site / 'only_here.py').write_text('FOUR = 4')
+(site / f"needed_{{'x + x' in Path('app.py').read_text()}}.pyc").touch()  # as where a change needs one package more
+for name, start in (('pytest', ''), ('ruff', 'echo from .venv; exec {sys.executable} -m ruff "$@"'), ('the-judge', 'echo from .venv; test -e app.py')):
+    (Path('.venv/bin') / name).write_text(f'#!/bin/sh\\n{{start}}\\n')
+    (Path('.venv/bin') / name).chmod(0o755)
+"""
+
+
+def judge_on_path(scratch: Scratch) -> dict[str, str]:
+    """An environment in which `the-judge` is a tool of the user's."""
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/the-judge").write_text("#!/bin/sh\necho from PATH\n! grep 'x [*] 3' app.py\n")
+    (scratch.place / "bin/the-judge").chmod(0o755)
+    return {"PATH": f"{scratch.place}/bin{os.pathsep}{scratch.env['PATH']}"}
+
+
+def test_the_gate_takes_its_tools_from_an_environment_that_setup_makes(scratch):
+    """And that environment is no part of the change, whatever the agent does to it."""
+    scratch.write({"tests/test_app.py": TESTS.replace("from app", "from only_here import FOUR\n\nfrom app").replace("4", "FOUR")})
+    scratch.commit()
+    setup = scratch.program(MAKES_VENV, "setup.py")
+    agent = f"{EDITS}\nnext(Path('.venv').glob('lib/*/*/only_here.py')).write_text('FOUR = 5')"
+    checks = ("ruff=ruff check .", "unit=pytest", "mine=the-judge", "prefix=python3 -c 'import only_here'")
+    ended = scratch.propose(agent, "--setup", setup, checks=checks, env=judge_on_path(scratch))
+    assert_proposed(scratch, ended)
+    assert ended.text("gate-1.log").count("from .venv") == 2 and "from PATH" not in ended.text("gate-1.log")
+
+
+def test_an_environment_that_the_change_brings_along_is_not_asked(scratch):
+    agent = writes("app.py", APP_WRONG) + writes(".venv/bin/the-judge", "#!/bin/sh\n") + "Path('.venv/bin/the-judge').chmod(0o755)"
+    ended = scratch.propose(agent, "--setup", "true", checks=("mine=the-judge",), env=judge_on_path(scratch))
+    assert ended.outcome == "gate_failed" and "from PATH" in ended.text("gate-1.log"), ended
 
 
 def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
