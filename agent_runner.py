@@ -815,6 +815,8 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
     to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises, nothing that the
     program started is running.
     """
+    if ENDING.is_set():
+        raise Interrupted  # what does not begin need not be ended: a container's beginning outlives its client
     started = time.monotonic()
     with open(stdin or os.devnull, "rb") as source, Log(log) as sink:
         with LIVE_LOCK:
@@ -1605,6 +1607,7 @@ ENGINES = {  # with what is tried in turn, until a container can write to a dire
     "podman": [[], ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]],
     "docker": [[], ["--user=0:0"]],  # a daemon without root: the container's root is the user outside
 }
+CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a container of ours, or how a run's names begin
 # bwrap would die of a signal that is meant for what runs in it, and take that along. So it is
 # started with those ignored ("1"), and what runs in it with those as usual ("0").
 SIGNALS = """\
@@ -1771,6 +1774,8 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
 
 def sandbox_end(kind: str, name: str) -> None:
     """Kill and remove the containers whose names begin with this one: to kill the client is not enough."""
+    if not re.fullmatch(CONTAINER, name):
+        return  # an empty name would stand for all of the user's; one in a record may be anybody's
     for _ in range(100 if kind in ENGINES else 0):  # one that is ending already cannot be removed at once
         left = program_call([kind, "ps", "--all", "--quiet", f"--filter=name={name}"]).out.decode().split()
         if not left:
@@ -3835,6 +3840,7 @@ def blueprint(run: Run) -> str:
             return "interrupted"
         finally:
             program_close()
+            pool.shutdown(cancel_futures=True)  # before the sandbox ends: none of its threads starts another container
             sandbox_end(job.sandbox.kind, job.sandbox.mark)
             if workspace:
                 change_keep(run, workspace)
@@ -4104,7 +4110,7 @@ def run_close(folder: Path, place: Path | None) -> None:
     if not place and any(os.path.exists(name) for name in facts["places"]):
         return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
-        sandbox_end(box["kind"], box["mark"] or "")  # a daemon's containers outlive us
+        sandbox_end(str(box["kind"]), str(box["mark"]))  # a daemon's containers outlive us
     if facts["outcome"]:
         return (folder / "running").unlink(missing_ok=True)
     if place and str(place) in facts["places"]:

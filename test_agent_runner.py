@@ -3361,6 +3361,64 @@ def test_a_prefix_command_of_the_users_own(scratch):
     assert "the gate is in True" in ended.text("gate-1.log") and ended.summary["sandbox"]["kind"] == "prefix"
 
 
+# A docker that writes down its calls, and runs what it is to run in no container.
+DOCKER = """#!{python}
+import json, os, sys
+with open({calls!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "run":
+    os.chdir(next(word[10:] for word in sys.argv if word.startswith("--workdir=")))
+    argv = sys.argv[sys.argv.index("image") + 1:]
+    os.execvp(argv[0], argv)
+if sys.argv[1] == "ps" and '"rm"' not in open({calls!r}).read():
+    print("c0ffee")
+"""
+
+
+def docker_instead(scratch: Scratch) -> dict[str, str]:
+    """The environment in which docker is the one above."""
+    (scratch.place / "engine").mkdir()
+    docker = scratch.place / "engine/docker"
+    docker.write_text(DOCKER.format(python=sys.executable, calls=str(scratch.out / "calls")))
+    docker.chmod(0o755)
+    (scratch.out / "calls").touch()
+    return {"PATH": f"{docker.parent}{os.pathsep}{scratch.env['PATH']}", "AGENT_IMAGE": "image"}
+
+
+def test_only_containers_of_ours_are_removed(scratch):
+    """A record can be written by anybody; and an empty name would stand for every container there is."""
+    env, marks = docker_instead(scratch), ["", None, "agent-runner-", "db", "agent-runner-0123456789ab", "xagent-runner-0123456789ab", 7]
+    for number, mark in enumerate(marks):
+        folder = scratch.root / f".agent-runs/20260101-00000{number}-abcdef"
+        folder.mkdir(parents=True)
+        (folder / "running").touch()
+        facts = {"outcome": None, "places": [], "sandbox": {"kind": "docker", "mark": mark}}
+        (folder / "run_summary.json").write_text(json.dumps(facts))
+    assert scratch.run("runs", env=env).err.count("was killed") == len(marks)
+    calls = [json.loads(line) for line in scratch.said("calls").splitlines()]
+    assert {word for call in calls for word in call if "name" in word} == {"--filter=name=agent-runner-0123456789ab"}
+    assert [call[0] for call in calls] == ["ps", "rm", "ps"]
+    assert ran(sys.executable, "-c", IMPORT + "agent_runner.sandbox_end('docker', '')", env=scratch.env | env).returncode == 0
+    assert len(scratch.said("calls").splitlines()) == 3
+
+
+SLOW_GIT = """case "$*" in *"/old/files"*read-tree*)
+    while [ ! -e {out}/failed ]; do sleep 0.1; done
+    for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do grep -q '"ps"' {out}/calls && break; sleep 0.1; done;; esac
+exec "$GIT" "$@"
+"""
+
+
+def test_no_container_is_started_after_the_last_look(scratch):
+    """The agent fails while the baseline gate is about to start its first program: git takes its time there."""
+    scratch.env |= git_instead(scratch, SLOW_GIT.format(out=scratch.out))
+    env = docker_instead(scratch)
+    ended = scratch.propose("leave('failed')\nsys.exit(3)", "--sandbox", "docker", env=env)
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    calls = [json.loads(line)[0] for line in scratch.said("calls").splitlines()]
+    assert calls == ["run", "run", "ps", "rm", "ps"], "the one that tries it out, and the agent's"
+
+
 @only(["podman"])
 def test_a_tool_that_the_image_does_not_have(box):
     ended = box.propose(EDITS, checks=("types=mypy .",))
