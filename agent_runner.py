@@ -246,6 +246,7 @@ class Job:
     checks: list[Check]
     strict: bool  # whether an issue's change must make the whole gate green, too
     setup: list[str]
+    carried: list[str]  # ignored files of the user's checkout that each checkout gets
     fix_attempts: int
     agent_seconds: float
     idle_seconds: float
@@ -257,6 +258,13 @@ class Job:
     dry_run: bool
     keep: bool
     sandbox: Sandbox
+    options: dict[str, Any]  # those that `rejudge` takes over: check, setup, carry, allow, strict
+    recorded: dict[str, Any]  # the summary of the run whose change is judged again; {} for a new change
+
+    @property
+    def patch(self) -> Path:
+        """The change that is judged again."""
+        return self.repo.root / ".agent-runs" / self.recorded["run_id"] / "diff.patch"
 
     @property
     def heals(self) -> bool:
@@ -283,6 +291,7 @@ class Run:
     progress: str = ""  # which findings the newest attempt made, mended or left
     violations: list[dict[str, str]] = field(default_factory=list)
     look_first: list[str] = field(default_factory=list)  # what a reviewer should see before all else
+    overrule: list[str] = field(default_factory=list)  # the paths with which --allow makes it a proposal
     tree: str = ""
     branch: str = ""
     commit: str = ""
@@ -806,6 +815,8 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
     to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises, nothing that the
     program started is running.
     """
+    if ENDING.is_set():
+        raise Interrupted  # what does not begin need not be ended: a container's beginning outlives its client
     started = time.monotonic()
     with open(stdin or os.devnull, "rb") as source, Log(log) as sink:
         with LIVE_LOCK:
@@ -968,8 +979,9 @@ def untracked_shown(repo: Repo, index: Path) -> list[str]:
 class Checkout:
     """A directory laid out from a tree, with an index of its own that is kept elsewhere."""
 
-    def __init__(self, repo: Repo, place: Path, index: Path) -> None:
+    def __init__(self, repo: Repo, place: Path, index: Path, carried: Sequence[str] = ()) -> None:
         self.repo, self.place, self.index = repo, place, index
+        self.carried = carried  # ignored files of the user's checkout, never part of a snapshot
         self.submodules: list[str] = []  # filled in from the user's own, never part of a snapshot
         self.nested: list[str] = []  # repositories that the newest snapshot met and left out
         place.mkdir(parents=True, exist_ok=True)
@@ -988,6 +1000,9 @@ class Checkout:
         self.submodules = [path for path, _ in links]
         for number, (path, commit) in enumerate(links):
             self._fill(path, commit, number)
+        for path in self.carried:
+            (self.place / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.repo.root / path, self.place / path)
 
     def _fill(self, path: str, commit: str, number: int) -> None:
         """Lay out a submodule where the user's checkout has it; else it stays an empty directory."""
@@ -1005,7 +1020,8 @@ class Checkout:
             raise Stop(EXIT_MISSING, "the agent removed its workspace; there is nothing to judge")
         self.nested = [path for path in nested_repositories(self.place) if path not in self.submodules]
         # Left out by name: git would ask a nested repository, whose configuration is the agent's.
-        left_out = [f":(exclude,top,literal){path}" for path in self.submodules + self.nested]
+        # What is carried may be a secret, and ignored no longer.
+        left_out = [f":(exclude,top,literal){path}" for path in (*self.submodules, *self.nested, *self.carried)]
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # an agent that runs the tests leaves these everywhere
         wanted = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", stdin=os.fsencode(wanted))
@@ -1028,6 +1044,22 @@ class Checkout:
             for aside, mark in moved:
                 aside.rename(mark)
         return tree
+
+
+def ignored_files(repo: Repo) -> list[str]:
+    """The files of the user's checkout that git ignores."""
+    listed = git(repo, "ls-files", "--others", "--ignored", "--exclude-standard", "-z").split("\0")
+    return [path for path in listed if path]
+
+
+def carried_files(repo: Repo, globs: Sequence[str]) -> list[str]:
+    """The ignored files that --carry names; raises Stop for a glob that names none."""
+    ignored = ignored_files(repo) if globs else []
+    for glob in globs:
+        if not any(glob_match(path, [glob]) for path in ignored):
+            raise Stop(EXIT_USAGE, f"--carry {glob}: git ignores no such file in {repo.root}; name files that are "
+                                   "there and ignored (git status --ignored lists them)")
+    return [path for path in ignored if glob_match(path, globs)]
 
 
 def nested_repositories(place: Path) -> list[str]:
@@ -1141,14 +1173,14 @@ def directory_remove(*places: Path) -> None:
         program_call(remove, heed=False)
 
 
-def workspace_at(repo: Repo, private: Path) -> Checkout:
+def workspace_at(repo: Repo, private: Path, carried: Sequence[str] = ()) -> Checkout:
     """The agent's checkout in a private directory: in a folder of its own, as a repository may have any name."""
-    return Checkout(repo, private / "files" / repo.root.name, private / "workspace-index")
+    return Checkout(repo, private / "files" / repo.root.name, private / "workspace-index", carried)
 
 
-def workspace_lay(repo: Repo, base: Base, private: Path) -> Checkout:
+def workspace_lay(repo: Repo, base: Base, private: Path, carried: Sequence[str]) -> Checkout:
     """A repository of its own with the base's files and its recent history: no remotes, nothing shared."""
-    checkout = workspace_at(repo, private)
+    checkout = workspace_at(repo, private, carried)
     own = Repo(checkout.place, checkout.place / ".git", repo.sealed)
     env = {"GIT_DIR": str(own.git_dir), "GIT_WORK_TREE": str(own.root)}
     kind = "sha1" if len(base.commit) == 40 else "sha256"
@@ -1199,6 +1231,13 @@ def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
     zero = "0" * len(tree)
     lines = [f"{c.new_mode:06o} {c.new_blob if c.new_mode else zero}\t{c.path}\0" for c in changes]
     git(repo, "update-index", "-z", "--index-info", index=index, stdin=os.fsencode("".join(lines)))
+    return git(repo, "write-tree", index=index).strip()
+
+
+def tree_patched(repo: Repo, tree: str, patch: Path, index: Path) -> str:
+    """A tree with a recorded patch put over it, made in an index: no file is written."""
+    git(repo, "read-tree", tree, index=index)
+    git(repo, "apply", "--cached", "--whitespace=nowarn", str(patch), index=index)
     return git(repo, "write-tree", index=index).strip()
 
 
@@ -1568,6 +1607,7 @@ ENGINES = {  # with what is tried in turn, until a container can write to a dire
     "podman": [[], ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]],
     "docker": [[], ["--user=0:0"]],  # a daemon without root: the container's root is the user outside
 }
+CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a container of ours, or how a run's names begin
 # bwrap would die of a signal that is meant for what runs in it, and take that along. So it is
 # started with those ignored ("1"), and what runs in it with those as usual ("0").
 SIGNALS = """\
@@ -1734,6 +1774,8 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
 
 def sandbox_end(kind: str, name: str) -> None:
     """Kill and remove the containers whose names begin with this one: to kill the client is not enough."""
+    if not re.fullmatch(CONTAINER, name):
+        return  # an empty name would stand for all of the user's; one in a record may be anybody's
     for _ in range(100 if kind in ENGINES else 0):  # one that is ending already cannot be removed at once
         left = program_call([kind, "ps", "--all", "--quiet", f"--filter=name={name}"]).out.decode().split()
         if not left:
@@ -1895,9 +1937,13 @@ class Violation(NamedTuple):
     path: str
     reason: str
 
+    def file(self) -> str:
+        """Its path without the line."""
+        return re.sub(r":\d+$", "", self.path)
+
     def allowed(self, globs: list[str]) -> bool:
         """Whether --allow or the issue lets it pass; a secret never does."""
-        return self.rule != "secret" and glob_match(re.sub(r":\d+$", "", self.path), globs)
+        return self.rule != "secret" and glob_match(self.file(), globs)
 
     def line(self) -> str:
         """The line that the agent and the reviewer read."""
@@ -2715,7 +2761,8 @@ class Gate:
 
     def __init__(self, run: Run, private: Path) -> None:
         self.run, self.job, self.private = run, run.job, private
-        self.checkout = Checkout(self.job.repo, private / "files" / self.job.repo.root.name, private / "index")
+        place = private / "files" / self.job.repo.root.name
+        self.checkout = Checkout(self.job.repo, place, private / "index", self.job.carried)
         self.environ = gate_environ(os.environ, private)
         self.reports = private / os.urandom(8).hex()
         for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
@@ -3385,6 +3432,7 @@ class Judgement(NamedTuple):
     violations: list[Violation] = []
     look_first: list[str] = []  # for the reviewer
     final: bool = False  # whether no repair can change it
+    overrule: list[str] = []  # the paths with which --allow turns a refusal into a proposal, if a human says so
 
 
 def refused(violations: list[Violation], findings: Sequence[str] = (), final: bool = False) -> Judgement:
@@ -3392,6 +3440,14 @@ def refused(violations: list[Violation], findings: Sequence[str] = (), final: bo
     scoped = all(violation.rule == "scope" for violation in violations)
     lines = [f"refused, {violation.line()}" for violation in violations[:40]]
     return Judgement("scope_disagreement" if scoped else "blocked", [*lines, *findings], violations, final=final)
+
+
+def overrulable(violations: list[Violation], lost: Iterable[str]) -> list[str]:
+    """The paths that --allow must name for a proposal; [] where a human cannot decide that."""
+    if any(violation.rule in NOT_ALLOWED for violation in violations):
+        return []
+    paths = {violation.file() for violation in violations if violation.rule != "scope"}
+    return sorted(paths | {file_of(test) for test in lost})
 
 
 FAILURES_FIRST = ("--lf",)  # of pytest's cache: what failed before, alone
@@ -3434,6 +3490,7 @@ class Judge:
     def _baseline(self) -> GateResult:
         """The result on the base; a red one is named early."""
         result = gate_step("baseline gate", self.base, self.run.base.tree, "0")
+        carry_hint(self.run.job.repo, result)
         if red := base_red(result):
             CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
                         "(--strict asks for green)")
@@ -3462,7 +3519,7 @@ class Judge:
         elif empty and not nested:
             what = "nothing but white space" if changes else "no file"
             red = run.baseline.findings() if run.baseline else []
-            judgement = Judgement("no_change", [f"the agent changed {what}", *red])
+            judgement = Judgement("no_change", [f"the agent changed {what}", *red], overrule=attempt.changed)
         else:
             judgement = self.judge_change(attempt, sources, nested)
         work = {source.change.new_blob for source in sources if source.size}  # anybody may have an empty file
@@ -3477,7 +3534,7 @@ class Judge:
         if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
             self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
         if unreviewable := self.unreviewable(sources, nested):
-            return refused(unreviewable)
+            return refused(unreviewable)._replace(overrule=overrulable(unreviewable, []))
         if self.red:  # what was red is checked first, and alone: still red is enough to know
             first = gate_step(f"gate, {name}, failures first", self.change, attempt.tree,
                               f"{attempt.number}-first", self.red, FAILURES_FIRST)
@@ -3514,7 +3571,7 @@ class Judge:
         violations = [violation for violation in found if not violation.allowed(self.allow)]
         counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
         if counted > FILES_LIMIT:
-            violations.append(Violation("size", f"{counted} files", f"more than {FILES_LIMIT} files in one change"))
+            violations.append(Violation("size", "**", f"{counted} files are more than {FILES_LIMIT} in one change"))
         return violations
 
     def weigh(self, gate: GateResult, recheck: Recheck, violations: list[Violation],
@@ -3527,23 +3584,23 @@ class Judge:
         written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
         if paths := [path for path in sorted(written) if gate_role(path, self.naming()) or path.endswith(".pyc")]:
             return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
-        problems = gate_problems(base, gate, self.strict)
-        problems += [f"{test} {what}; on the base it {way}, and it must still be there and pass"
-                     for test, (way, what) in self.lost(gate, moved).items()]
+        failing, lost = gate_problems(base, gate, self.strict), self.lost(gate, moved)
+        problems = [*failing, *lost.values()]
         hidden = hidden_lint(base, gate)
         violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
-        if not problems:
+        if not failing:
             violations += recheck.violations(gate)
+        overrule = [] if failing else overrulable(violations, lost)
         if violations:
-            return refused(violations, [*problems, *recheck.findings])
+            return refused(violations, [*problems, *recheck.findings])._replace(overrule=overrule)
         if problems:
-            return Judgement("red", problems)
+            return Judgement("red", problems, overrule=overrule)
         look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
         look_first += [f"allowed: {violation.line()}" for violation in hidden]
         return Judgement("green", look_first=look_first + skipped_tests(base, gate))
 
-    def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, tuple[str, str]]:
-        """The tests of the base that did not run with the change: how each ended before, and what became of it."""
+    def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, str]:
+        """The tests of the base that did not run with the change, each with a line on what became of it."""
         assert self.run.baseline
         after = {check.name: check for check in gate.checks}
         lost = {}
@@ -3552,7 +3609,8 @@ class Judge:
             if now and now.tests:  # no report at all is red enough
                 for test, what in tests_lost(check.tests, now.tests, moved).items():
                     if not glob_match(file_of(test), self.allow):
-                        lost[f"{check.name}: {test}"] = (check.tests[test], what)
+                        lost[test] = (f"{check.name}: {test} {what}; on the base it {check.tests[test]}, "
+                                      "and it must still be there and pass")
         return lost
 
 
@@ -3647,8 +3705,26 @@ class Recheck:
         return lines
 
 
+# What Python says of a module that is not there: "No module named 'a.b'", "cannot import name 'b' from 'a'".
+MISSING_MODULE = re.compile(r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'")
 CANARY_SILENT = "the canary test must fail and did not: this test run cannot be trusted"
+NOT_ALLOWED = ("secret", "tools", "fingerprint", "canary", "rewritten")  # --allow lets none of these pass
 UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
+
+
+def carry_hint(repo: Repo, result: GateResult) -> None:
+    """Name the option --carry where the base fails for want of a module that is an ignored file of the checkout."""
+    texts = [text for check in result.checks for text in (*check.findings, *(f.text for f in check.failures))]
+    modules = {f"{package}.{name}" if package else module for text in texts
+               for name, package, module in MISSING_MODULE.findall(text)}
+    paths = []
+    for path in ignored_files(repo) if modules else []:
+        dotted_path = re.sub(r"(/__init__)?\.[^/]*(py|so|pyd)$", "", path).replace("/", ".")
+        if any(f".{dotted_path}".endswith(f".{module}") for module in modules):
+            paths.append(f"--carry {shlex.quote(path)}")
+    if paths:
+        CONSOLE.say("tests of the base fail for a module that git ignores, so that it is not in the gate's checkout; "
+                    f"add {' '.join(paths[:5])}")
 
 
 def must_be_green(check: Check, job: Job, base: Base) -> bool:
@@ -3764,6 +3840,7 @@ def blueprint(run: Run) -> str:
             return "interrupted"
         finally:
             program_close()
+            pool.shutdown(cancel_futures=True)  # before the sandbox ends: none of its threads starts another container
             sandbox_end(job.sandbox.kind, job.sandbox.mark)
             if workspace:
                 change_keep(run, workspace)
@@ -3772,6 +3849,7 @@ def blueprint(run: Run) -> str:
 def heal_start(run: Run, judge: Judge) -> str:
     """What the gate says of a base that is to be healed: the outcome where that ends the run, "" where it is red."""
     run.baseline = gate_step("gate", judge.change, run.base.tree, "0")
+    carry_hint(run.job.repo, run.baseline)
     if run.baseline.silent:
         judgement_keep(run, refused([Violation("canary", name, CANARY_SILENT) for name in run.baseline.silent]))
         return "blocked"
@@ -3807,7 +3885,7 @@ class Workspace:
     def __init__(self, run: Run, private: Path) -> None:
         self.job, self.base, self.private = run.job, run.base, private
         with CONSOLE.step("workspace") as said:
-            self.checkout = workspace_lay(self.job.repo, run.base, private)
+            self.checkout = workspace_lay(self.job.repo, run.base, private, self.job.carried)
             (private / "tmp").mkdir()
             self.start = run.base.tree
             if failed := setup_run(self.job, self.checkout.place, private, run.folder / "setup.log"):
@@ -3820,6 +3898,8 @@ class Workspace:
 
     def tree(self, plain: bool = False) -> str:
         """The base's tree with what the agent has changed; if it is to be `plain`, in nested repositories, too."""
+        if self.job.recorded:
+            return tree_patched(self.job.repo, self.base.tree, self.job.patch, self.private / "put-index")
         tree = self.checkout.snapshot_plain() if plain else self.checkout.snapshot()
         if self.start == self.base.tree:
             return tree
@@ -3864,19 +3944,27 @@ def attempt_make(run: Run, workspace: Workspace, judge: Judge, number: int) -> J
     """What came of one agent call; the run keeps it."""
     attempt, before = Attempt(number), run.findings
     run.attempts.append(attempt)
-    brief = brief_text(run, attempt, workspace.checkout.place)
-    with CONSOLE.step(f"agent, attempt {number}") as said:
-        ran = agent_call(run, str(number), workspace.checkout, brief)
-        attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
-        said["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
-    if ran.timed_out or ran.exit:
-        judgement = Judgement("agent_timed_out" if ran.timed_out else "agent_failed", before, final=True)
+    failed = "" if run.job.recorded else agent_step(run, workspace, attempt)
+    if failed:
+        judgement = Judgement(failed, before, final=True)
     else:
         judgement = snapshot_judge(run, workspace, judge, attempt)
     judgement_keep(run, judgement)
     run.progress = distill_progress(before, run.findings) if before else ""
     run.save(run)
     return judgement
+
+
+def agent_step(run: Run, workspace: Workspace, attempt: Attempt) -> str:
+    """Call the agent; the outcome where it failed, or ""."""
+    brief = brief_text(run, attempt, workspace.checkout.place)
+    with CONSOLE.step(f"agent, attempt {attempt.number}") as step:
+        ran = agent_call(run, str(attempt.number), workspace.checkout, brief)
+        attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
+        step["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
+    if ran.timed_out:
+        return "agent_timed_out"
+    return "agent_failed" if ran.exit else ""
 
 
 def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attempt) -> Judgement:
@@ -3895,7 +3983,7 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
 
 def judgement_keep(run: Run, judgement: Judgement) -> None:
     """Write a judgement into the run and its newest attempt."""
-    run.findings, run.look_first = judgement.findings, judgement.look_first
+    run.findings, run.look_first, run.overrule = judgement.findings, judgement.look_first, judgement.overrule
     run.violations = [violation._asdict() for violation in judgement.violations]
     if run.attempts:
         run.attempts[-1].result = judgement.outcome
@@ -3945,8 +4033,8 @@ def tree_last(run: Run, workspace: Workspace) -> str:
 DECISIONS = {  # the one decision that a handoff asks for
     "gate_failed": "is the issue clear and the gate right? Then try again with --fix-attempts, or do it by hand.",
     "no_change": "does the issue say enough to act on, and may the agent edit files (see its log)?",
-    "blocked": "is the refused part wanted? If so, --allow it (or `Allow:` in the issue); if not, try again.",
-    "scope_disagreement": "does the task need these files? If so, add them with --scope (or `Scope:` in the issue).",
+    "blocked": "is the refused part wanted? If so, judge it again with the --allow below; if not, try again.",
+    "scope_disagreement": "does the task need these files? If so, judge it again with the wider scope below.",
     "gave_up": "fix it by hand from the newest findings, or give the agent more attempts with --fix-attempts.",
     "stalled": "fix it by hand from the newest findings, or change what the agent reads (the issue, AGENTS.md): "
                "without that one more call would do the same.",
@@ -4022,12 +4110,12 @@ def run_close(folder: Path, place: Path | None) -> None:
     if not place and any(os.path.exists(name) for name in facts["places"]):
         return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
-        sandbox_end(box["kind"], box["mark"] or "")  # a daemon's containers outlive us
+        sandbox_end(str(box["kind"]), str(box["mark"]))  # a daemon's containers outlive us
     if facts["outcome"]:
         return (folder / "running").unlink(missing_ok=True)
     if place and str(place) in facts["places"]:
         repo = repo_open(folder.parent.parent)
-        own = workspace_at(repo, place)
+        own = workspace_at(repo, place, facts.get("carried", []))
         patch = tree_patch(repo, facts["base"], own.snapshot_plain()) if own.index.exists() else ""
         if patch:
             file_write(folder / "diff.patch", patch)
@@ -4054,6 +4142,7 @@ def record_facts(run: Run) -> dict[str, Any]:
         "simulated": job.simulated or None, "agent_cmd": shlex.join(job.agent_cmd), "repository": str(job.repo.root),
         "sandbox": {key: getattr(job.sandbox, key) or None for key in ("kind", "why", "image", "mark")},
         "base": run.base.commit, "head": run.base.head, "left_out": run.base.left_out[:100], "dry_run": job.dry_run,
+        "carried": job.carried, "options": job.options, "rejudged": job.recorded.get("run_id"),
         "branch": run.branch or None, "commit": run.commit or None, "tree": run.tree or None,
         "outcome": run.outcome or None, "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None,
         "error": run.error or None, "started": run.started,
@@ -4117,15 +4206,28 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     commands = []
     if patch.exists():
         commands.append(("look", f"less {shlex.quote(path_shown(patch))}"))
-    if run.outcome == "scope_disagreement":
-        wider = {*run.scope["globs"], *(violation["path"] for violation in run.violations)}
-        scope = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted(wider))
-        commands.append(("widen", f"agent_runner.py {job.command} ... {scope}"))
+        options = rejudge_options(run)
+        if options is not None:
+            runner = shlex.join([Path(sys.executable).name, path_shown(Path(__file__).resolve())])
+            here = "" if Path.cwd().is_relative_to(job.repo.root) else f"cd {root} && "
+            commands.append(("judge again", " ".join([f"{here}{runner} rejudge", run.run_id, *options])))
     if patch.exists():
         # From the top: below it `git apply` leaves out what lies elsewhere, without a word.
         top = "git" if Path.cwd() == job.repo.root else f"git -C {root}"
         commands.append(("use it", f"{top} apply {shlex.quote(str(patch))}"))
     return commands
+
+
+def rejudge_options(run: Run) -> list[str] | None:
+    """The options with which `rejudge` may propose the change that was kept; None where no human decision would."""
+    if run.outcome in ("interrupted", "agent_timed_out", "agent_failed"):
+        return []
+    scoped = [violation["path"] for violation in run.violations if violation["rule"] == "scope"]
+    if not scoped and not run.overrule:
+        return None
+    scope = sorted({*run.scope["globs"], *scoped}) if scoped else []
+    return [f"--{option} {shlex.quote(glob)}" for option, globs in (("allow", run.overrule), ("scope", scope))
+            for glob in globs]
 
 
 def publish_commands(run: Run, git_here: str) -> list[tuple[str, str]]:
@@ -4190,7 +4292,8 @@ def proposal_text(run: Run) -> str:
     stat = tree_stat(job.repo, run.base.tree, run.tree)
     maker = "the simulator" if job.simulated else f"`{shlex.join(job.agent_cmd)}`"
     parts = [f"# {job.issue.title if job.issue else HEAL_TITLE}",
-             f"Made by {maker} under agent_runner, run {run.run_id}"
+             f"Made by {maker} under agent_runner, run {job.recorded.get('run_id') or run.run_id}"
+             + (f", judged again in run {run.run_id}" if job.recorded else "")
              + (f", from the issue `{job.issue.source}`." if job.issue else ", from a red gate."),
              *(["## Look here first\n" + "\n".join(f"- {line}" for line in run.look_first)] if run.look_first else []),
              f"## What changed\n```\n{stat}\n```",
@@ -4270,6 +4373,13 @@ def parser_build() -> Parser:
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
         command.set_defaults(bridge=cmd_run)
+    again = commands.add_parser("rejudge", help="a recorded change is judged again, without the agent",
+                                allow_abbrev=False, description="Put the change of an earlier run before the gate "
+                                "again: on the same base, with that run's options and what you add here.")
+    again.add_argument("run_id", metavar="RUN_ID", help="of a run that has a diff.patch; `runs` lists them")
+    again.add_argument("--strict", action="store_true", help="ask for a green gate, also where the base is red")
+    gate_options_add(again)
+    again.set_defaults(bridge=cmd_rejudge)
     runs = commands.add_parser("runs", help="list the past runs", allow_abbrev=False,
                                description="List the past runs of this repository, the newest last.")
     runs.add_argument("--prune", type=number_positive, metavar="DAYS", help="delete the records that are older")
@@ -4278,16 +4388,31 @@ def parser_build() -> Parser:
 
 
 def options_add(parser: Parser, attempts: int) -> None:
-    """Add the options that both commands have."""
+    """Add the options of the commands that call an agent."""
     variants = "; ".join(f"{name} {what}" for name, what in SIMULATIONS.items())
     add = parser.add_argument
+    parser.set_defaults(recorded={})
     add("--simulate", choices=SIMULATIONS, metavar="|".join(SIMULATIONS), default="",
         help=f"play it on a demo repository without an agent: {variants}")
     add("--fix-attempts", type=number_count, metavar="N", default=attempts,
         help=f"repairs the agent may try (default {attempts})")
+    add("--base", metavar="REV", default="",
+        help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
+    add("--timeout", type=number_positive, metavar="SECONDS",
+        help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
+    add("--idle-timeout", type=number_positive, metavar="SECONDS", default=0,
+        help="limit of an agent's silence (default 0: none)")
+    gate_options_add(parser)
+
+
+def gate_options_add(parser: Parser) -> None:
+    """Add the options that say how a change is judged and shown."""
+    add = parser.add_argument
     add("--check", action="append", type=check_pair, metavar="NAME=COMMAND", default=[],
         help="a check of the gate, in place of ruff and pytest; repeatable")
     add("--setup", metavar="COMMAND", default="", help="run once in each checkout before it is used, e.g. 'uv sync'")
+    add("--carry", action="append", metavar="GLOB", default=[],
+        help="copy these files, which git ignores, from your checkout into each one that is used; repeatable")
     add("--scope", action="extend", type=glob_list, metavar="GLOB", default=[],
         help="only these paths may change, e.g. 'src/**,docs'; 'auto' lets the agent say which, before it starts; "
              "repeatable")
@@ -4296,12 +4421,6 @@ def options_add(parser: Parser, attempts: int) -> None:
     add("--sandbox", metavar="|".join(SANDBOXES),
         help="what the agent and the gate run in (AGENT_SANDBOX, default auto: bwrap where it works, else none); "
              "docker and podman need AGENT_IMAGE; or a command to put before theirs ({workspace} is replaced)")
-    add("--base", metavar="REV", default="",
-        help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
-    add("--timeout", type=number_positive, metavar="SECONDS",
-        help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
-    add("--idle-timeout", type=number_positive, metavar="SECONDS", default=0,
-        help="limit of an agent's silence (default 0: none)")
     add("--dry-run", action="store_true", help="everything but the branch; shows the diff")
     add("--keep", action="store_true", help="leave the workspace, and print its path")
     add("--json", action="store_true", help="print the run's summary on stdout, as JSON")
@@ -4349,6 +4468,8 @@ def issue_asked(args: argparse.Namespace) -> Issue | None:
     """The issue that is asked for; a simulated run plays its own, and only checks a file that is there."""
     if args.command != "issue-to-pr":
         return None
+    if args.recorded:  # what it wanted was said to the agent; its globs are among the options
+        return Issue(args.recorded["title"], "", args.recorded["issue"])
     if not args.simulate:
         return issue_read(args.issue)
     issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
@@ -4386,8 +4507,12 @@ def job_build(args: argparse.Namespace) -> Job:
     gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
     box = args.sandbox or (not simulated and environ.get("AGENT_SANDBOX")) or "auto"
     in_image = box in ENGINES
-    agent_cmd = (simulator_command(simulated, in_image) if simulated
-                 else agent_command(environ.get("AGENT_CMD"), in_image))
+    if args.recorded:
+        agent_cmd = shlex.split(args.recorded["agent_cmd"])
+    elif simulated:
+        agent_cmd = simulator_command(simulated, in_image)
+    else:
+        agent_cmd = agent_command(environ.get("AGENT_CMD"), in_image)
     options_check(args)
     setup = setup_asked(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
@@ -4397,12 +4522,16 @@ def job_build(args: argparse.Namespace) -> Job:
     if not repo:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
-    programs = [argv[0] for argv in (agent_cmd, setup, *(check.argv for check in checks)) if argv]
+    called = [] if args.recorded else [agent_cmd]
+    programs = [argv[0] for argv in (*called, setup, *(check.argv for check in checks)) if argv]
     sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
     return Job(
         command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
-        setup=setup,
-        fix_attempts=args.fix_attempts, agent_seconds=seconds if args.timeout is None else args.timeout,
+        setup=setup, carried=carried_files(repo, args.carry), fix_attempts=args.fix_attempts,
+        recorded=args.recorded, options={
+            "check": args.check, "setup": args.setup, "carry": args.carry, "strict": args.strict,
+            "allow": args.allow + (issue.allow if issue else [])},
+ agent_seconds=seconds if args.timeout is None else args.timeout,
         idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
         conventions="" if simulated else environ.get("AGENT_CONFIG"),
         scope=args.scope or (["greeting.py", "tests"] if simulated == "rogue" else []), allow=args.allow,
@@ -4418,16 +4547,42 @@ def cmd_run(args: argparse.Namespace) -> int:
         return run_whole(job, args, own, bench)
 
 
+def cmd_rejudge(args: argparse.Namespace) -> int:
+    """Judge the recorded change of an earlier run again; the exit code of the new run."""
+    repo = repo_open(Path.cwd())
+    runs_recover(repo)
+    folder = repo.root / ".agent-runs" / args.run_id
+    facts = summary_read(folder) if re.fullmatch(r"[\w-]+", args.run_id) else {}
+    if not facts:
+        raise Stop(EXIT_USAGE, f"there is no run {args.run_id!r} in {repo.root}; `runs` lists those that there are")
+    if not (folder / "diff.patch").is_file():
+        raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); there is nothing to judge")
+    if args.scope == ["auto"]:
+        raise Stop(EXIT_USAGE, "--scope auto needs an agent; name the globs")
+    kept = facts.get("options", {})
+    args.command, args.base, args.recorded, args.simulate = facts["command"], facts["base"], facts, ""
+    args.fix_attempts, args.timeout, args.idle_timeout = int(args.command == "self-heal"), None, 0
+    args.check = args.check or [(name, command) for name, command in kept.get("check", [])]
+    args.setup, args.carry = args.setup or kept.get("setup", ""), args.carry or kept.get("carry", [])
+    args.allow, args.strict = kept.get("allow", []) + args.allow, args.strict or kept.get("strict", False)
+    args.scope = args.scope or (facts["scope"] or {}).get("globs", [])
+    return cmd_run(args)
+
+
 def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int:
     """One run in its two private directories, from the base to the result; its exit code."""
     base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
+    if job.recorded:
+        base = base._replace(head=job.recorded["head"], left_out=[])
     run = run_open(job, base, own, bench)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")
     for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
         if globs:
             CONSOLE.say(f"the issue itself says {word}: {', '.join(globs)}")
-    if hint := agent_hint(job.agent_cmd):
+    if job.recorded:
+        CONSOLE.say(f"no agent is called: the change is that of run {job.recorded['run_id']}")
+    elif hint := agent_hint(job.agent_cmd):
         CONSOLE.say(hint)
     if base.left_out:
         CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
@@ -4461,11 +4616,16 @@ def cmd_runs(args: argparse.Namespace) -> int:
 def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
     """The size of a record in bytes, its age in days, and what its summary says."""
     size = sum(path.lstat().st_size for path in folder.iterdir())
+    return size, (time.time() - (folder / "run_summary.json").stat().st_mtime) / 86400, summary_read(folder)
+
+
+def summary_read(folder: Path) -> dict[str, Any]:
+    """What the summary in a run's folder says; {} where there is none that can be read."""
     try:
         facts = json.loads((folder / "run_summary.json").read_bytes())
-    except ValueError:
-        facts = {}
-    return size, (time.time() - (folder / "run_summary.json").stat().st_mtime) / 86400, facts
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def result_show(run: Run, as_json: bool) -> int:

@@ -1972,7 +1972,8 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
     if outcome == "scope_disagreement":
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
         wider = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted([*ended.summary["scope"]["globs"], "app.py"]))
-        assert [command.split()[0] for command in ended.summary["next"]] == ["less", "agent_runner.py", "git"]
+        look, again, use = ended.summary["next"]
+        assert look.startswith("less ") and use.startswith("git apply ") and f" rejudge {ended.summary['run_id']} " in again
         assert f"agent_runner.py issue-to-pr ... {wider}  # widen\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
 
 
@@ -2099,6 +2100,320 @@ def test_five_thousand_files(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path, FILES | {f"lib/d{n % 50}/f{n}.txt": f"{n}\n" for n in range(5000)})
     ended = scratch.propose(EDITS)
     assert_proposed(scratch, ended)
+
+
+# === The comparison: what is worse than on the base, what is lost, what asserts less
+
+RED_BASE = {
+    "calc.py": "import os\n\n\ndef add(a, b):\n    return a - b\n\n\ndef twice(a):\n    return 2 * a\n",
+    "tests/test_calc.py": CALC["tests/test_calc.py"].replace("import pytest", "import pytest\nimport sys"),
+}
+
+
+def tests_way(**ways: str) -> dict[str, str]:
+    """Ids of one file with the way each ended: a_1="passed" is t.py::a[1]."""
+    return {"t.py::" + re.sub(r"_(\w+)$", r"[\1]", name): way for name, way in ways.items()}
+
+
+@pytest.mark.parametrize(("before", "after", "worse", "lost"), [
+    ({"t.py::a": "passed"}, {"t.py::a": "failed"}, ["t.py::a"], {}),
+    ({"t.py::a": "failed"}, {"t.py::a": "failed"}, [], {}),
+    ({"t.py::a": "passed"}, {"t.py::a": "passed", "t.py::b": "failed"}, ["t.py::b"], {}),
+    ({"t.py::a": "passed"}, {"t.py::a": "skipped"}, [], {"t.py::a": "is skipped now"}),
+    ({"t.py::a": "failed"}, {}, [], {"t.py::a": "is gone"}),
+    ({"t.py::a": "skipped"}, {}, [], {}),
+    (tests_way(a_1="passed", a_2="passed"), tests_way(a_1="passed", a_3="passed"), [], {}),  # an id with a time in it
+    (tests_way(a_1="passed", a_2="passed"), tests_way(a_1="passed"), [], {"t.py::a[2]": "is gone"}),
+    (tests_way(a_1="failed"), tests_way(a_9="failed"), [], {}),
+    (tests_way(a_1="passed"), tests_way(a_9="failed"), ["t.py::a[9]"], {}),
+    ({"t.py": "failed"}, {"t.py::B::a": "passed"}, [], {}),  # it could not be collected
+    ({"t.py": "failed"}, {"t.py::B::a": "failed"}, [], {}),
+    ({"t.py": "failed"}, {"u.py::a": "passed"}, [], {"t.py": "is gone"}),
+    ({"t.py::a": "unfinished"}, {"t.py::a": "unfinished"}, [], {}),
+    ({"t.py::a": "passed"}, {"t.py::a": "unfinished"}, ["t.py::a"], {"t.py::a": "did not end"}),
+    ({"t.py::a": "unfinished"}, {}, [], {"t.py::a": "is gone"}),
+])
+def test_two_sessions_are_compared(before, after, worse, lost):
+    module = runner_module()
+    assert module.tests_worse(before, after) == worse
+    assert module.tests_lost(before, after) == lost
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    ("assert f() == 1", "assert f()", ""),  # as many as before: the recheck decides
+    ("assert f() == 1\n    assert g()", "assert f() == 1", "has 1 assertions where the base has 2: `assert g()` is gone"),
+    ("assert f() == 1", "assert f() == 1 or True", "cannot fail: `assert f() == 1 or True`"),
+    ("assert f() == 1", "assert (f(), 1)", "cannot fail"),
+    ("assert f() == 1", "assert f() == f()", "cannot fail"),
+    ("assert f() == 1", "assert True", "cannot fail"),
+    ("with raises(E):\n        f()", "f()", "`raises(E)` is gone"),
+    ("self.assertEqual(f(), 1)", "self.assertEqual(1, 1)", "cannot fail"),
+    ("self.assertEqual(f(), 1)", "f()", "is gone"),
+    ("assert f() == 1\n    assert g()", "assert f() == 1\n\n\ndef test_b():\n    assert g()", ""),  # it moved
+    ("assert f() == 1", "'words'\n    assert f() == 1", ""),
+    ("assert f() == f()", "assert f() == f()  # as before", ""),
+    ("assert f() == 1", "assert (", ""),  # what does not parse does not pass the gate
+])
+def test_a_test_that_asserts_less(old, new, reason):
+    module = runner_module()
+    before, after = (f"def test_a(self):\n    {body}\n".encode() for body in (old, new))
+    change = module.Change("tests/test_a.py", 0o100644, 0o100644, "1", "2")
+    violations = module.guard_assertions([module.Source(change, 1, after, before)])
+    assert [violation.rule for violation in violations] == ["weakened"] * bool(reason)
+    assert all(reason in violation.reason for violation in violations), violations
+
+
+def test_a_red_base_may_stay_red_for_an_issue(tmp_path):
+    """What it is red with is named before the agent has ended, and first in the proposal; nothing may be worse."""
+    scratch = Scratch(tmp_path, FILES | RED_BASE)
+    agent = replaces("calc.py", "2 * a", "a + a") + "Path('calc.py').write_text('# moved\\n' + Path('calc.py').read_text())\n"
+    ended = scratch.propose(agent, checks=REAL)
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    assert "the base is red: ruff 2 findings; pytest 2 passed, 2 failed; the change may leave that" in ended.err
+    first = ended.text("proposal.md").partition("## Look here first\n")[2].splitlines()[:2]
+    assert first == ["- the base is red: ruff 2 findings, none new",
+                     "- the base is red: pytest 2 passed, 2 failed; with the change 2 passed, 2 failed"]
+    worse = scratch.propose(replaces("calc.py", "2 * a", "3 * a") + "Path('more.py').write_text('import re\\n')\n", checks=REAL)
+    assert (worse.code, worse.outcome) == (1, "gate_failed"), worse
+    assert "more.py:1:8: F401" in worse.findings and "test_twice" in worse.findings
+    assert "calc.py:1:8" not in worse.findings and "test_add" not in worse.findings, "only what is new"
+
+
+def test_strict_asks_for_green(tmp_path):
+    scratch = Scratch(tmp_path, FILES | RED_BASE)
+    ended = scratch.propose(replaces("calc.py", "2 * a", "a + a"), "--strict", checks=REAL)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "test_add" in ended.findings, ended
+
+
+def test_default_rules_of_ruff_are_nobodys_wish(tmp_path):
+    """Without a ruff configuration a healing is not about lint: the old findings may stay, a new one may not."""
+    files = {name: text for name, text in (FILES | RED_BASE).items() if name != "ruff.toml"}
+    scratch = Scratch(tmp_path, files)
+    adds = replaces("calc.py", "a - b", "a + b")
+    ended = scratch.heal(in_turn(adds + writes("more.py", "import re\n"), "Path('more.py').unlink()"), checks=REAL)
+    assert (ended.outcome, ended.results) == ("proposed", ["red", "green"]), ended
+    assert "F401" not in ended.text("brief-1.md") and "more.py:1:8: F401" in ended.text("brief-2.md")
+    scratch.git("merge", "--quiet", "agent/self-heal")
+    assert scratch.heal(CALLED, checks=REAL).outcome == "nothing_to_heal"
+
+
+HANGING = {
+    "app.py": "import time\n\n\ndef double(x):\n    time.sleep(600)\n\n\ndef triple(x):\n    return x * 2\n",
+    "tests/test_app.py": "from app import double, triple\n\n\ndef test_a():\n    assert 1\n\n\ndef test_bad():\n    assert triple(2) == 6\n\n\n"
+                         "def test_double():\n    assert double(2) == 4\n\n\ndef test_z():\n    assert 2\n",
+}
+
+
+@pytest.mark.parametrize(("drops", "outcome"), [("", "proposed"), ("test_z", "gave_up")])
+def test_a_hang_is_healed(tmp_path, drops, outcome):
+    """Failures so far with their values and the stack are the findings; every collected test must be there and pass."""
+    scratch = Scratch(tmp_path, FILES | HANGING)
+    agent = writes("app.py", APP_TRIPLE)
+    if drops:
+        agent += replaces("tests/test_app.py", f"def {drops}", f"def no_{drops}")
+    ended = scratch.heal(agent, "--fix-attempts", "1", checks=TESTS_ONLY, env={"GATE_TIMEOUT": "4"})
+    assert ended.outcome == outcome, ended
+    brief = ended.text("brief-1.md")
+    for fact in ("stopped after", "running: tests/test_app.py::test_double", 'app.py", line 5 in double', "test_bad: assert 4 == 6", "2 unfinished"):
+        assert fact in brief, (fact, brief)
+    assert bool(drops) == ("test_z is gone; on the base it unfinished" in ended.findings)
+
+
+def test_modules_that_cannot_be_collected_are_an_ordinary_red(scratch):
+    scratch.write({"tests/test_more.py": "from app import triple\n\n\ndef test_triple():\n    assert triple(2) == 6\n"})
+    scratch.commit()
+    ended = scratch.heal(in_turn(EDITS, writes("app.py", APP_TRIPLE)), checks=TESTS_ONLY)
+    assert (ended.outcome, ended.results) == ("proposed", ["red", "green"]), ended
+
+
+INHERITED = {
+    "tests/base.py": "class Base:\n    def test_it(self):\n        assert self.double(2) == 4\n",
+    "tests/test_child.py": "from app import double_it\n\nfrom base import Base\n\n\nclass TestChild(Base):\n    double = staticmethod(double_it)\n",
+}
+
+
+def test_a_file_of_inherited_tests_that_could_not_be_collected(tmp_path):
+    """Its tests are pytest's ids, whichever file defines them."""
+    scratch = Scratch(tmp_path, FILES | INHERITED)
+    ended = scratch.heal(writes("app.py", f"{APP}\n\ndouble_it = double\n"), checks=TESTS_ONLY)
+    assert_proposed(scratch, ended, "3\t0\tapp.py")
+
+
+def test_ids_that_change_from_run_to_run(scratch):
+    """A time in a parameter's id: counted per function, with the change and in the recheck."""
+    clock = ("import time\n\nimport pytest\n\n\n@pytest.mark.parametrize('t', [time.time_ns()], ids=str)\ndef test_t(t):\n    assert t\n")
+    scratch.write({"tests/test_clock.py": clock})
+    scratch.commit()
+    ended = scratch.propose(EDITS + "\n" + replaces("tests/test_clock.py", "assert t", "assert t, 'more'"), checks=TESTS_ONLY)
+    assert ended.outcome == "proposed" and ended.summary["recheck"], ended
+
+
+@pytest.mark.parametrize("act", [
+    "os.rename('tests/test_app.py', 'tests/test_other.py')",
+    replaces("tests/test_app.py", "def test_double", "def test_twice_as_much"),
+])
+def test_a_moved_test_is_not_lost(scratch, act):
+    """Its body stands elsewhere and passes; the base's version still passes, too."""
+    ended = scratch.propose(f"{EDITS}\n{act}", checks=TESTS_ONLY)
+    assert ended.outcome == "proposed" and ended.summary["recheck"]["green"], ended
+
+
+def test_the_plugin_under_every_warning_as_an_error(scratch):
+    scratch.write({"pytest.ini": "[pytest]\nfilterwarnings = error\naddopts = --strict-config --strict-markers\n"})
+    scratch.commit()
+    ended = scratch.propose(EDITS, checks=(f"pytest={PYTHON} -W error -X dev -m pytest",), env={"PYTHONWARNINGS": "error"})
+    assert_proposed(scratch, ended)
+    assert "Warning" not in ended.text("gate-1.log")
+
+
+def test_an_allowed_test_is_still_asked(tmp_path):
+    """--allow says that a file may change: what its base's version says stands first in the proposal."""
+    scratch = Scratch(tmp_path, FILES)
+    bends = writes("app.py", APP_WRONG) + replaces("tests/test_app.py", "== 4", "== 6")
+    refused = scratch.propose(bends, checks=TESTS_ONLY)
+    assert refused.outcome == "blocked" and not scratch.proposals(), refused
+    assert "test_double: `assert double(2) == 4` became `assert double(2) == 6`" in refused.findings
+    again = next(command for command in refused.summary["next"] if " rejudge " in command)
+    assert again.endswith(f"rejudge {refused.summary['run_id']} --allow tests/test_app.py") and again in refused.out
+    ended = scratch.run(*shlex.split(again)[2:], *checks_args(TESTS_ONLY), agent=CALLED)
+    assert ended.outcome == "proposed" and not (scratch.out / "called").exists(), ended
+    first = ended.text("proposal.md").partition("## Look here first\n")[2].splitlines()[0]
+    assert first == "- allowed: tests/test_app.py; with the base's version 1 failed: test_double"
+    assert f"run {refused.summary['run_id']}, judged again in run {ended.summary['run_id']}" in ended.text("proposal.md")
+    assert ended.summary["rejudged"] == refused.summary["run_id"] and not ended.has("brief-1.md")
+
+
+def test_only_files_with_a_failure_are_refused(tmp_path):
+    """And what is rewritten harmlessly beside them is named for the reviewer, by function."""
+    scratch = Scratch(tmp_path, FILES | {"tests/test_more.py": "from app import double\n\n\ndef test_more():\n    assert double(0) == 0\n"})
+    more = replaces("tests/test_more.py", "double(0) == 0", "double(0) == 0 * 2") + "Path('tests/test_new.py').write_text('def test_new():\\n    assert 1\\n')\n"
+    ended = scratch.propose(writes("app.py", APP_WRONG) + replaces("tests/test_app.py", "== 4", "== 6") + more, checks=TESTS_ONLY)
+    assert [violation["path"] for violation in ended.summary["violations"]] == ["tests/test_app.py"], ended
+    ended = scratch.propose(f"{EDITS}\n{more}", checks=TESTS_ONLY)
+    assert ended.outcome == "proposed" and ended.summary["look_first"] == ["rewrites tests of the base: tests/test_more.py: test_more"], ended
+
+
+def test_new_tests_that_do_not_run_are_no_evidence(scratch):
+    skips = "import pytest\n\n\n@pytest.mark.skip\ndef test_s():\n    pass\n\n\n@pytest.mark.xfail\ndef test_x():\n    assert 0\n"
+    ended = scratch.propose(EDITS + "\n" + writes("tests/test_skips.py", skips), checks=TESTS_ONLY)
+    assert ended.outcome == "proposed", ended
+    assert "2 new tests were skipped: tests/test_skips.py::test_s, tests/test_skips.py::test_x" in ended.text("proposal.md")
+    assert "new test: `tests/test_skips" not in ended.text("proposal.md")
+
+
+MARKED = writes("more.py", "import json  # type: ignore\n\n\ndef f(x):  # pragma: no cover\n    return json.dumps(x)  # noqa\n")
+
+
+def test_marks_for_tools_outside_the_gate_are_named(scratch):
+    """They silence nothing here, and this noqa hides nothing."""
+    ended = scratch.propose(EDITS + "\n" + MARKED, checks=REAL)
+    assert ended.outcome == "proposed", ended
+    assert ended.summary["look_first"] == [
+        "adds marks for tools outside this gate: type: ignore at more.py:1, pragma: no cover at more.py:4"]
+
+
+def test_marks_for_a_tool_of_the_gate_are_refused(scratch):
+    (scratch.place / "mypy").write_text("#!/bin/sh\n")
+    (scratch.place / "mypy").chmod(0o755)
+    ended = scratch.propose(EDITS + "\n" + MARKED, checks=(f"types={scratch.place / 'mypy'} .",))
+    assert ended.outcome == "blocked" and [violation["path"] for violation in ended.summary["violations"]] == ["more.py:1"], ended
+
+
+def test_a_moved_file_brings_nothing_new(scratch):
+    """Counting is on the whole change: frames, marks and findings of ruff that were there stay where they go."""
+    old = "import sys\nimport os\n\n\ndef caller():\n    return sys._getframe(1)  # type: ignore\n"
+    scratch.write({"old.py": old})
+    scratch.commit()
+    ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=REAL)
+    assert ended.outcome == "proposed" and "none new" in ended.text("proposal.md"), ended
+
+
+@pytest.mark.parametrize("source", [
+    "import atexit\n\natexit.register(print)\n", "import sys\n\n\ndef main():\n    return 0\n\n\nsys.exit(main())\n"])
+def test_what_ends_no_test_is_not_refused(scratch, source):
+    assert scratch.propose(EDITS + "\n" + writes("pkg/__main__.py", source), checks=TESTS_ONLY).outcome == "proposed"
+
+
+def test_white_space_that_a_human_allows(tmp_path):
+    scratch = Scratch(tmp_path, FILES | {"Makefile.inc": "a:\n    true\n"})
+    spaces = replaces("Makefile.inc", "    true", "\ttrue")
+    ended = scratch.propose(spaces)
+    assert ended.outcome == "no_change" and "rejudge" in ended.out, ended
+    assert scratch.propose(spaces, "--allow", "Makefile.inc").outcome == "proposed"
+
+
+# --- rejudge: a recorded change, without the agent
+
+
+def test_an_interrupted_change_is_judged_again(scratch):
+    """On its own base, although the branch has gone on since; the checks are those of the first run."""
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
+    wait_for((scratch.out / "ready").exists, "the agent")
+    going.child.send_signal(signal.SIGINT)
+    stopped = scratch.ended(going)
+    scratch.commit("Later")
+    again = next(command for command in stopped.summary["next"] if " rejudge " in command)
+    assert again.endswith(f"rejudge {stopped.summary['run_id']}")
+    ended = scratch.run("rejudge", stopped.summary["run_id"])
+    commit = assert_proposed(scratch, ended)
+    assert ended.summary["base"] == stopped.summary["base"] and "unit on the change: passed" in ended.text("proposal.md")
+    assert scratch.git("log", "-1", "--format=%s", commit) == "Say double in another way"
+    assert ended.summary["branch"] == "agent/say-double-in-another-way"
+
+
+def test_a_healing_is_judged_again_with_a_wider_scope(red):
+    refused = red.heal(writes("app.py", APP) + writes("notes.md", "# x\n"), "--scope", "app.py", "--fix-attempts", "1")
+    assert refused.outcome == "gave_up" or refused.outcome == "scope_disagreement", refused
+    again = next(command for command in refused.summary["next"] if " rejudge " in command)
+    ended = red.run(*shlex.split(again)[2:])
+    assert ended.outcome == "proposed" and ended.summary["branch"] == "agent/self-heal", ended
+
+
+@pytest.mark.parametrize("change", ["Path('Makefile').write_text('all:\\n')\n" + replaces("tests/test_calc.py", "def test_twice", "def check_twice")
+                                    + writes("more.py", "import os  # noqa\n")])
+def test_one_command_proposes_what_a_human_allows(tmp_path, change):
+    """Every reason is found at once: a protected file, a lost test, hidden lint."""
+    scratch = Scratch(tmp_path, FILES | UNTESTED)
+    refused = scratch.propose(change, checks=REAL)
+    assert refused.outcome == "blocked", refused
+    again = next(command for command in refused.summary["next"] if " rejudge " in command)
+    assert all(f"--allow {path}" in again for path in ("Makefile", "more.py", "tests/test_calc.py")), again
+    assert scratch.run(*shlex.split(again)[2:]).outcome == "proposed"
+
+
+@pytest.mark.parametrize(("run_id", "said"), [("no-such-run", "there is no run 'no-such-run'"), ("../x", "there is no run"), ("", "there is no run")])
+def test_a_run_that_cannot_be_judged_again(scratch, run_id, said):
+    ended = scratch.run("rejudge", run_id)
+    assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1, ended
+
+
+def test_a_run_without_a_change_cannot_be_judged_again(scratch):
+    nothing = scratch.propose(NOTHING)
+    ended = scratch.run("rejudge", nothing.summary["run_id"])
+    assert ended.code == 64 and "left no change" in ended.err, ended
+
+
+# --- carry: files that git ignores and tests need
+
+GENERATED = {"tests/test_version.py": "from pkg._version import VERSION\n\n\ndef test_version():\n    assert VERSION == '1'\n",
+             "pkg/__init__.py": "", ".gitignore": "_version.py\n.env.test\n"}
+
+
+def test_a_generated_module_is_carried(tmp_path):
+    """The message names the file; carried it is in each checkout, and in no change, also where it is ignored no longer."""
+    scratch = Scratch(tmp_path, FILES | GENERATED)
+    scratch.write({"pkg/_version.py": "VERSION = '1'\n", ".env.test": "A=1\n"})
+    missing = scratch.propose(EDITS, checks=TESTS_ONLY)
+    assert "add --carry pkg/_version.py" in missing.err, missing
+    agent = EDITS + "\nassert Path('pkg/_version.py').exists() and Path('.env.test').exists()\nPath('.gitignore').unlink()\n"
+    ended = scratch.propose(agent, "--carry", "**/_version.py", "--carry", ".env.test", checks=TESTS_ONLY)
+    assert ended.outcome == "proposed" and "2 passed" in ended.err, ended
+    assert scratch.numstat(ended.summary["commit"]) == "0\t2\t.gitignore\n1\t1\tapp.py"
+
+
+def test_nothing_to_carry(scratch):
+    ended = scratch.propose(CALLED, "--carry", "app.py")
+    assert ended.code == 64 and "--carry app.py: git ignores no such file" in ended.err and not (scratch.out / "called").exists()
 
 
 # --- outside of the change: the user's repository, and the tools
@@ -3044,6 +3359,64 @@ def test_a_prefix_command_of_the_users_own(scratch):
                             env={"AGENT_SANDBOX": "no-such-command"})
     assert_proposed(scratch, ended)
     assert "the gate is in True" in ended.text("gate-1.log") and ended.summary["sandbox"]["kind"] == "prefix"
+
+
+# A docker that writes down its calls, and runs what it is to run in no container.
+DOCKER = """#!{python}
+import json, os, sys
+with open({calls!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "run":
+    os.chdir(next(word[10:] for word in sys.argv if word.startswith("--workdir=")))
+    argv = sys.argv[sys.argv.index("image") + 1:]
+    os.execvp(argv[0], argv)
+if sys.argv[1] == "ps" and '"rm"' not in open({calls!r}).read():
+    print("c0ffee")
+"""
+
+
+def docker_instead(scratch: Scratch) -> dict[str, str]:
+    """The environment in which docker is the one above."""
+    (scratch.place / "engine").mkdir()
+    docker = scratch.place / "engine/docker"
+    docker.write_text(DOCKER.format(python=sys.executable, calls=str(scratch.out / "calls")))
+    docker.chmod(0o755)
+    (scratch.out / "calls").touch()
+    return {"PATH": f"{docker.parent}{os.pathsep}{scratch.env['PATH']}", "AGENT_IMAGE": "image"}
+
+
+def test_only_containers_of_ours_are_removed(scratch):
+    """A record can be written by anybody; and an empty name would stand for every container there is."""
+    env, marks = docker_instead(scratch), ["", None, "agent-runner-", "db", "agent-runner-0123456789ab", "xagent-runner-0123456789ab", 7]
+    for number, mark in enumerate(marks):
+        folder = scratch.root / f".agent-runs/20260101-00000{number}-abcdef"
+        folder.mkdir(parents=True)
+        (folder / "running").touch()
+        facts = {"outcome": None, "places": [], "sandbox": {"kind": "docker", "mark": mark}}
+        (folder / "run_summary.json").write_text(json.dumps(facts))
+    assert scratch.run("runs", env=env).err.count("was killed") == len(marks)
+    calls = [json.loads(line) for line in scratch.said("calls").splitlines()]
+    assert {word for call in calls for word in call if "name" in word} == {"--filter=name=agent-runner-0123456789ab"}
+    assert [call[0] for call in calls] == ["ps", "rm", "ps"]
+    assert ran(sys.executable, "-c", IMPORT + "agent_runner.sandbox_end('docker', '')", env=scratch.env | env).returncode == 0
+    assert len(scratch.said("calls").splitlines()) == 3
+
+
+SLOW_GIT = """case "$*" in *"/old/files"*read-tree*)
+    while [ ! -e {out}/failed ]; do sleep 0.1; done
+    for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do grep -q '"ps"' {out}/calls && break; sleep 0.1; done;; esac
+exec "$GIT" "$@"
+"""
+
+
+def test_no_container_is_started_after_the_last_look(scratch):
+    """The agent fails while the baseline gate is about to start its first program: git takes its time there."""
+    scratch.env |= git_instead(scratch, SLOW_GIT.format(out=scratch.out))
+    env = docker_instead(scratch)
+    ended = scratch.propose("leave('failed')\nsys.exit(3)", "--sandbox", "docker", env=env)
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    calls = [json.loads(line)[0] for line in scratch.said("calls").splitlines()]
+    assert calls == ["run", "run", "ps", "rm", "ps"], "the one that tries it out, and the agent's"
 
 
 @only(["podman"])
