@@ -727,15 +727,15 @@ def test_the_brief(scratch):
 
 
 def test_the_findings_of_a_brief_open_with_the_counts(tmp_path):
-    """Of the newest verdict: the base's, then that on what was red; a refusal has none."""
+    """Of the newest verdict: that on the base, on the first attempt, on the one that was refused."""
     more = "\n\ndef test_zero():\n    assert double(0) == 0\n"
     scratch = Scratch(tmp_path, FILES | {"app.py": f"import os\n{APP_WRONG}", "tests/test_app.py": TESTS + more})
-    agent = in_turn(writes("app.py", "def double(x):\n    return 7\n"), writes("Makefile", "all:\n"), "Path('Makefile').unlink()\n" + writes("app.py", APP))
+    agent = in_turn(writes("app.py", "def double(x):\n    return 7\n"), writes("app.py", APP) + writes("Makefile", "all:\n"), "Path('Makefile').unlink()")
     ended = scratch.heal(agent, "--fix-attempts", "3", checks=REAL)
     assert ended.results == ["red", "blocked", "green"], ended
     opening = [re.search(r"## What is wrong now\n.*\n=== \w+ ===\n(.*)", ended.text(f"brief-{number}.md"))[1] for number in (1, 2, 3)]
     assert opening[:2] == ["ruff: 1 finding; pytest: 1 failed, 1 passed", "ruff: no findings; pytest: 1 failed"]
-    assert opening[2].startswith("refused, protected: Makefile")
+    assert opening[2] == "ruff: no findings; pytest: 2 passed" and "refused, protected: Makefile" in ended.text("brief-3.md")
 
 
 @pytest.mark.parametrize("door", ["stdin", "file"])
