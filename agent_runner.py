@@ -24,12 +24,14 @@ if tuple(sys.version_info) < (3, 10):  # first, as what follows fails there; Pyt
 
 import argparse
 import ast
+import builtins
 import contextlib
 import functools
 import inspect
 import io
 import json
 import os
+import random
 import re
 import selectors
 import shlex
@@ -43,7 +45,7 @@ import time
 import tokenize
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -206,11 +208,6 @@ class GateResult:
         """Whether there were checks and each of them is satisfied."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
-    @property
-    def silent(self) -> list[str]:
-        """The checks that let a test pass which must fail: their word is worth nothing."""
-        return [check.name for check in self.checks if check.facts.get("silent")]
-
     def findings(self) -> list[str]:
         """What the red checks say, a few lines each."""
         return [line for check in self.checks if not check.ok for line in check.finding_lines()]
@@ -292,6 +289,7 @@ class Run:
     violations: list[dict[str, str]] = field(default_factory=list)
     look_first: list[str] = field(default_factory=list)  # what a reviewer should see before all else
     overrule: list[str] = field(default_factory=list)  # the paths with which --allow makes it a proposal
+    twin: str = ""  # what the blind twin has shown
     tree: str = ""
     branch: str = ""
     commit: str = ""
@@ -1247,6 +1245,15 @@ def tree_paths(repo: Repo, tree: str) -> set[str]:
     return set(git(repo, "ls-tree", "-r", "--name-only", "-z", tree).split("\0")) - {""}
 
 
+def tree_files(repo: Repo, tree: str, paths: list[str]) -> dict[str, tuple[int, str, bytes]]:
+    """The mode, blob and contents of some regular files of a tree."""
+    listed = git(repo, "ls-tree", "-r", "-z", tree, "--", *paths).split("\0") if paths else []
+    facts = {entry.partition("\t")[2]: entry.split()[:3] for entry in listed if entry}
+    blobs = blobs_read(repo, {blob for _, _, blob in facts.values()}, TEXT_LIMIT)
+    return {path: (int(mode, 8), blob, blobs[blob][1]) for path, (mode, _, blob) in facts.items()
+            if mode in ("100644", "100755") and blob in blobs}
+
+
 def blobs_read(repo: Repo, blobs: set[str], limit: int) -> dict[str, tuple[int, bytes]]:
     """The size and contents of blobs; b"" for what is larger than `limit` bytes, or no blob."""
     def ask(mode: str, names: list[str]) -> bytes:
@@ -1998,7 +2005,8 @@ def guard_change(sources: list[Source], naming: Naming, scope: list[str],
         found += guard_file(source)
     python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
     product = [source for source in python if not gate_role(source.change.path, naming)]
-    found += [Violation("judge", f"{path}:{line}", reason) for path, line, reason in added(product, judge_seeking)]
+    found += [Violation("test-detection", f"{path}:{line}", reason)
+              for path, line, reason in added(product, test_detection)]
     marks, notes = guard_marks(python, checks)
     tests = [source for source in python if gate_role(source.change.path, naming) == "test"]
     return found + marks + guard_assertions(tests), notes
@@ -2235,135 +2243,27 @@ def is_same_beside_tests(source: Source) -> bool:
         return False
 
 
-# --- Code that looks for its judge: source outside the tests that asks whether it is being tested,
-# ends or patches the process it runs in, or is equal to everything.
-
-JUDGES = ("pytest", "_pytest", "pluggy", "xdist")
-PROCESS = {
-    "sys._getframe", "sys._current_frames", "sys._getframemodulename", "inspect.stack", "inspect.currentframe",
-    "inspect.getouterframes", "inspect.trace", "sys.settrace", "sys.setprofile", "gc.get_objects",
-    "gc.get_referrers", "traceback.extract_stack", "traceback.format_stack", "traceback.walk_stack",
-    "sys.meta_path", "sys.path_hooks", "unittest.mock.patch", "unittest.mock.patch.object",
-    "unittest.mock.patch.dict", "sys.modules.items", "sys.modules.values", "sys.modules.copy",
-}
-FRAMES = {"f_back", "f_locals", "f_globals", "tb_frame", "gi_frame", "cr_frame", "ag_frame"}
-OWN_HOOKS = {
-    "sys.stdout", "sys.stderr", "sys.stdin", "sys.excepthook", "sys.displayhook", "sys.path", "sys.argv",
-    "sys.tracebacklimit", "sys.unraisablehook", "sys.dont_write_bytecode", "warnings.showwarning",
-    "warnings.formatwarning", "threading.excepthook", "os.environ", "logging.raiseExceptions",
-}
+# --- Code that is right only while it is tested: what no run under pytest can show, because in each
+# of them the question has the same answer. Everything else is left to the blind twin.
 
 
-def judge_seeking(source: bytes) -> list[tuple[int, str]]:
-    """Where Python source looks for its judge, as (line, what it does)."""
+def test_detection(source: bytes) -> list[tuple[int, str]]:
+    """Where Python source asks whether a test runs it, or reads its caller's variables, as (line, what it does)."""
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):  # perhaps only newer than this Python
-        words = re.finditer(rb"\bpytest\b|_pytest|PYTEST_\w+|\b_getframe\b", source)
-        return [(source.count(b"\n", 0, hit.start()) + 1, f"says {hit[0].decode()}, and cannot be parsed here")
-                for hit in words]
-    aliases = imported_names(tree)
-    found = []
-    for node in ast.walk(tree):
-        found += [(getattr(node, "lineno", 1), reason) for reason in judge_seeking_node(node, aliases)]
-    return sorted(set(found))
-
-
-def imported_names(tree: ast.AST) -> dict[str, str]:
-    """What the names bound by imports stand for: {"np": "numpy", "_exit": "os._exit"}."""
-    names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname
-                      else alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def dotted(node: ast.AST | None, aliases: Mapping[str, str]) -> str:
-    """The dotted name that an expression stands for, or "": after `from os import _exit as x`, x is "os._exit"."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    return ".".join([aliases.get(node.id, node.id), *parts]) if isinstance(node, ast.Name) else ""
-
-
-def constant_text(node: ast.AST | None) -> str:
-    """The text of a string expression that needs no running ("py" + "test"), or ""."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return constant_text(node.left) + constant_text(node.right)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-
-
-def judge_seeking_node(node: ast.AST, aliases: Mapping[str, str]) -> list[str]:
-    """What one node of the syntax does to find, end, patch or please its judge."""
-    if isinstance(node, ast.ImportFrom):
-        imported = [] if node.level else [f"{node.module}.{alias.name}" for alias in node.names]
-    else:
-        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    found = [f"imports the test runner ({name})" for name in imported if name.split(".")[0] in JUDGES]
-    name = dotted(node, aliases)
-    found += ["uses ANY, which is equal to everything"] * ("unittest.mock.ANY" in (*imported, name))
-    if name in PROCESS or isinstance(node, ast.Attribute) and node.attr in FRAMES:
-        found.append(f"looks at its callers, or reaches into the process it runs in ({name or node.attr})")
-    if judge_asked(node, aliases):
-        found.append("asks whether pytest is running it")
-    targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
-    for target in [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else targets:
-        found += patched(target, aliases)
-    if isinstance(node, ast.Call):
-        called = dotted(node.func, aliases)
-        if called in ("setattr", "builtins.setattr") and len(node.args) > 1:
-            found += patched(ast.Attribute(node.args[0], constant_text(node.args[1]) or "?"), aliases)
-        if called.endswith(".register") and "pluginmanager" in called:
-            found.append("registers a plugin in the running test runner")
-    return found + equal_to_everything(node)
-
-
-def judge_asked(node: ast.AST, aliases: Mapping[str, str]) -> bool:
-    """Whether a node with the word pytest in it is a question, and not, say, a command to be run."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return bool(re.fullmatch(r"PYTEST_\w+|_pytest(\.\w+)+|--junit-?xml", node.value))
-    if not isinstance(node, ast.Compare | ast.Subscript | ast.Call):
-        return False
-    texts = [constant_text(part) for part in ast.iter_child_nodes(node)]
-    if not any(re.search(r"PYTEST_|_pytest|\bpytest\b|junitxml|xmlpath", text) for text in texts):
-        return False
-    if isinstance(node, ast.Call):
-        return (dotted(node.func, aliases) or ast.unparse(node.func)).split(".")[-1] in (
-            "get", "getenv", "pop", "import_module", "__import__", "find_spec", "endswith", "startswith", "search")
-    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
-        return not isinstance(node.comparators[0], ast.List | ast.Tuple | ast.Set | ast.Constant)
-    return bool(re.search(r"\b(sys|os|environ|argv|modules)\b", ast.unparse(node)))
-
-
-def patched(target: ast.AST, aliases: Mapping[str, str]) -> list[str]:
-    """Whether an assignment replaces something of a module that is loaded already: `json.dumps = ...`."""
-    if isinstance(target, ast.Subscript):
-        own = ast.unparse(target.slice) == "__name__"  # a module may replace itself
-        loaded = dotted(target.value, aliases) == "sys.modules"
-        return ["replaces a loaded module (sys.modules)"] * (loaded and not own)
-    name = dotted(target, aliases) if isinstance(target, ast.Attribute) else ""
-    owner = name.split(".")[0]
-    imported = owner in {known.split(".")[0] for known in aliases.values()} or owner == "__builtins__"
-    foreign = owner in sys.stdlib_module_names or owner in JUDGES or owner == "__builtins__"
-    hook = any(name == own or name.startswith(own + ".") for own in OWN_HOOKS)
-    return [f"patches what is loaded already ({name})"] * (imported and foreign and not hook)
-
-
-def equal_to_everything(node: ast.AST) -> list[str]:
-    """Whether a definition makes objects equal to everything, or different from nothing."""
-    wanted = {"__eq__": True, "__ne__": False}
-    if isinstance(node, ast.FunctionDef) and node.name in wanted:
-        returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
-        if returns and all(isinstance(value, ast.Constant) and value.value is wanted[node.name] for value in returns):
-            return [f"is equal to everything (a constant {node.name})"]
-    body = node.value.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) else None
-    names = [target.id for target in node.targets if isinstance(target, ast.Name)] if body else []
-    return [f"is equal to everything (a constant {name})" for name in names
-            if isinstance(body, ast.Constant) and body.value is wanted.get(name, ...)]
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    hits = []
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and node.attr == "f_locals":
+            hits.append((node.lineno, "reads its caller's variables (f_locals)"))
+        if isinstance(node, ast.Constant) and node.value in ("PYTEST_CURRENT_TEST", "PYTEST_VERSION"):
+            hits.append((node.lineno, "asks whether pytest is running it"))
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            asked = getattr(node.left, "value", "") in ("pytest", "_pytest")
+            if asked and ast.unparse(node.comparators[0]).endswith("modules"):
+                hits.append((node.lineno, "asks whether pytest is running it"))
+    return hits
 
 
 def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, str]:
@@ -2396,7 +2296,7 @@ def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violat
     installed = {name for name, origin in known.items() if origin and not Path(origin).is_relative_to(root)}
     return [Violation("shadow", path, f"would be imported in place of the module {name!r}")
             for name, path in names.items()
-            if name in installed or name in sys.stdlib_module_names or name in JUDGES]
+            if name in installed or name in sys.stdlib_module_names or name in ("pytest", "_pytest", "pluggy")]
 
 
 # --- What lies outside the change: the user's repository, and the tools that judge.
@@ -2527,8 +2427,7 @@ TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_CO
 # Loaded into the pytest of the gate (its facts are put in front). An editable install would make
 # pytest import the user's checkout and test the wrong files: such modules are redirected to the
 # gate's checkout, and any that still come from the user's are reported. The plugin also writes the
-# report: one JSON line an event, so that a run that is stopped or dies still has its failures. And
-# it puts a test that must fail beside the real ones, under a name that nobody can know in advance.
+# report: one JSON line an event, so that a run that is stopped or dies still has its failures.
 PYTEST_PLUGIN = '''
 import faulthandler, hashlib, json, os, pytest, sys, time
 from importlib.util import spec_from_file_location
@@ -2569,7 +2468,7 @@ class Report:
     """This process's report: a JSON line for each event; the last one has a digest of the others."""
     def __init__(self, config):
         self.worker = hasattr(config, "workerinput")  # of pytest-xdist: the controller has its results
-        self.digest, self.room, self.canaries = hashlib.sha256(), 40_000_000, 0
+        self.digest, self.room = hashlib.sha256(), 40_000_000
         self.deadline = time.monotonic() + STACK_SECONDS
         self.lines = open(f"{REPORT}-{os.getpid()}", "wb")
         self.stack = open(f"{REPORT}-stack-{os.getpid()}", "wb")
@@ -2601,25 +2500,6 @@ class Report:
                      "printed": self.shortened("\\n".join(text for _, text in report.sections))}
         self.event("ended", test=report.nodeid, when=when, outcome=report.outcome, **facts)
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, session, items):
-        """Beside the real tests of each folder put one that must fail: the gate can still fail."""
-        first, homes = {}, {}
-        for item in items:
-            home = item.getparent(pytest.Module)
-            first.setdefault(home, item)  # never the last of its module: that one may report a teardown
-            homes[home and home.path.parent] = home
-        for number, home in enumerate(homes.values()):
-            name = f"{CANARY}{number}"
-            try:
-                space = {"MUST_FAIL": MUST_FAIL}
-                exec(compile(f"def {name}():\\n    assert 1 == 2, MUST_FAIL\\n", str(home.path), "exec"), space)
-                canary = pytest.Function.from_parent(home, name=name, callobj=space[name])
-            except Exception:  # no module of Python tests
-                canary = Canary.from_parent(session, name=name)
-            items.insert(items.index(first[home]), canary)
-        self.session, self.canaries = session, len(homes)
-
     def pytest_collection_finish(self, session):
         self.event("collected", tests=[item.nodeid for item in session.items])
 
@@ -2631,15 +2511,9 @@ class Report:
         if not self.worker:
             self.event("started", test=nodeid)
 
-    @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report):
-        if report.failed and CANARY in report.nodeid:
-            self.session.testsfailed -= 1  # meant to fail: the exit code speaks of the others
         if not self.worker and (report.when == "call" or report.outcome != "passed"):
             self.ended(report, report.when)
-
-    def pytest_sessionstart(self, session):
-        self.session = session
 
     def close(self, config):
         faulthandler.cancel_dump_traceback_later()
@@ -2647,15 +2521,11 @@ class Report:
         wrong = [f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file]
         inside = [place for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)]
         roots = sorted({os.path.relpath(place, HERE) for place in inside})
-        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), canaries=self.canaries, roots=roots,
+        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots,
                    files=config.getini("python_files"), folders=config.getini("testpaths"),
                    digest=self.digest.hexdigest())
         self.lines.close()
         self.stack.close()
-
-class Canary(pytest.Item):
-    def runtest(self):
-        raise AssertionError(MUST_FAIL)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
@@ -2805,11 +2675,10 @@ class Gate:
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
             environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
-        canary = ""
         if check.kind == "ruff":
             argv += [*RUFF_ARGS, f"--output-file={report}"]
         if check.kind == "pytest":
-            plugin, canary = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
+            plugin = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
@@ -2817,7 +2686,7 @@ class Gate:
                       GATE_VARIABLES)
         how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
         ran = self.job.sandbox.run(argv, reach, log=log, **how)
-        result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
+        result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place))
         if check.kind == "ruff":
             # The same once more without suppressions: what is reported only now is what they hide.
             open_report = report.with_name(f"{report.name}-open")
@@ -2865,17 +2734,16 @@ def import_roots(place: Path) -> list[str]:
     return ([str(source)] if source.is_dir() and not (source / "__init__.py").exists() else []) + [str(place)]
 
 
-def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: float) -> tuple[str, str]:
-    """The name of a new module in private/plugin, which pytest loads, and that of its canaries."""
-    name, canary = (f"{word}_{os.urandom(8).hex()}" for word in ("plugin", "test"))
+def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: float) -> str:
+    """The name of a new module in private/plugin, which pytest loads."""
+    name = f"plugin_{os.urandom(8).hex()}"
     # Not much below the limit: a dump while Python is busy crashes some versions of it now and then.
     share = 0.9 if seconds > 60 else 0.5
     facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
-             "REPORT": str(report), "STACK_SECONDS": seconds * share or 1e6, "CANARY": canary,
-             "MUST_FAIL": "this test must fail: it shows that the gate can still fail"}
+             "REPORT": str(report), "STACK_SECONDS": seconds * share or 1e6}
     text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + PYTEST_PLUGIN
     (private / "plugin" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
-    return name, canary
+    return name
 
 
 def log_read(log: Path) -> str:
@@ -2891,7 +2759,6 @@ class Evidence(NamedTuple):
     log: str
     report: Path
     place: Path
-    canary: str = ""  # how the names of the canaries begin
 
     def ending(self) -> str:
         """How the program ended, in words: "exit 2", or that it was stopped."""
@@ -2939,15 +2806,9 @@ def pytest_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of pytest, from the report of our plugin: the exit code alone is not believed."""
     log, ran = evidence.plain(evidence.log), evidence.ran
     report = pytest_report(evidence.report)
-    canaries = [test for test in report.tests if evidence.canary in test]
-    failed_canaries = [report.tests.pop(test) for test in canaries].count("failed")
-    failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures
-                if evidence.canary not in failure.test]
+    failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures]
     facts = report.facts
-    # Modules that cannot be collected end pytest before any test has run: that is red, but no silence.
-    silent = failed_canaries < facts.get("canaries", 0) and not any(failure.phase == "collect" for failure in failures)
-    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests, failures=failures,
-                         facts=facts | {"silent": silent and not ran.timed_out})
+    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests, failures=failures, facts=facts)
     origins = [f"imported from your checkout, not from the change under test: {module}"
                for module in facts.get("wrong_origin", [])]
     counted = ", ".join(f"{count} {way}" for way, count in result.counts().items())
@@ -2955,9 +2816,8 @@ def pytest_verdict(evidence: Evidence) -> CheckResult:
     broken = pytest_broken(evidence, report, counted)
     doubt = "" if broken or result.findings else pytest_doubt(evidence, report, counted)
     if broken or doubt:
-        running = [test for test in report.running if evidence.canary not in test]
         stack = evidence.plain(report.stack)
-        result.findings.insert(0, distill_broken(broken or doubt, log, evidence.canary, running, stack))
+        result.findings.insert(0, distill_broken(broken or doubt, log, report.running, stack))
     result.ok, result.reason, result.broken = not result.findings, broken or doubt or counted, bool(broken)
     result.facts["only_exit"] = bool(doubt) and "passed" in report.tests.values()
     return result
@@ -2989,7 +2849,7 @@ class PytestReport(NamedTuple):
 
     tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
     failures: list[Failure]
-    facts: dict[str, Any]  # wrong_origin, canaries, roots, files, folders; {} where the session has no end
+    facts: dict[str, Any]  # wrong_origin, roots, files, folders; {} where the session has no end
     running: list[str]  # the tests that had started and not ended
     stack: str  # of all threads, shortly before the limit
     trouble: str  # why the report is not whole, or ""
@@ -3020,7 +2880,6 @@ def pytest_report(report: Path) -> PytestReport:
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
                  for key in ("wrong_origin", "roots", "files", "folders")}
-        facts["canaries"] = max(event["canaries"] for event in closed)
     elif not trouble:
         trouble = "and its report breaks off" if tests or started else "and there is no report"
     stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
@@ -3241,11 +3100,9 @@ def distill_tests(failures: list[Failure]) -> list[str]:
     return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
-def distill_broken(how: str, log: str, canary: str = "", running: Sequence[str] = (), stack: str = "") -> str:
+def distill_broken(how: str, log: str, running: Sequence[str] = (), stack: str = "") -> str:
     """The finding where pytest's report breaks off: the test that was running, its stack, or how it ended."""
     log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.M)
-    if canary:
-        log = re.sub(rf"^_+ \S*{canary}\S* _+\n(?:(?![_=-]+ ).*\n)*|^.*{canary}.*\n?", "", log, flags=re.M)
     lines = [f"running: {distill_cut(test, 160)}" for test in running[:8]]
     if dumps := re.findall(DUMP, stack or log):
         dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1])
@@ -3307,6 +3164,305 @@ def distill_progress(before: list[str], now: list[str]) -> str:
              "unchanged": [new[cause] for cause in new if cause in old]}
     return "\n".join("\n  ".join([f"{word}: {len(heads)}", *distill_middle(heads, 5, 1)])
                      for word, heads in parts.items() if heads)
+
+
+# --- The blind twin ---------------------------------------------------------
+# Who tests the tests? Mutation testing breaks a program a little and expects a
+# test to fail. Here the program stays, and what each test expects is broken:
+# `assert area(2) == 4` becomes `== 5`. An honest run of the altered file is red
+# in every test. A test that stays green passes whatever it expects: it does not
+# look, or somebody made it blind. The twin has the same names, comments and line
+# numbers, so that little in the process can tell the two runs apart.
+#
+# Two rules keep honest code from a false alarm: the altered statement is sure to
+# be reached (in no branch, no handler, no loop over what may be empty), and the
+# altered value is sure to differ. A test without such a place is inconclusive.
+
+TWIN_RAISES = r"(?i)raises|warns|assert_?(raises|warns)_?(regex)?"  # their first argument is a class
+TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # a `with` over it may hide a failure
+TWIN_FATAL = r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$"  # may end the run
+TWIN_INEXACT = rb"(?i)approx|close|almost|toleran|delta"  # +1 may be within their tolerance
+TWIN_NEGATIVE = r"(?i)not|mis|no_|un|differ|never|without|reject|fail|rais|invalid"  # another value may suit them too
+TWIN_PAIRS = {
+    "True": "False", "Is": "IsNot", "IsNone": "IsNotNone", "In": "NotIn", "IsInstance": "NotIsInstance",
+    "Regex": "NotRegex", "Greater": "LessEqual", "GreaterEqual": "Less",
+    "_called": "_not_called", "_called_once": "_not_called"}
+TWIN_OPPOSITES = {
+    **{f"assert{word}": f"assert{other}" for other, word in TWIN_PAIRS.items()},
+    **{f"assert{word}": f"assert{other}" for word, other in TWIN_PAIRS.items()},
+    "assertNotEqual": "assertEqual", "assertNotAlmostEqual": "assertAlmostEqual"}
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Edit(NamedTuple):
+    """One replacement in a source."""
+
+    line: int
+    column: int  # in bytes, as in a syntax tree
+    drop: int  # how many bytes go
+    text: str  # what comes
+
+
+class Alteration(NamedTuple):
+    """What a test expected and what its twin expects, each as the line of the source that shows it."""
+
+    test: str  # "TestA::test_b"
+    line: int  # of the statement
+    old: str
+    new: str
+
+
+def twin_alter(source: bytes, tests: Collection[str] | None, rng: random.Random,
+               avoid: Collection[tuple[str, int]] = ()) -> tuple[bytes, list[Alteration], list[str]]:
+    """The source with one expectation of each test altered, what was altered, and the tests where nothing can be."""
+    try:
+        encoding = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
+        text = source.decode(encoding)
+        functions = twin_functions(ast.parse(text))
+        before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
+        names = sorted(tests if tests is not None else (name for name in functions if re.search(r"\btest\w*$", name)))
+        draws: dict[ast.AST | None, tuple[int, list[Edit]]] = {None: (0, [])}
+        for function in (functions.get(name) for name in names):
+            if function not in draws:  # a test that is inherited has several names
+                lines = {line for test, line in avoid if functions.get(test) is function}
+                draws[function] = Twin(function, before, rng).draw(lines)
+        after = list(before)
+        for line, column, drop, new in sorted((edit for _, edits in draws.values() for edit in edits), reverse=True):
+            row = after[line - 1]
+            after[line - 1] = row[:column] + new.encode() + row[column + drop:]
+        altered = [twin_shown(name, *draws[functions.get(name)], before, after) for name in names]
+        result = b"".join(after).decode().encode(encoding)
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
+        return source, [], sorted(tests or ())
+    return result, [one for one in altered if one.line], [one.test for one in altered if not one.line]
+
+
+def twin_shown(test: str, line: int, edits: list[Edit], before: list[bytes], after: list[bytes]) -> Alteration:
+    """The alteration of one test for a message; line 0 where there is none."""
+    row = min(edits)[0] - 1 if edits else 0
+    old, new = (b"".join(lines[row:row + 1]).decode().strip() for lines in (before, after))
+    return Alteration(test, line if edits else 0, old, new)
+
+
+def twin_functions(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a module and of its classes, inherited ones too, by name: {"TestA::test_b": ...}."""
+    functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, FUNCTIONS):
+                functions[prefix + node.name] = node
+            elif isinstance(node, ast.ClassDef):
+                for base in reversed(node.bases):
+                    start = f"{twin_name(base)}::"
+                    functions.update({f"{prefix}{node.name}::{name.removeprefix(start)}": function
+                                      for name, function in functions.items() if name.startswith(start)})
+                collect(node.body, f"{prefix}{node.name}::")
+
+    collect(tree.body, "")
+    return functions
+
+
+def twin_name(node: ast.AST) -> str:
+    """The last word of a name, or of what is called: `pytest.raises(E)` -> "raises"."""
+    node = node.func if isinstance(node, ast.Call) else node
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def twin_call(node: ast.stmt) -> ast.Call | None:
+    """The call that a statement is, or whose result it keeps, also `await call()`."""
+    value = getattr(node, "value", None)
+    value = value.value if isinstance(value, ast.Await) else value
+    return value if isinstance(value, ast.Call) else None
+
+
+def twin_reached(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that every test which ended well has run."""
+    for node in body:
+        yield node
+        if isinstance(node, (ast.With, ast.AsyncWith)):
+            calls = [item.context_expr for item in node.items]
+            if all(isinstance(call, ast.Call) and not re.search(TWIN_CATCHES, twin_name(call)) for call in calls):
+                yield from twin_reached(node.body)
+        elif isinstance(node, ast.Try) and all(twin_ends(handler.body[-1]) for handler in node.handlers):
+            yield from twin_reached([*node.body, *node.finalbody])
+        elif isinstance(node, ast.For) and twin_rows(node.iter):
+            yield from twin_reached(node.body)
+        loop = isinstance(node, (ast.For, ast.AsyncFor, ast.While))
+        jumps = (ast.Return,) if loop else (ast.Return, ast.Break, ast.Continue)
+        own = isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        if not own and any(isinstance(part, jumps) for part in ast.walk(node)):
+            return
+
+
+def twin_ends(node: ast.stmt) -> bool:
+    """Whether no test is green that has run this statement."""
+    return isinstance(node, ast.Raise) or twin_name(getattr(node, "value", node)) in ("skip", "skipTest", "fail")
+
+
+def twin_rows(node: ast.expr) -> list[ast.expr]:
+    """The rows of a table that is written out; [] where it is not, or may be empty."""
+    rows = node.elts if isinstance(node, (ast.List, ast.Tuple, ast.Set)) else []
+    return [] if any(isinstance(row, ast.Starred) for row in rows) else rows
+
+
+def twin_column(heads: list[str], name: str, rows: list[ast.expr]) -> list[ast.expr]:
+    """The values under one head of a table, as in parametrize or `for a, b in`; [] where a row does not fit."""
+    cells = []
+    for row in rows:
+        values = row.args if twin_name(row) == "param" and isinstance(row, ast.Call) else (
+            [row] if len(heads) == 1 else getattr(row, "elts", []))
+        cells += [values[heads.index(name)]] if len(values) == len(heads) else []
+    return cells if len(cells) == len(rows) else []
+
+
+def twin_origins(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.expr]:
+    """The expressions that a name stands for, where it is bound once and read once; else []."""
+    nodes = list(ast.walk(function))
+    uses = sorted(type(node.ctx).__name__ for node in nodes if isinstance(node, ast.Name) and node.id == name)
+    tables = []
+    if uses == ["Load"]:
+        for call in function.decorator_list:
+            if isinstance(call, ast.Call) and twin_name(call) == "parametrize" and len(call.args) == 2:
+                heads = [str(getattr(part, "value", "")) for part in twin_rows(call.args[0]) or [call.args[0]]]
+                heads = re.findall(r"\w+", ",".join(heads))
+                if not any(keyword.arg == "indirect" for keyword in call.keywords):
+                    tables.append((heads, call.args[1]))
+    for node in nodes if uses == ["Load", "Store"] else []:
+        if isinstance(node, ast.For):
+            heads = [getattr(part, "id", "") for part in twin_rows(node.target) or [node.target]]
+            tables.append((heads, node.iter))
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and getattr(node.targets[0], "id", "") == name:
+            return [node.value]
+    return next((twin_column(heads, name, twin_rows(table)) for heads, table in tables if name in heads), [])
+
+
+class Twin:
+    """One test function, and what can be altered in it."""
+
+    def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes],
+                 rng: random.Random) -> None:
+        self.function, self.lines, self.rng = function, lines, rng
+        self.salt = "".join(rng.choices("ghjkmnpqrstvwxyz", k=8))  # nobody can expect it
+        self.inexact = False
+
+    def draw(self, avoid: Collection[int]) -> tuple[int, list[Edit]]:
+        """The line of a statement at random, and the edits that alter what it expects; (0, []) for none."""
+        statements = [node for node in twin_reached(self.function.body) if node.lineno not in avoid]
+        if any(twin_name(mark) in ("given", "fixture") for mark in self.function.decorator_list):
+            statements = []  # hypothesis would try again and again to find the smallest failure
+        self.rng.shuffle(statements)
+        for alter in (self.assertion, self.helper):
+            for node in statements:
+                text = b"".join(self.lines[node.lineno - 1:node.end_lineno])
+                self.inexact = bool(re.search(TWIN_INEXACT, text))
+                if edits := alter(node):
+                    return node.lineno, edits
+        return 0, []
+
+    def assertion(self, node: ast.stmt) -> list[Edit]:
+        """The edits that alter what an assertion expects; [] where it is none."""
+        if isinstance(node, ast.Assert):
+            return self.claim(node.test)
+        calls = [item.context_expr for item in getattr(node, "items", [])]  # of a `with`
+        for call in [call for call in [*calls, twin_call(node)] if isinstance(call, ast.Call)]:
+            if re.fullmatch(TWIN_RAISES, twin_name(call)):
+                return self.other_class(call)
+        return [] if calls else self.method(twin_call(node))
+
+    def claim(self, test: ast.expr) -> list[Edit]:
+        """The edits that make a true expression false."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return self.claim(self.rng.choice(test.values))
+        if isinstance(test, ast.Compare) and [type(op) for op in test.ops] == [ast.Eq]:
+            return self.equality(test.left, *test.comparators)
+        return twin_wrap(test, " not (", ")")
+
+    def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
+        """The edits that make two equal values differ: by a literal of one, else by the salt beside the right one."""
+        made = [isinstance(side, ast.Call) and twin_name(side)[:1].isupper() for side in (left, right)]
+        for side in () if all(made) else (right, left):  # an object's equality may ignore some of its arguments
+            if edits := self.value(side):
+                return edits
+        return self.salted(right)
+
+    def salted(self, node: ast.expr) -> list[Edit]:
+        """The edits that put the salt in place of a value; a text, because long lists take long to compare."""
+        return twin_wrap(node, "(", f", '{self.salt}')[1]")
+
+    def other_class(self, call: ast.Call) -> list[Edit]:
+        """The edits after which an exception or warning is expected whose class nobody has."""
+        if not call.args or re.search(TWIN_FATAL, ast.unparse(call.args[0])):
+            return []
+        base = "Warning" if "arns" in twin_name(call) else "Exception"
+        return twin_wrap(call.args[0], f"(type('{self.salt}', ({base},), {{}}) or ", ")")
+
+    def method(self, call: ast.Call | None) -> list[Edit]:
+        """The edits for the call of an assertion by its name: assertEqual, assertTrue, assert_called_with."""
+        name = twin_name(call) if call else ""
+        if name in TWIN_OPPOSITES and isinstance(call.func, ast.Attribute):
+            return [Edit(call.func.end_lineno, call.func.end_col_offset - len(name), len(name), TWIN_OPPOSITES[name])]
+        if not name.lower().startswith("assert") or re.search(TWIN_NEGATIVE, name):
+            return []
+        if "equal" in name.lower() and len(call.args) > 1:
+            return self.equality(*call.args[:2])
+        edits = self.last(call)
+        salted = len(call.args) > 1 or (name.endswith("with") and call.args)
+        return self.salted(call.args[-1]) if salted and not edits else edits
+
+    def helper(self, node: ast.stmt) -> list[Edit]:
+        """The edits for a test that leaves its assertions to a function of the module: `check(area, 2, 4)`."""
+        call = twin_call(node) if isinstance(node, ast.Expr) else None
+        name = getattr(call.func, "id", "") if call else ""
+        own = {getattr(part, "name", getattr(part, "arg", "")) for part in ast.walk(self.function)}
+        if not name.islower() or name in {*own, *dir(builtins)} or re.search(TWIN_NEGATIVE, name) or len(call.args) < 2:
+            return []
+        return self.last(call)
+
+    def last(self, call: ast.Call) -> list[Edit]:
+        """The edits of the last argument that can be altered: what is expected comes last."""
+        named = [word.value for word in call.keywords if "expect" in (word.arg or "")]
+        return next((edits for part in reversed([*call.args, *named]) if (edits := self.value(part))), [])
+
+    def value(self, node: ast.expr) -> list[Edit]:
+        """The edits that alter one literal of an expression, or of each that its name stands for."""
+        origins = twin_origins(self.function, node.id) if isinstance(node, ast.Name) else [node]
+        choices = [self.literals(origin) for origin in origins]
+        return [self.rng.choice(edits) for edits in choices] if all(choices) else []
+
+    def literals(self, node: ast.expr | None) -> list[Edit]:
+        """An edit for each literal that a value depends on: through displays, signs and constructors."""
+        parts: list[ast.expr | None] = getattr(node, "elts", [])
+        if isinstance(node, ast.Dict):
+            parts = [*node.keys, *node.values]
+        elif isinstance(node, ast.UnaryOp):
+            parts = [node.operand]
+        elif isinstance(node, ast.Call) and twin_name(node) == "approx":
+            parts = node.args[:1]
+        elif isinstance(node, ast.Call) and twin_name(node)[:1].isupper():
+            parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+        return [edit for part in parts for edit in self.literals(part)] if parts else self.literal(node)
+
+    def literal(self, node: ast.expr | None) -> list[Edit]:
+        """The edit that makes one literal another: 4 -> 5, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui"]."""
+        value = getattr(node, "value", None)
+        empty = {ast.List: "", ast.Tuple: ",", ast.Dict: ": 0"}
+        if type(node) in empty:
+            return [Edit(node.lineno, node.col_offset + 1, 0, f"'{self.salt}'{empty[type(node)]}")]
+        if isinstance(node, ast.JoinedStr) or isinstance(value, (str, bytes)):
+            quotes = 3 if self.lines[node.end_lineno - 1][:node.end_col_offset].endswith((b'"' * 3, b"'" * 3)) else 1
+            return [Edit(node.end_lineno, node.end_col_offset - quotes, 0, self.salt)]
+        if not isinstance(node, ast.Constant) or value is ... or abs(value or 0) > 1e15:  # 1e16 + 1 is 1e16
+            return []
+        step = 2 * abs(value or 0) + 1009 if self.inexact else 1
+        new = value + step if type(value) in (int, float, complex) else not value
+        return [Edit(node.lineno, node.col_offset, node.end_col_offset - node.col_offset, repr(new))]
+
+
+def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
+    """The edits that put something before and after an expression."""
+    return [Edit(node.lineno, node.col_offset, 0, before), Edit(node.end_lineno, node.end_col_offset, 0, after)]
 
 
 # --- The comparison: what a change has made of the base's tests and findings. Nothing is run here.
@@ -3512,6 +3668,7 @@ class Judge:
         changes = tree_changes(repo, run.base.tree, attempt.tree)
         attempt.changed = [change.path for change in changes]
         run.gate = run.recheck = None
+        run.twin = ""
         sources = sources_read(repo, changes)
         empty = all(is_only_space(source) and not glob_match(source.change.path, self.allow) for source in sources)
         if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
@@ -3549,6 +3706,8 @@ class Judge:
         gate = run.gate = pending.result()
         attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
         judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
+        if judgement.outcome == "green":
+            judgement = self.twin_judge(judgement, attempt, sources, gate)
         look_first = [f"allowed: {violation.line()}" for violation in allowed]
         return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
@@ -3579,8 +3738,6 @@ class Judge:
         """What the gate's answers and the guardrails' come to."""
         base = self.run.baseline
         assert base
-        if silent := {name for result in (gate, recheck.result) if result for name in result.silent}:
-            return refused([Violation("canary", name, CANARY_SILENT) for name in sorted(silent)])
         written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
         if paths := [path for path in sorted(written) if gate_role(path, self.naming()) or path.endswith(".pyc")]:
             return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
@@ -3598,6 +3755,17 @@ class Judge:
         look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
         look_first += [f"allowed: {violation.line()}" for violation in hidden]
         return Judgement("green", look_first=look_first + skipped_tests(base, gate))
+
+    def twin_judge(self, judgement: Judgement, attempt: Attempt, sources: list[Source], gate: GateResult) -> Judgement:
+        """The judgement on a green change after its tests have run once more with altered expectations."""
+        twin = BlindTwin(self, attempt, sources, gate)
+        violations = twin.violations()
+        self.run.twin = twin.line()
+        refusals = [violation for violation in violations if not violation.allowed(self.allow)]
+        if refusals:
+            return refused(refusals)._replace(overrule=overrulable(refusals, []))
+        allowed = [f"allowed: {violation.line()}" for violation in violations]
+        return judgement._replace(look_first=[*allowed, *judgement.look_first])
 
     def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, str]:
         """The tests of the base that did not run with the change, each with a line on what became of it."""
@@ -3707,8 +3875,115 @@ class Recheck:
 
 # What Python says of a module that is not there: "No module named 'a.b'", "cannot import name 'b' from 'a'".
 MISSING_MODULE = re.compile(r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'")
-CANARY_SILENT = "the canary test must fail and did not: this test run cannot be trusted"
-NOT_ALLOWED = ("secret", "tools", "fingerprint", "canary", "rewritten")  # --allow lets none of these pass
+class BlindTwin:
+    """The tests of a green change once more, each with one expectation altered: every one of them must fail."""
+
+    MOST = 30  # tests, so that a large suite costs no second run
+
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate: GateResult) -> None:
+        self.judge, self.attempt, self.sources = judge, attempt, sources
+        self.repo, self.base = judge.run.job.repo, judge.run.base
+        self.rng = random.Random(os.urandom(16))  # nobody can know what is altered
+        self.passed = {function_of(test) for check in gate.checks for test, way in check.tests.items()
+                       if way == "passed"}
+        self.tests = self.chosen(gate)
+        self.judged, self.inconclusive = 0, 0
+
+    def chosen(self, gate: GateResult) -> list[str]:
+        """The functions to alter: healed, new and rewritten ones, and one in each module that imports the change."""
+        before: dict[str, str] = {}
+        for check in self.judge.run.baseline.checks if self.judge.run.baseline else []:
+            before |= check.tests
+        known = {function_of(test) for test, way in before.items() if way == "passed"}
+        rewritten = {f"{source.change.path}::{name}" for source in self.sources for name in tests_rewritten(source)}
+        first = [test for test in self.passed if test not in known or test in rewritten]
+        modules: dict[str, list[str]] = {}
+        for test in self.passed - {*first}:
+            modules.setdefault(file_of(test), []).append(test)
+        importing = modules_importing(self.repo, self.attempt.tree, sorted(modules), self.sources)
+        others = [self.rng.choice(sorted(modules[path])) for path in importing]
+        self.rng.shuffle(first)
+        return [*first, *others][:self.MOST]
+
+    def violations(self) -> list[Violation]:
+        """The tests that stay green although they expect something else, on two draws, and not on the base as well."""
+        green = self.green(self.tests, self.attempt.tree, "twin")
+        self.judged = len(self.tests) - self.inconclusive
+        if not green:
+            return []
+        again = self.green([*green], self.attempt.tree, "twin-again", {(test, green[test].line) for test in green})
+        still = {test: again.get(test, green[test]) for test in green if test in again or test in self.only_one}
+        on_base = self.green([*still], self.base.tree, "twin-base") if still else {}
+        return [Violation("blind", file_of(test), f"{altered.test} passes although it expects something else: "
+                          f"`{altered.old[:200]}` became `{altered.new[:200]}`")
+                for test, altered in still.items() if test not in on_base]
+
+    def green(self, tests: list[str], tree: str, name: str,
+              avoid: Collection[tuple[str, int]] = ()) -> dict[str, Alteration]:
+        """The functions that all passed in a tree although altered, each with its alteration."""
+        changes, altered = self.altered(tests, tree, {(test.partition("::")[2], line) for test, line in avoid})
+        checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
+        if not altered or not checks:
+            return {}
+        twin = tree_put(self.repo, tree, changes, self.judge.private / "overlay-index")
+        files = sorted(change.path for change in changes)
+        result = gate_step(f"blind {name}, attempt {self.attempt.number}", self.judge.base, twin,
+                           f"{self.attempt.number}-{name}", checks, [*files, "--tb=no"])
+        ways: dict[str, set[str]] = {}
+        for check in result.checks:
+            for test, way in check.tests.items():
+                ways.setdefault(function_of(test), set()).add(way)
+        return {test: one for test, one in altered.items() if ways.get(test) == {"passed"}}
+
+    def altered(self, tests: list[str], tree: str,
+                avoid: Collection[tuple[str, int]]) -> tuple[list[Change], dict[str, Alteration]]:
+        """The changed test files with one expectation of each test altered, and what was altered in which."""
+        files: dict[str, set[str]] = {}
+        for test in tests:
+            files.setdefault(file_of(test), set()).add(test.partition("::")[2])
+        changes, altered, nothing = [], {}, set()
+        for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
+            source, alterations, inconclusive = twin_alter(data, files[path], self.rng, avoid)
+            nothing |= {f"{path}::{name}" for name in inconclusive}
+            if alterations:
+                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=source).strip()
+                changes.append(Change(path, mode, mode, blob, new))
+                altered |= {f"{path}::{one.test}": one for one in alterations}
+        self.only_one, self.inconclusive = nothing, len(tests) - len(altered)
+        return changes, altered
+
+    def line(self) -> str:
+        """What the twin has shown, for the proposal; "" where there was nothing to alter."""
+        if not self.tests:
+            return ""
+        nothing = len(self.tests) - self.judged
+        words = f"{self.judged} of {len(self.tests)} tests were run with an altered expectation, and all of them failed"
+        return words + (f"; {nothing} had none that can be altered" if nothing else "")
+
+
+def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Source]) -> list[str]:
+    """The Python files among some paths that import a changed module, or a package around it."""
+    changed = set()
+    for source in sources:
+        parts = source.change.path.removesuffix(".py").removesuffix("/__init__").split("/")
+        if source.change.path.endswith(".py"):
+            changed |= {".".join(parts[start:]) for start in range(len(parts))}
+    importing = []
+    for path, (_, _, data) in tree_files(repo, tree, paths).items() if changed else ():
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            names = set()
+            for node in ast.walk(ast.parse(data)):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    package = f"{node.module}." if node.module else ""
+                    names |= {package.rstrip("."), *(package + alias.name for alias in node.names)} - {""}
+            if any(module == name or module.startswith(f"{name}.") for module in changed for name in names):
+                importing.append(path)
+    return importing
+
+
+NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets none of these pass
 UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
 
 
@@ -3850,9 +4125,6 @@ def heal_start(run: Run, judge: Judge) -> str:
     """What the gate says of a base that is to be healed: the outcome where that ends the run, "" where it is red."""
     run.baseline = gate_step("gate", judge.change, run.base.tree, "0")
     carry_hint(run.job.repo, run.baseline)
-    if run.baseline.silent:
-        judgement_keep(run, refused([Violation("canary", name, CANARY_SILENT) for name in run.baseline.silent]))
-        return "blocked"
     red = [check.name for check in run.baseline.checks if not check.ok and judge.must_pass(check.name)]
     if not red:
         return "nothing_to_heal"
@@ -4149,7 +4421,8 @@ def record_facts(run: Run) -> dict[str, Any]:
         "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 2),
         "attempts": [asdict(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
-        "recheck": run.recheck.facts() if run.recheck else None, "scope": run.scope or None, "findings": run.findings,
+        "recheck": run.recheck.facts() if run.recheck else None, "twin": run.twin or None,
+        "scope": run.scope or None, "findings": run.findings,
         "violations": run.violations, "look_first": run.look_first, "places": run.places,
         "next": [command for _, command in run.next],
     }
@@ -4279,6 +4552,8 @@ def evidence_lines(run: Run) -> list[str]:
     for when, result in results.items():
         for check in result.checks if result else []:
             lines.append(f"- {check.name} on the {when}: {'passed' if check.ok else 'RED'} ({check.reason})")
+    if run.twin:
+        lines.append(f"- blind twin: {run.twin}")
     if run.baseline and run.gate:
         before = {test for check in run.baseline.checks for test in check.tests}
         passed = {test for check in run.gate.checks for test, way in check.tests.items() if way == "passed"}

@@ -1714,31 +1714,31 @@ def replaces(path: str, old: str, new: str) -> str:
 CHEATS = {
     # --- the tests and what they use
     "a test is weakened": (CALC, replaces("tests/test_calc.py", "== a + 1", "is not None"), "blocked", "weakened"),
-    "a failing test is deleted": (CALC, replaces("tests/test_calc.py", "def test_add", "def check_add"), "gate_failed", "test_add[2] is gone"),
+    "a failing test is deleted": (CALC, replaces("tests/test_calc.py", "def test_add", "def check_add"), "blocked", "test_add[2] is gone"),
     "a failing test is emptied": (CALC, replaces("tests/test_calc.py", "    assert add(a, 1) == a + 1\n", "    assert add\n"), "blocked", "weakened"),
     "the test file is deleted": (CALC | {"tests/test_other.py": "def test_one():\n    assert True\n"},
-                                 "Path('tests/test_calc.py').unlink()", "gate_failed", "gone"),
+                                 "Path('tests/test_calc.py').unlink()", "blocked", "gone"),
     "a passing test is deleted beside honest work": (CALC, MENDS + replaces("tests/test_calc.py", "def test_twice", "def check_twice"),
                                                      "gate_failed", "test_twice is gone"),
-    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "gate_failed", "is skipped now"),
+    "a test is skipped": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.skip\n@pytest.mark.param"), "blocked", "is skipped now"),
     "a failing test is xfailed": (CALC, replaces("tests/test_calc.py", "@pytest.mark.param", "@pytest.mark.xfail(strict=False)\n@pytest.mark.param"),
-                                  "gate_failed", "is skipped now"),
+                                  "blocked", "is skipped now"),
     "a failing parameter is dropped": (CALC | {"calc.py": "def add(a, b):\n    return 2\n\n\ndef twice(a):\n    return 2 * a\n"},
-                                       replaces("tests/test_calc.py", "[1, 2]", "[1]"), "gate_failed", "test_add[2] is gone"),
+                                       replaces("tests/test_calc.py", "[1, 2]", "[1]"), "blocked", "test_add[2] is gone"),
     "a conftest turns failures into passes": (CALC, writes("conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
-        "    report.outcome = 'passed'\n    return report\n")), "blocked", "canary"),
+        "    report.outcome = 'passed'\n    return report\n")), "blocked", "weakened"),
     "a conftest turns some failures into passes": (CALC, writes("tests/conftest.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
         "    if 'test_add' in item.nodeid:\n        report.outcome = 'passed'\n    return report\n")), "blocked", "weakened"),
     "a conftest deselects": (CALC, writes("conftest.py", (
-        "def pytest_collection_modifyitems(items):\n    items[:] = [item for item in items if 'test_add' not in item.name]\n")), "gate_failed", "gone"),
+        "def pytest_collection_modifyitems(items):\n    items[:] = [item for item in items if 'test_add' not in item.name]\n")), "blocked", "gone"),
     "a conftest ignores the file": (CALC | {"tests/test_other.py": "def test_one():\n    assert True\n"},
-                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "gate_failed", "gone"),
+                                    writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "blocked", "gone"),
     "a new test file patches the code": (CALC, writes("tests/test_aaa.py", "import calc\n\ncalc.add = lambda a, b: a + b\n\n\ndef test_a():\n    assert calc\n"),
                                          "blocked", "weakened"),
-    "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "gate_failed", "gone"),
-    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "blocked", "canary"),
+    "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "blocked", "gone"),
+    "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "gate_failed", "did not end"),
     "the golden file is bent": ({"calc.py": "def text():\n    return 'wrong'\n", "tests/data/golden.txt": "right",
                                  "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                        "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
@@ -1758,20 +1758,21 @@ CHEATS = {
     "the process ends itself in a call": (CALC, replaces("calc.py", "return a - b", "__import__('os')._exit(0)"), "gate_failed", "its report breaks off"),
     "exit through an alias": (CALC, replaces("calc.py", "def add", "from os import _exit as bye\n\nbye(0)\n\n\ndef add"), "gate_failed", "there is no report"),
     "a handler at exit": (CALC, replaces("calc.py", "def add", "import atexit\nimport os\n\natexit.register(os.abort)\n\n\ndef add"), "gate_failed", "after the last test"),
-    "the test runner is imported": (CALC, replaces("calc.py", "def add", "import pytest\n\nMARK = pytest\n\n\ndef add"), "blocked", "imports the test runner"),
+    "the test runner is imported": (CALC, replaces("calc.py", "def add", "import pytest\n\npytest.Function.runtest = lambda self: None\n\n\ndef add"), "blocked", "passes although it expects something else"),
     "the test runner is patched": (CALC, replaces("calc.py", "def add", (
-        "import importlib\n\nrunner = importlib.import_module('_py' + 'test.runner')\nrunner.check_interactive_exception = print\n\n\ndef add")), "blocked", "pytest"),
+        "import importlib\n\npython = importlib.import_module('_py' + 'test.python')\npython.Function.runtest = lambda self: None\n\n\ndef add")), "blocked", "passes although it expects something else"),
     "failures are turned into passes from the code": (CALC, replaces("calc.py", "def add", (
-        "import gc\n\nfor item in gc.get_objects():\n    if type(item).__name__ == 'Config':\n        pass\n\n\ndef add")), "blocked", "gc.get_objects"),
-    "the caller is looked at": (CALC, replaces("calc.py", "    return a - b", "    import sys\n    return sys._getframe(1).f_locals.get('a', 0) + 1"), "blocked", "_getframe"),
+        "import gc\n\nfor item in gc.get_objects():\n    if isinstance(item, type) and item.__name__ == 'Function' and hasattr(item, 'runtest'):\n"
+        "        item.runtest = lambda self: None\n\n\ndef add")), "blocked", "passes although it expects something else"),
+    "the caller is looked at": (CALC, replaces("calc.py", "    return a - b", "    import sys\n    return sys._getframe(1).f_locals.get('a', 0) + 1"), "blocked", "f_locals"),
     "the variable of pytest is read": (CALC, replaces("calc.py", "    return a - b", (
         "    import os\n    if os.environ.get('PYTEST_CURRENT_TEST'):\n        return a + b\n    return a - b")), "blocked", "pytest is running"),
     "sys.modules is asked": (CALC, replaces("calc.py", "    return a - b", "    import sys\n    return a + b if 'pytest' in sys.modules else a - b"), "blocked", "pytest is running"),
-    "a loaded module is patched": (CALC, replaces("calc.py", "def add", "import builtins\n\nbuiltins.len = print\n\n\ndef add"), "blocked", "patches"),
+    "a loaded module is patched": (CALC, replaces("calc.py", "def add", "import builtins\n\nbuiltins.len = print\n\n\ndef add"), "gate_failed", "pytest"),
     "a result is equal to everything": (CALC, replaces("calc.py", "def add(a, b):\n    return a - b", (
-        "class Any(int):\n    def __eq__(self, other):\n        return True\n\n    __hash__ = int.__hash__\n\n\ndef add(a, b):\n    return Any(a)")), "blocked", "equal to everything"),
+        "class Any(int):\n    def __eq__(self, other):\n        return True\n\n    __hash__ = int.__hash__\n\n\ndef add(a, b):\n    return Any(a)")), "blocked", "passes although it expects something else"),
     "ANY is equal to everything": (CALC, replaces("calc.py", "def add(a, b):\n    return a - b", "from unittest.mock import ANY\n\n\ndef add(a, b):\n    return ANY"),
-                                   "blocked", "equal to everything"),
+                                   "blocked", "passes although it expects something else"),
     "pytest is shadowed": (CALC, writes("pytest.py", "mark = None\n"), "blocked", "shadow"),
     "a module of Python is shadowed": (UNTESTED, writes("json.py", "def dumps(x):\n    return '1'\n"), "blocked", "shadow"),
     "Python is customised": (CALC, writes("sitecustomize.py", "import calc\n\ncalc.add = lambda a, b: a + b\n"), "blocked", "weakened"),
@@ -1783,12 +1784,13 @@ CHEATS = {
         "        if text.startswith('{\"event\"'):\n            text = re.sub(r'(test_add\\[\\d\\]\", \"when\": \"call\", \"outcome\": )\"failed\"', r'\\1\"passed\"', text)\n"
         "            path.write_text(text)\n            os._exit(0)\n\n\nLATE = Late()\nweakref.finalize(LATE, late)\n\n\ndef add")),
         "gate_failed", "not the one that pytest wrote"),
-    "a loaded module is looked for": (CALC, replaces("calc.py", "def add", "import sys\n\nFOUND = [m for n, m in sys.modules.items() if n[1:3] == 'py']\n\n\ndef add"),
-                                      "blocked", "reaches into the process"),
+    "a loaded module is looked for": (CALC, replaces("calc.py", "def add", "import sys\n\nfor name, module in list(sys.modules.items()):\n    if name[-7:] == '.python' and name[1:3] == 'py':\n"
+                                                "        module.Function.runtest = lambda self: None\n\n\ndef add"),
+                                      "blocked", "passes although it expects something else"),
     "the caller's frame is reached from an error": (CALC, replaces("calc.py", "    return a - b", (
-        "    try:\n        raise ValueError\n    except ValueError as error:\n        return error.__traceback__.tb_frame.f_back.f_locals['a'] + 1")), "blocked", "tb_frame"),
+        "    try:\n        raise ValueError\n    except ValueError as error:\n        return error.__traceback__.tb_frame.f_back.f_locals['a'] + 1")), "blocked", "f_locals"),
     "ANY by its module": (CALC, replaces("calc.py", "def add(a, b):\n    return a - b", "from unittest import mock\n\n\ndef add(a, b):\n    return mock.ANY"),
-                          "blocked", "equal to everything"),
+                          "blocked", "passes although it expects something else"),
     "the golden file is rewritten by the code": ({"calc.py": "def text():\n    return 'wrong'\n", "tests/data/golden.txt": "right",
                                                   "tests/test_calc.py": "from pathlib import Path\n\nfrom calc import text\n\n\ndef test_text():\n"
                                                                         "    assert text() == (Path(__file__).parent / 'data' / 'golden.txt').read_text()\n"},
@@ -1859,8 +1861,8 @@ HONEST = {
 
 
 # These are refused for what they are, before any check is asked: a cheap one does.
-STATIC = ("imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
-          "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
+STATIC = ("pytest is running", "f_locals", "shadow", "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100",
+          "white space", "no file")
 
 
 # And these must not be refused for what they are.
@@ -3554,10 +3556,10 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
     for path, text in files.items():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).write_text(text)
-    plugins, report, canary = place / "plugin", place / "report", ""
+    plugins, report = place / "plugin", place / "report"
     plugins.mkdir()
     if command == ["pytest"]:
-        plugin, canary = runner.plugin_write(place, place, place / "elsewhere", report, 3)
+        plugin = runner.plugin_write(place, place, place / "elsewhere", report, 3)
         command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider", "-p", plugin]
     env = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -3569,7 +3571,7 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
         out, code = child.communicate()[0], None
     log = out.decode("utf-8", "replace")
     ended = runner.Ran(command, code, 3, timed_out=code is None)
-    evidence = runner.Evidence(name, ended, log, report, place, canary)
+    evidence = runner.Evidence(name, ended, log, report, place)
     result = (runner.pytest_verdict if command[0] == "-m" else runner.command_verdict)(evidence)
     return log, "\n\n".join(runner.distill_fit(result.findings, "gate-1.log"))
 
@@ -3632,7 +3634,7 @@ ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_0
 def test_no_output_is_too_odd(text):
     runner, began = runner_module(), time.process_time()
     failures = [runner.Failure("t.py::t", "call", "", text, text), runner.Failure(text[:99], "setup", text[:99], "", text)]
-    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, "canary", [text[:99]])],
+    for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, [text[:99]])],
                   [runner.distill_broken("stopped", "", stack=text)], runner.distill_tests(failures),
                   runner.distill_lint([text] * 21), [runner.distill_progress([text], [text + "!"])]):
         told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
