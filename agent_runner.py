@@ -1929,12 +1929,14 @@ COMPILED_MAGIC = (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe")  # ELF, PE, Mach
 COMPILED = r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)"
 
 
-class Naming(NamedTuple):
-    """How the base tells tests from other files, as its own pytest said."""
+class GateFiles(NamedTuple):
+    """Which files decide what the gate reports: what the base's own run was seen to use, else names that are usual."""
 
-    files: tuple[str, ...] = ("test_*.py", "*_test.py")
-    folders: tuple[str, ...] = ()
-    scripts: tuple[str, ...] = ()  # what the checks start
+    files: tuple[str, ...] = ("test_*.py", "*_test.py")  # pytest's python_files
+    folders: tuple[str, ...] = ()  # pytest's testpaths
+    named: frozenset[str] = frozenset()  # what checks and configuration name
+    used: frozenset[str] = frozenset()  # what the tests were seen to use
+    by_name: bool = True  # whether names count as well: where a check cannot be observed
 
 
 class Violation(NamedTuple):
@@ -1979,14 +1981,16 @@ def glob_match(path: str, globs: Iterable[str]) -> bool:
     return any(glob_pattern(glob).fullmatch(path) for glob in globs)
 
 
-def gate_role(path: str, naming: Naming) -> str:
+def gate_role(path: str, gate_files: GateFiles) -> str:
     """What a path is to the gate: "test" (also what tests use), "configuration", or "" for neither."""
     *folders, name = path.split("/")
-    if re.fullmatch(CONFIGURATION, name) or path in naming.scripts:
+    if re.fullmatch(CONFIGURATION, name) or path in gate_files.named:
         return "configuration"
-    in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, naming.folders)
-    named = any(fnmatchcase(name, glob) for glob in ("conftest.py", *naming.files, *TEST_FILES))
-    return "test" if in_tests or named else ""
+    if path in gate_files.used or name == "conftest.py":
+        return "test"
+    in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, gate_files.folders)
+    named = any(fnmatchcase(name, glob) for glob in (*gate_files.files, *TEST_FILES))
+    return "test" if gate_files.by_name and (in_tests or named) else ""
 
 
 def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
@@ -1996,7 +2000,7 @@ def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
     return [Source(c, *blobs.get(c.new_blob, absent), blobs.get(c.old_blob, absent)[1]) for c in changes]
 
 
-def guard_change(sources: list[Source], naming: Naming, scope: list[str],
+def guard_change(sources: list[Source], gate_files: GateFiles, scope: list[str],
                  checks: list[Check]) -> tuple[list[Violation], list[str]]:
     """What stands against a change, and what a reviewer should know of it."""
     found = [Violation("scope", source.change.path, "is outside the scope of this task") for source in sources
@@ -2004,11 +2008,11 @@ def guard_change(sources: list[Source], naming: Naming, scope: list[str],
     for source in sources:
         found += guard_file(source)
     python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
-    product = [source for source in python if not gate_role(source.change.path, naming)]
+    product = [source for source in python if not gate_role(source.change.path, gate_files)]
     found += [Violation("test-detection", f"{path}:{line}", reason)
               for path, line, reason in added(product, test_detection)]
     marks, notes = guard_marks(python, checks)
-    tests = [source for source in python if gate_role(source.change.path, naming) == "test"]
+    tests = [source for source in python if gate_role(source.change.path, gate_files) == "test"]
     return found + marks + guard_assertions(tests), notes
 
 
@@ -2464,6 +2468,56 @@ SPARED += [os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, 
 sys.path[:] = [moved(place) for place in sys.path]
 sys.meta_path.insert(0, Moved)
 
+XUNIT = [f"{when}{what}" for when in ("setup_", "teardown_") for what in ("module", "function", "class", "method")]
+XUNIT += ["setUpModule", "tearDownModule"]
+
+class Used:
+    """What the tests use: the files of the checkout that decide what a test says."""
+    def __init__(self):
+        self.files, self.opened = set(), {}
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, args):
+        if event != "open" or not isinstance(args[0], str) or args[0].endswith((".py", ".pyc")):
+            return
+        path, frame = os.path.abspath(args[0]), sys._getframe(1)
+        if not path.startswith(HERE + os.sep) or isinstance(args[1], str) and not {"r", "+"} & set(args[1]):
+            return
+        while frame and not frame.f_code.co_filename.startswith(HERE + os.sep):
+            frame = frame.f_back
+        if frame:
+            self.opened.setdefault(path, set()).add(frame.f_code.co_filename)
+
+    def add(self, thing):
+        """The file of a path, a module, or a function."""
+        code = getattr(thing, "__code__", None) or getattr(getattr(thing, "__wrapped__", None), "__code__", None)
+        path = getattr(code, "co_filename", None) or getattr(thing, "__file__", None) or thing
+        if isinstance(path, (str, os.PathLike)):
+            self.files |= {os.path.abspath(path), os.path.realpath(path)}
+
+    def item(self, item):
+        self.add(item.path)
+        for cls in getattr(getattr(item, "cls", None), "__mro__", ()):
+            self.add(sys.modules.get(cls.__module__))
+        for fixtures in getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {}).values():
+            for fixture in fixtures:
+                self.add(fixture.func)
+        for name in XUNIT:
+            self.add(getattr(getattr(item, "module", None), name, None))
+
+    def plugin(self, plugin):
+        """A plugin of the checkout, and the files that its hooks come from."""
+        if str(getattr(plugin, "__file__", "")).startswith(HERE + os.sep):
+            self.add(plugin)
+            for name in dir(plugin):
+                if name.startswith("pytest_"):
+                    self.add(getattr(plugin, name))
+
+    def paths(self):
+        """All of them, relative to the checkout."""
+        decided = self.files | {path for path, frames in self.opened.items() if frames & self.files}
+        return sorted(os.path.relpath(path, HERE) for path in decided if path.startswith(HERE + os.sep))
+
 class Report:
     """This process's report: a JSON line for each event; the last one has a digest of the others."""
     def __init__(self, config):
@@ -2473,6 +2527,7 @@ class Report:
         self.lines = open(f"{REPORT}-{os.getpid()}", "wb")
         self.stack = open(f"{REPORT}-stack-{os.getpid()}", "wb")
         self.pytest_exception_interact()
+        self.used = Used()
 
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self):
@@ -2502,6 +2557,8 @@ class Report:
 
     def pytest_collection_finish(self, session):
         self.event("collected", tests=[item.nodeid for item in session.items])
+        for item in session.items:
+            self.used.item(item)
 
     def pytest_collectreport(self, report):
         if report.outcome != "passed":
@@ -2521,7 +2578,9 @@ class Report:
         wrong = [f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file]
         inside = [place for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)]
         roots = sorted({os.path.relpath(place, HERE) for place in inside})
-        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots,
+        for plugin in config.pluginmanager.get_plugins():
+            self.used.plugin(plugin)
+        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots, used=self.used.paths(),
                    files=config.getini("python_files"), folders=config.getini("testpaths"),
                    digest=self.digest.hexdigest())
         self.lines.close()
@@ -2569,11 +2628,26 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
     return Check(name, [*found, *rest], kind)
 
 
-def check_script(check: Check) -> str:
-    """The file of the repository that a check starts, itself or by a shell; any other path, or "", for none."""
-    first, *rest = check.argv
-    shell = os.path.basename(first) in ("sh", "bash", "dash", "zsh")
-    return os.path.normpath(next((word for word in rest if not word.startswith("-")), "") if shell else first)
+def named_files(job: Job, paths: Collection[str]) -> set[str]:
+    """The files of a tree that the words of the checks and of --setup name, as a path or as a module."""
+    named = set()
+    for word in [word for argv in (job.setup, *(check.argv for check in job.checks)) for word in argv]:
+        for text in (word, *word.split()):  # `sh -c "..."` has a command in one word
+            path = os.path.normpath(text.partition("::")[0])
+            module = text.replace(".", "/")
+            named |= {path, f"{module}.py", f"{module}/__main__.py"} & {*paths}
+    return named
+
+
+def configured_files(repo: Repo, tree: str) -> set[str]:
+    """The configuration files that a tree's configuration names, as in `extend = "config/lint.toml"`."""
+    paths = tree_paths(repo, tree)
+    files = sorted(path for path in paths if re.fullmatch(CONFIGURATION, path.rpartition("/")[2]))
+    named = set()
+    for path, (_, _, data) in tree_files(repo, tree, files).items():
+        for word in re.findall(rb"[\w./-]+\.(?:toml|ini|cfg|json|ya?ml)\b", data):
+            named.add(os.path.normpath(os.path.join(os.path.dirname(path), os.fsdecode(word))))
+    return named & paths
 
 
 def tool_find(tool: str, root: Path) -> list[str]:
@@ -2652,9 +2726,8 @@ class Gate:
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
-        # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                   self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc", ":(exclude).venv"))
+                   self.checkout.git("ls-files", "--others", "-z"))
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2695,6 +2768,14 @@ class Gate:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
         return result
+
+
+def source_of(path: str) -> str:
+    """The source that a compiled file stands for: "t/__pycache__/a.cpython-311.pyc" -> "t/a.py"; others as they are."""
+    if not path.endswith(".pyc"):
+        return path
+    folder, _, name = path.rpartition("/")
+    return os.path.join(folder.removesuffix("__pycache__").rstrip("/"), f"{name.partition('.')[0]}.py")
 
 
 def repository_mark(place: Path) -> None:
@@ -2849,7 +2930,7 @@ class PytestReport(NamedTuple):
 
     tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
     failures: list[Failure]
-    facts: dict[str, Any]  # wrong_origin, roots, files, folders; {} where the session has no end
+    facts: dict[str, Any]  # wrong_origin, roots, used, files, folders; {} where the session has no end
     running: list[str]  # the tests that had started and not ended
     stack: str  # of all threads, shortly before the limit
     trouble: str  # why the report is not whole, or ""
@@ -2879,7 +2960,7 @@ def pytest_report(report: Path) -> PytestReport:
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
-                 for key in ("wrong_origin", "roots", "files", "folders")}
+                 for key in ("wrong_origin", "roots", "used", "files", "folders")}
     elif not trouble:
         trouble = "and its report breaks off" if tests or started else "and there is no report"
     stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
@@ -3498,8 +3579,11 @@ def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str
 
 
 def tests_lost(before: Mapping[str, str], after: Mapping[str, str],
-               moved: Mapping[str, set[str]] | None = None) -> dict[str, str]:
-    """The tests of the base that did not run now, and what became of each: {"t.py::test_a": "is gone"}."""
+               moved: Mapping[str, set[str]] | None = None, stable: Collection[str] = ()) -> dict[str, str]:
+    """The tests of the base that did not run now, and what became of each: {"t.py::test_a": "is gone"}.
+
+    Ids of parameters may change from run to run, but for those that are `stable`: there a row was replaced.
+    """
     became = {"skipped": "is skipped now", "unfinished": "did not end", "gone": "is gone"}
     ran = {test for test, way in after.items() if way in ("passed", "failed")}
     room = Counter(function_of(test) for test in ran if test not in before)
@@ -3509,7 +3593,7 @@ def tests_lost(before: Mapping[str, str], after: Mapping[str, str],
         now, function = after.get(test, "gone"), function_of(test)
         if way == "skipped" or test in ran or (now == "unfinished" and way in RED_WAYS):
             continue
-        if now == "gone" and "[" in test and room[function] > 0:
+        if now == "gone" and "[" in test and test not in stable and room[function] > 0:
             room[function] -= 1
         elif now == "gone" and test in files:
             pass  # a file that could not be collected, and now it can
@@ -3631,7 +3715,7 @@ class Judge:
         self.tools = tools_state(run.job.checks, self.places)
         self.user = user_state(run.job.repo)
         paths = tree_paths(run.job.repo, run.base.tree)
-        self.scripts = tuple(path for check in run.job.checks if (path := check_script(check)) in paths)
+        self.named = frozenset(named_files(run.job, paths) | configured_files(run.job.repo, run.base.tree))
         self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed when the newest tree was judged
 
@@ -3652,15 +3736,21 @@ class Judge:
                         "(--strict asks for green)")
         return result
 
-    def naming(self) -> Naming:
-        """How the base tells tests from other files; waits for the result on it."""
-        if self.baseline and not self.run.baseline:
-            self.run.baseline = self.baseline.result()
-        facts = [check.facts for check in self.run.baseline.checks if check.facts] if self.run.baseline else []
-        files = tuple(glob for fact in facts for glob in fact.get("files", []))
-        folders = [folder for fact in facts for folder in fact.get("folders", [])
+    def gate_files(self, gate: GateResult) -> GateFiles:
+        """What the base's tests were seen to use, and of the new files what the change's are."""
+        before = [check for check in (self.run.baseline.checks if self.run.baseline else []) if check.facts]
+        after = [check for check in gate.checks if check.facts]
+        there = tree_paths(self.run.job.repo, self.run.base.tree)
+        used = {path for check in before for path in check.facts.get("used", [])}
+        used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
+        used |= {path for check in after for path in check.facts.get("used", []) if path not in there}
+        observed = {check.name for check in before if "used" in check.facts}
+        observed &= {check.name for check in after if "used" in check.facts}
+        files = tuple(glob for check in before for glob in check.facts.get("files", []))
+        folders = [folder for check in before for folder in check.facts.get("folders", [])
                    if folder.strip("./") not in ("", "src", "lib")]
-        return Naming(files or Naming().files, tuple(folders), self.scripts)
+        by_name = any(check.kind != "ruff" and check.name not in observed for check in self.run.job.checks)
+        return GateFiles(files or GateFiles().files, tuple(folders), self.named, frozenset(used), by_name)
 
     def decide(self, attempt: Attempt, nested: list[str]) -> Judgement:
         """The whole judgement of a snapshot."""
@@ -3698,23 +3788,23 @@ class Judge:
             if problems := gate_problems(run.baseline, first, self.strict):
                 attempt.gate = first.facts()
                 return Judgement("red", problems)
-        pending = self.pool.submit(gate_step, f"gate, {name}", self.change, attempt.tree, str(attempt.number))
-        naming = self.naming()
-        violations, allowed, notes = self.guard(sources, naming)
-        recheck = Recheck(self, attempt, sources, naming)
-        recheck.start()
-        gate = run.gate = pending.result()
+        gate = run.gate = gate_step(f"gate, {name}", self.change, attempt.tree, str(attempt.number))
+        if self.baseline and not run.baseline:
+            run.baseline = self.baseline.result()
         attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
+        gate_files = self.gate_files(gate)
+        violations, allowed, notes = self.guard(sources, gate_files)
+        recheck = Recheck(self, attempt, sources, gate_files)
         judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
         if judgement.outcome == "green":
             judgement = self.twin_judge(judgement, attempt, sources, gate)
         look_first = [f"allowed: {violation.line()}" for violation in allowed]
         return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
-    def guard(self, sources: list[Source], naming: Naming) -> tuple[list[Violation], list[Violation], list[str]]:
+    def guard(self, sources: list[Source], gate_files: GateFiles) -> tuple[list[Violation], list[Violation], list[str]]:
         """What stands against a change, what would but is allowed, and what a reviewer should know."""
-        run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, naming)]
-        found, notes = guard_change(sources, naming, run.scope.get("globs", []), run.job.checks)
+        run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, gate_files)]
+        found, notes = guard_change(sources, gate_files, run.scope.get("globs", []), run.job.checks)
         roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
                                      for check in (run.baseline.checks if run.baseline else [])))
         names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
@@ -3738,10 +3828,13 @@ class Judge:
         """What the gate's answers and the guardrails' come to."""
         base = self.run.baseline
         assert base
+        failing = gate_problems(base, gate, self.strict)
+        if not failing:
+            recheck.start()
         written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
-        if paths := [path for path in sorted(written) if gate_role(path, self.naming()) or path.endswith(".pyc")]:
+        if paths := [path for path in sorted(written) if gate_role(source_of(path), recheck.gate_files)]:
             return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
-        failing, lost = gate_problems(base, gate, self.strict), self.lost(gate, moved)
+        lost = self.lost(gate, moved, recheck.result)
         problems = [*failing, *lost.values()]
         hidden = hidden_lint(base, gate)
         violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
@@ -3767,15 +3860,16 @@ class Judge:
         allowed = [f"allowed: {violation.line()}" for violation in violations]
         return judgement._replace(look_first=[*allowed, *judgement.look_first])
 
-    def lost(self, gate: GateResult, moved: Mapping[str, set[str]]) -> dict[str, str]:
+    def lost(self, gate: GateResult, moved: Mapping[str, set[str]], recheck: GateResult | None) -> dict[str, str]:
         """The tests of the base that did not run with the change, each with a line on what became of it."""
         assert self.run.baseline
         after = {check.name: check for check in gate.checks}
+        rechecked = {test for check in (recheck.checks if recheck else []) for test in check.tests}
         lost = {}
         for check in self.run.baseline.checks:
             now = after.get(check.name)
             if now and now.tests:  # no report at all is red enough
-                for test, what in tests_lost(check.tests, now.tests, moved).items():
+                for test, what in tests_lost(check.tests, now.tests, moved, rechecked).items():
                     if not glob_match(file_of(test), self.allow):
                         lost[test] = (f"{check.name}: {test} {what}; on the base it {check.tests[test]}, "
                                       "and it must still be there and pass")
@@ -3785,9 +3879,9 @@ class Judge:
 class Recheck:
     """The second question: the gate with the base's gate files laid over the change, as far as that can differ."""
 
-    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], naming: Naming) -> None:
-        self.judge, self.attempt, self.sources, self.naming = judge, attempt, sources, naming
-        self.touched = [source.change for source in sources if gate_role(source.change.path, naming)]
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate_files: GateFiles) -> None:
+        self.judge, self.attempt, self.sources, self.gate_files = judge, attempt, sources, gate_files
+        self.touched = [source.change for source in sources if gate_role(source.change.path, gate_files)]
         self.allowed = [change for change in self.touched if glob_match(change.path, judge.allow)]
         self.result: GateResult | None = None
         self.findings: list[str] = []
@@ -3811,7 +3905,7 @@ class Recheck:
     def narrowed(self, touched: list[Change]) -> tuple[list[str], list[str]]:
         """The checks that can differ, and the only test modules that can (none named: all of them)."""
         checks, base = self.judge.run.job.checks, self.judge.run.baseline
-        if not all(is_test_module(change, self.naming) for change in touched):
+        if not all(is_test_module(change, self.gate_files) for change in touched):
             return [check.name for check in checks], []
         red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
                if way in RED_WAYS}
@@ -3838,7 +3932,7 @@ class Recheck:
         """The tests (or checks) that fail in the recheck and not in the gate, or not on the base: their findings."""
         base = self.judge.run.baseline
         before, passed = ({check.name: check for check in each.checks} for each in (base, gate) if each)
-        configured = any(gate_role(change.path, self.naming) == "configuration" for change in touched)
+        configured = any(gate_role(change.path, self.gate_files) == "configuration" for change in touched)
         problems = {}
         for check in result.checks if result else []:
             if check.name not in passed:  # the set-up failed
@@ -3866,9 +3960,9 @@ class Recheck:
                 continue
             if tests := tests_rewritten(source):
                 lines.append(f"rewrites tests of the base: {path}: {', '.join(tests[:10])}")
-            if change.old_mode and not (is_test_module(change, self.naming) and is_same_beside_tests(source)):
+            if change.old_mode and not (is_test_module(change, self.gate_files) and is_same_beside_tests(source)):
                 lines.append(f"changes what the tests use, or configuration: {path}")
-            elif not change.old_mode and gate_role(path, self.naming) == "configuration":
+            elif not change.old_mode and gate_role(path, self.gate_files) == "configuration":
                 lines.append(f"adds configuration: {path}")
         return lines
 
@@ -4016,11 +4110,11 @@ def ruff_configured(repo: Repo, tree: str) -> bool:
     return git_ran(repo, "grep", "-q", r"^\[tool\.ruff", tree, "--", ":(glob)**/pyproject.toml").exit == 0
 
 
-def is_test_module(change: Change, naming: Naming) -> bool:
+def is_test_module(change: Change, gate_files: GateFiles) -> bool:
     """Whether a changed file is a Python module of tests, which only itself decides about."""
     name = change.path.rpartition("/")[2]
     is_file = {change.old_mode, change.new_mode} <= {0, 0o100644, 0o100755}
-    return is_file and name.endswith(".py") and any(fnmatchcase(name, glob) for glob in naming.files)
+    return is_file and name.endswith(".py") and any(fnmatchcase(name, glob) for glob in gate_files.files)
 
 
 def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,

@@ -1929,7 +1929,7 @@ def test_words_alone_are_no_mark(source: str) -> None:
 def test_gate_files_are_known_by_their_role(path: str, role: str) -> None:
     """A name that merely contains the letters of one is none."""
     module = runner_module()
-    assert module.gate_role(path, module.Naming(folders=("checks",))) == role
+    assert module.gate_role(path, module.GateFiles(folders=("checks",))) == role
 
 
 @pytest.mark.parametrize(("glob", "yes", "no"), [
