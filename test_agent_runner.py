@@ -1659,6 +1659,13 @@ def test_the_first_issue_is_the_demo():
     assert files[0].read_text(encoding="utf-8") == runner_module().DEMO_ISSUE
 
 
+def test_the_copied_file_makes_no_gate_red():
+    """A repository without a ruff configuration has ruff's own defaults, and the runner lies in it."""
+    ended = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", str(RUNNER)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    assert not RUNNER.read_bytes().startswith(b"#!"), "a copy is seldom executable, and ruff then takes a shebang for an error"
+
+
 def test_the_file_parses_on_python_3_8():
     """So that there is one line, and no SyntaxError."""
     source = RUNNER.read_text(encoding="utf-8")
