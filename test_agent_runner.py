@@ -1980,8 +1980,8 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
         wider = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted([*ended.summary["scope"]["globs"], "app.py"]))
         look, again, use = ended.summary["next"]
-        assert look.startswith("less ") and use.startswith("git apply ") and f" rejudge {ended.summary['run_id']} " in again
-        assert f"agent_runner.py issue-to-pr ... {wider}  # widen\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+        assert look.startswith("less ") and use.startswith("git apply ") and again.endswith(f" rejudge {ended.summary['run_id']} {wider}")
+        assert f"    {again}  # judge again\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
 
 
 @pytest.mark.parametrize(("line", "wrong"), [
