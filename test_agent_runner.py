@@ -1659,6 +1659,13 @@ def test_the_first_issue_is_the_demo():
     assert files[0].read_text(encoding="utf-8") == runner_module().DEMO_ISSUE
 
 
+def test_the_copied_file_makes_no_gate_red():
+    """A repository without a ruff configuration has ruff's own defaults, and the runner lies in it."""
+    ended = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", str(RUNNER)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    assert not RUNNER.read_bytes().startswith(b"#!"), "a copy is seldom executable, and ruff then takes a shebang for an error"
+
+
 def test_the_file_parses_on_python_3_8():
     """So that there is one line, and no SyntaxError."""
     source = RUNNER.read_text(encoding="utf-8")
@@ -1975,8 +1982,8 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
         assert "app.py: is outside the scope" in ended.findings and ended.code == 3
         wider = " ".join(f"--scope {shlex.quote(glob)}" for glob in sorted([*ended.summary["scope"]["globs"], "app.py"]))
         look, again, use = ended.summary["next"]
-        assert look.startswith("less ") and use.startswith("git apply ") and f" rejudge {ended.summary['run_id']} " in again
-        assert f"agent_runner.py issue-to-pr ... {wider}  # widen\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
+        assert look.startswith("less ") and use.startswith("git apply ") and again.endswith(f" rejudge {ended.summary['run_id']} {wider}")
+        assert f"    {again}  # judge again\n" in ended.text("handoff.md") and ended.summary["scope"]["why"] in ended.text("handoff.md")
 
 
 @pytest.mark.parametrize(("line", "wrong"), [
