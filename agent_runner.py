@@ -723,14 +723,18 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
     """
     started = time.monotonic()
     env = environ_plain(os.environ) if env is None else env
-    try:
-        with LIVE_LOCK:
-            child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-            LIVE.add(child.pid)
-    except OSError as error:
-        raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
-    out, err = program_listen(child, stdin, started + seconds, heed)
+    with tempfile.TemporaryFile() if stdin else open(os.devnull, "rb") as source:
+        if stdin:  # from a file: to a pipe, communicate() does not go on writing after its timeout
+            source.write(stdin)
+            source.seek(0)
+        try:
+            with LIVE_LOCK:
+                child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, start_new_session=True)
+                LIVE.add(child.pid)
+        except OSError as error:
+            raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
+    out, err = program_listen(child, started + seconds, heed)
     LIVE.discard(child.pid)
     if heed and program_interrupted():
         raise Interrupted
@@ -739,19 +743,18 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
     return ran
 
 
-def program_listen(child: subprocess.Popen[bytes], stdin: bytes, limit: float, heed: bool) -> tuple[bytes, bytes]:
+def program_listen(child: subprocess.Popen[bytes], limit: float, heed: bool) -> tuple[bytes, bytes]:
     """What a short program printed; at the limit or an interrupt it is ended, with all that it has started."""
-    given, end = stdin or None, float("inf")
+    end = float("inf")
     while True:
         try:
-            return child.communicate(given, timeout=0.2)
+            return child.communicate(timeout=0.2)
         except subprocess.TimeoutExpired as so_far:
-            given, printed = None, (so_far.output or b"", so_far.stderr or b"")  # communicate() goes on where it was
+            printed = (so_far.output or b"", so_far.stderr or b"")
         now = time.monotonic()
         if now > end:  # something in another session holds the pipes, and may do so for ever
-            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
-                with contextlib.suppress(OSError):
-                    pipe.close()
+            for pipe in filter(None, (child.stdout, child.stderr)):
+                pipe.close()
             return printed
         late = now > limit or (heed and program_interrupted())
         if late and child.poll() is None:

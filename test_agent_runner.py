@@ -2540,6 +2540,12 @@ def test_a_short_program_has_a_bound(main: str, tmp_path: Path) -> None:
             os.kill(int(holder), signal.SIGKILL)
 
 
+def test_a_short_program_that_is_slow_to_read(tmp_path: Path) -> None:
+    """It gets all of its input, more than a pipe holds."""
+    script = "ran = agent_runner.program_call(['sh', '-c', 'sleep 0.5; wc -c'], stdin=b'x' * 1_000_000, seconds=20)\nprint(int(ran.out))"
+    assert ran(sys.executable, "-c", IMPORT + script).stdout == "1000000\n"
+
+
 def test_a_silent_agent_is_stopped(scratch: Scratch) -> None:
     """Where its silence is limited; one that talks may take its time."""
     ended = scratch.propose(f"{EDITS}\nfor _ in range(8):\n    print('.', flush=True)\n    time.sleep(0.25)\n{SLEEPS}", "--idle-timeout", "1")
