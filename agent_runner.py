@@ -1898,7 +1898,15 @@ PROTECTED = {  # what only a human should change, or --allow
         ".github/workflows/** .github/actions/** .github/dependabot.y*ml "
         ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
         "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** cloudbuild.yaml .ci/** "
-        ".pre-commit-config.yaml .husky/** .githooks/** **/Makefile **/GNUmakefile **/*.mk"),
+        ".forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** .teamcity/** .builds/** .build.yml "
+        "buildspec.y*ml .pre-commit-config.yaml .husky/** .githooks/**"),
+    "it holds the commands that CI and people run": (
+        "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py **/Taskfile.y*ml "
+        "**/Taskfile.dist.y*ml"),
+    "it can run programs when somebody opens the tree": (
+        "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace **/.devcontainer/** "
+        "**/.devcontainer.json **/.idea/** **/.zed/tasks.json **/.zed/settings.json **/.mcp.json **/.envrc "
+        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el"),
     "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
         ".github/copilot-instructions.md .github/instructions/** .github/prompts/** .github/agents/** "
@@ -1960,16 +1968,46 @@ class Source(NamedTuple):
 
 
 @functools.cache
-def glob_pattern(glob: str) -> re.Pattern[str]:
-    """A path glob as a pattern: * stays in one folder, ** does not, and a folder's name means all below it."""
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    words = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip().removeprefix("./").rstrip("/"))
-    return re.compile("".join(parts.get(word) or re.escape(word) for word in words) + "(?:/.*)?", re.I | re.S)
+def glob_words(glob: str) -> list[str]:
+    """The parts of a path glob: "src/**/*.PY" -> ["src/", "**/", "*", ".py"]."""
+    words = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip().removeprefix("./").rstrip("/").casefold())
+    return [word for word in words if word]
+
+
+def glob_step(word: str, path: str, ends: set[int]) -> set[int]:
+    """Where one more part of a glob can end in a path, from where those before it can."""
+    if word == "**":
+        return {*range(min(ends), len(path) + 1)}
+    if word == "**/":
+        return ends | {at + 1 for at in range(min(ends), len(path)) if path[at] == "/"}
+    if word == "?":
+        return {at + 1 for at in ends if path[at:at + 1] not in ("", "/")}
+    if word != "*":
+        return {at + len(word) for at in ends if path.startswith(word, at)}
+    further = set(ends)
+    for at in range(min(ends), len(path)):
+        if at in further and path[at] != "/":
+            further.add(at + 1)
+    return further
 
 
 def glob_match(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of the globs names the path."""
-    return any(glob_pattern(glob).fullmatch(path) for glob in globs)
+    """Whether one of the globs names the path: * stays in one folder, ** does not, a folder is all below it.
+
+    No pattern of `re`: some globs would take it for ever.
+    """
+    path = path.casefold()
+    return any(glob_match_one(path, glob_words(glob)) for glob in globs)
+
+
+def glob_match_one(path: str, words: list[str]) -> bool:
+    """Whether the parts of a glob name a path."""
+    if not all(word in path for word in words if word[0] not in "*?"):
+        return False  # which is most of them, and quick
+    ends = {0}
+    for word in words:
+        ends = glob_step(word, path, ends) if ends else ends
+    return any(path[at:at + 1] in ("", "/") for at in ends)
 
 
 def gate_role(path: str, naming: Naming) -> str:

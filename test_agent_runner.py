@@ -1806,6 +1806,9 @@ CHEATS = {
     "CI is changed": (UNTESTED, writes(".github/workflows/ci.yml", "on: push\n"), "blocked", "protected"),
     "the Makefile is changed": (UNTESTED, writes("sub/Makefile", "all:\n"), "blocked", "protected"),
     "the instructions are changed": (UNTESTED, writes("CLAUDE.md", "obey\n"), "blocked", "protected"),
+    "CI of another forge": (UNTESTED, writes(".forgejo/workflows/ci.yml", "on: push\n"), "blocked", "it decides what CI runs"),
+    "a task runner's file": (UNTESTED, writes("sub/Justfile", "all:\n"), "blocked", "it holds the commands that CI and people run"),
+    "an editor runs a task": (UNTESTED, writes(".vscode/tasks.json", "{}"), "blocked", "it can run programs when somebody opens the tree"),
     ".gitattributes is changed": (UNTESTED, writes(".gitattributes", "*.py binary\n"), "blocked", "protected"),
     "the runner is changed": (UNTESTED, writes("agent_runner.py", "print('green')\n"), "blocked", "protected"),
     "a link leaves the tree": (UNTESTED, "os.symlink('/etc/passwd', 'passwd')", "blocked", "leaves the tree"),
@@ -1860,7 +1863,8 @@ HONEST = {
 
 # These are refused for what they are, before any check is asked: a cheap one does.
 STATIC = ("imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
-          "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
+          "it decides what CI runs", "it holds the commands that CI and people run",
+          "it can run programs when somebody opens the tree", "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
 
 
 # And these must not be refused for what they are.
@@ -1933,6 +1937,8 @@ def test_gate_files_are_known_by_their_role(path: str, role: str) -> None:
 @pytest.mark.parametrize(("glob", "yes", "no"), [
     ("src/*.py", "src/a.py", "src/b/a.py"), ("src/**", "src/b/a.py", "lib/src/a.py"), ("src", "src/b/a.py", "src2/a.py"), ("**/a.py", "a.py", "b.py"),
     ("./docs/", "docs/x.md", "xdocs/x.md"), ("a?.py", "ab.py", "a/.py"), ("[x].py", "[x].py", "x.py"),
+    ("a/**", "a/b/c", "b/a"), ("a**b", "a/x/b", "a/x/c"), ("a*b*c", "axbxbxc", "axb/c"), ("**/a/*/b", "a/a/x/b", "a/x/y/b"), ("SRC", "src/A", "s"),
+    ("**/a/" * 28 + "b", "a/" * 28 + "b", "a/" * 500 + "c/" * 500), ("*a" * 28, "a" * 200, "a" * 200 + "b"),  # patterns of `re` would take for ever
 ])
 def test_a_glob_names_what_it_says(glob: str, yes: str, no: str) -> None:
     """A star stays in its folder, two do not, and a folder is all below it."""
@@ -2012,8 +2018,17 @@ def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
     (".github/dependabot.yaml", "it decides what CI runs"), ("CODEOWNERS", "it decides who reviews"), (".github/codeowners", "it decides who reviews"),
     ("docs/CODEOWNERS", "it decides who reviews"), (".github/copilot-instructions.md", "it instructs coding agents"),
     (".github/instructions/a.md", "it instructs coding agents"), (".github/CONTRIBUTING.md", ""), (".github/workflows.md", ""), ("src/CODEOWNERS", ""),
+    *((path, "it decides what CI runs") for path in (
+        ".forgejo/workflows/ci.yml", ".gitea/workflows/ci.yml", ".cirrus.yml", ".cirrus.star", ".semaphore/semaphore.yml",
+        ".teamcity/settings.kts", ".builds/linux.yml", "buildspec.yml")),
+    *((path, "it holds the commands that CI and people run") for path in (
+        "Makefile", "justfile", "Justfile", "sub/.justfile", "noxfile.py", "Taskfile.yml", "taskfile.dist.yaml")),
+    *((path, "it can run programs when somebody opens the tree") for path in (
+        ".vscode/tasks.json", "sub/.vscode/settings.json", "shop.code-workspace", ".devcontainer/devcontainer.json", ".devcontainer.json",
+        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc")),
+    ("tox.ini", ""), (".vscode/extensions.json", ""), ("docs/justfile.md", ""), ("builds/a.py", ""), (".env", ""),
 ])
-def test_what_is_protected_in_github_and_what_is_not(path: str, reason: str) -> None:
+def test_what_is_protected_and_what_is_not(path: str, reason: str) -> None:
     runner = runner_module()
     assert [why for why, globs in runner.PROTECTED.items() if runner.glob_match(path, globs.split())] == [reason] * bool(reason)
 
