@@ -1816,6 +1816,10 @@ CHEATS = {
     "a nested repository": (UNTESTED, "subprocess.run(['git', 'init', '-q', 'sub'])\n" + writes("sub/a.py", "A = 1\n"), "blocked", "repository"),
     "a compiled file": (UNTESTED, "Path('calc.so').write_bytes(b'\\x7fELF')", "blocked", "compiled"),
     "a large file": (UNTESTED, "Path('big.txt').write_bytes(b'x' * 4_100_000)", "blocked", "larger"),
+    "source that is too deep": (UNTESTED, "Path('deep.py').write_text('X = ' + '-' * 20_000 + '1\\n')", "blocked", "too deep to be read"),
+    "a chain that ends Python's parser": (UNTESTED, "Path('deep.py').write_text('X = ' + 'a+' * 300_000 + 'a\\n')", "blocked", "too deep to be read"),
+    "a deep test beside a weakened one": (CALC, replaces("tests/test_calc.py", "== a + 1", "is not None") + (
+        "with open('tests/test_calc.py', 'a') as file:\n    file.write('X = ' + '-' * 20_000 + '1\\n')\n"), "blocked", "too deep to be read"),
     "too many files": (UNTESTED, "for n in range(101):\n    Path(f'n{n}.txt').write_text('x')", "blocked", "more than 100"),
 }
 
@@ -1864,7 +1868,7 @@ HONEST = {
 # These are refused for what they are, before any check is asked: a cheap one does.
 STATIC = ("imports", "pytest is running", "gc.get", "_getframe", "patches", "equal to", "shadow",
           "it decides what CI runs", "it holds the commands that CI and people run",
-          "it can run programs when somebody opens the tree", "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest")
+          "it can run programs when somebody opens the tree", "protected", "leaves the tree", "repository", "compiled", "larger", "more than 100", "white space", "no file", "pytest", "too deep to be read")
 
 
 # And these must not be refused for what they are.
@@ -1900,6 +1904,40 @@ def test_every_honest_change_is_proposed(tmp_path: Path, row: str) -> None:
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
     if "allowed" in row:
         assert "Look here first" in ended.text("proposal.md")
+
+
+TABLE = "Path('table.py').write_text('X = [' + '1, ' * 1_200_000 + ']\\n')"
+
+
+def test_reading_source_ends_with_the_run(scratch: Scratch) -> None:
+    """Such a table keeps Python's parser busy for a minute, and takes a gigabyte."""
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=f"{EDITS}\n{TABLE}")
+    wait_for(lambda: bool([*scratch.root.glob(".agent-runs/2*/gate-1.log")]), "the gate, so that only the guardrails are left")
+    going.child.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert scratch.ended(going).outcome == "interrupted" and time.monotonic() - sent < 10
+
+
+def test_what_is_too_much_to_be_read() -> None:
+    """The others are read all the same, and the bounds are those of a process of its own."""
+    module = runner_module()
+    texts = {"a.py": b"def test_a():\n    assert a\n", "b.py": b"X = " + b"a+" * 300_000 + b"a\n", "c.py": b"X = [" + b"1," * 400_000 + b"]  # noqa\n"}
+    sources = [module.Source(module.Change(path, 0, 0o100644, "", ""), len(text), text, b"") for path, text in texts.items()]
+    module.APART_SECONDS, seconds = 1, module.APART_SECONDS
+    try:
+        assert [violation.path for violation in module.guard_read(sources)] == ["b.py", "c.py"]
+    finally:
+        module.APART_SECONDS = seconds
+    assert module.read(module.tests_read, texts["a.py"])["test_a"].asserts == ["assert a"]
+    assert module.read(module.marks_read, texts["c.py"]) == []
+
+
+def test_a_process_apart_has_bounds() -> None:
+    """Whatever happens in it: the answers so far count."""
+    module = runner_module()
+    for bad in (lambda: bytearray(3_000_000_000), lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: 1 / 0):
+        assert module.apart([lambda: 1, bad, lambda: 2]) == [1]
+    assert module.apart([lambda: {"a": "b"}, lambda: 2]) == [{"a": "b"}, 2]
 
 
 @pytest.mark.parametrize("source", [
@@ -2173,7 +2211,8 @@ def test_a_test_that_asserts_less(old, new, reason):
     module = runner_module()
     before, after = (f"def test_a(self):\n    {body}\n".encode() for body in (old, new))
     change = module.Change("tests/test_a.py", 0o100644, 0o100644, "1", "2")
-    violations = module.guard_assertions([module.Source(change, 1, after, before)])
+    sources = [module.Source(change, 1, after, before)]
+    violations = module.guard_read(sources) + module.guard_assertions(sources)
     assert [violation.rule for violation in violations] == ["weakened"] * bool(reason)
     assert all(reason in violation.reason for violation in violations), violations
 
