@@ -30,6 +30,7 @@ import inspect
 import io
 import json
 import os
+import pickle
 import random
 import re
 import selectors
@@ -43,6 +44,7 @@ import threading
 import time
 import tokenize
 import unicodedata
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,12 +52,13 @@ from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 try:
     import fcntl
+    import resource
 except ImportError:  # not on Windows, where main() says so
-    fcntl = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     from concurrent.futures import Future, ThreadPoolExecutor
     from typing import Self  # newer than Python 3.10
@@ -769,6 +772,50 @@ def program_kill(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE)
     program_sweep(child)
+
+
+APART_SECONDS, APART_MEMORY = 20, 2_000_000_000  # of CPU; bytes of address space, which is more than memory
+
+
+def apart(readings: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What some functions of ours return, as far as a process of its own comes within its bounds; raises Interrupted.
+
+    For what reads files that somebody else wrote: such a file may need any time or memory, or end the process
+    (Python's parser does that for deep source).
+    """
+    with tempfile.TemporaryFile() as answers:
+        with LIVE_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are threads: it needs nothing that these may hold
+            child = os.fork()
+            if not child:
+                apart_child(readings, answers)
+            LIVE.add(child)
+        limit = time.monotonic() + 2 * APART_SECONDS
+        while not os.waitpid(child, os.WNOHANG)[0]:
+            if program_interrupted() or time.monotonic() > limit:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.003)
+        LIVE.discard(child)
+        if program_interrupted():
+            raise Interrupted
+        answers.seek(0)
+        results = []
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                results.append(pickle.load(answers))
+        return results
+
+
+def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes]) -> NoReturn:
+    """The life of that process: one result after the other, until there are no more or it is at a bound."""
+    with contextlib.suppress(BaseException):
+        for what, most in ((resource.RLIMIT_CPU, APART_SECONDS), (resource.RLIMIT_AS, APART_MEMORY),
+                           (resource.RLIMIT_CORE, 0)):
+            resource.setrlimit(what, (most, most))
+        for reading in readings:
+            pickle.dump(reading(), answers)
+            answers.flush()
+    os._exit(0)
 
 
 def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
@@ -1909,7 +1956,15 @@ PROTECTED = {  # what only a human should change, or --allow
         ".github/workflows/** .github/actions/** .github/dependabot.y*ml "
         ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
         "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** cloudbuild.yaml .ci/** "
-        ".pre-commit-config.yaml .husky/** .githooks/** **/Makefile **/GNUmakefile **/*.mk"),
+        ".forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** .teamcity/** .builds/** .build.yml "
+        "buildspec.y*ml .pre-commit-config.yaml .husky/** .githooks/**"),
+    "it holds the commands that CI and people run": (
+        "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py **/Taskfile.y*ml "
+        "**/Taskfile.dist.y*ml"),
+    "it can run programs when somebody opens the tree": (
+        "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace **/.devcontainer/** "
+        "**/.devcontainer.json **/.idea/** **/.zed/tasks.json **/.zed/settings.json **/.mcp.json **/.envrc "
+        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el"),
     "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
         ".github/copilot-instructions.md .github/instructions/** .github/prompts/** .github/agents/** "
@@ -1973,17 +2028,46 @@ class Source(NamedTuple):
 
 
 @functools.cache
-def glob_pattern(glob: str) -> re.Pattern[str]:
-    """A path glob as a pattern: * stays in one folder, ** does not, and a folder's name means all below it."""
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    words = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip().removeprefix("./").rstrip("/"))
-    pattern = "".join(parts.get(word) or re.escape(word) for word in words) + "(?:/.*)?"
-    return re.compile(pattern, re.IGNORECASE | re.DOTALL)
+def glob_words(glob: str) -> list[str]:
+    """The parts of a path glob: "src/**/*.PY" -> ["src/", "**/", "*", ".py"]."""
+    words = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip().removeprefix("./").rstrip("/").casefold())
+    return [word for word in words if word]
+
+
+def glob_step(word: str, path: str, ends: set[int]) -> set[int]:
+    """Where one more part of a glob can end in a path, from where those before it can."""
+    if word == "**":
+        return {*range(min(ends), len(path) + 1)}
+    if word == "**/":
+        return ends | {at + 1 for at in range(min(ends), len(path)) if path[at] == "/"}
+    if word == "?":
+        return {at + 1 for at in ends if path[at:at + 1] not in ("", "/")}
+    if word != "*":
+        return {at + len(word) for at in ends if path.startswith(word, at)}
+    further = set(ends)
+    for at in range(min(ends), len(path)):
+        if at in further and path[at] != "/":
+            further.add(at + 1)
+    return further
 
 
 def glob_match(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of the globs names the path."""
-    return any(glob_pattern(glob).fullmatch(path) for glob in globs)
+    """Whether one of the globs names the path: * stays in one folder, ** does not, a folder is all below it.
+
+    No pattern of `re`: some globs would take it for ever.
+    """
+    path = path.casefold()
+    return any(glob_match_one(path, glob_words(glob)) for glob in globs)
+
+
+def glob_match_one(path: str, words: list[str]) -> bool:
+    """Whether the parts of a glob name a path."""
+    if not all(word in path for word in words if word[0] not in "*?"):
+        return False  # which is most of them, and quick
+    ends = {0}
+    for word in words:
+        ends = glob_step(word, path, ends) if ends else ends
+    return any(path[at:at + 1] in ("", "/") for at in ends)
 
 
 def gate_role(path: str, gate_files: GateFiles) -> str:
@@ -2013,6 +2097,7 @@ def guard_change(sources: list[Source], gate_files: GateFiles, scope: list[str],
     for source in sources:
         found += guard_file(source)
     python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
+    found += guard_read(python)
     product = [source for source in python if not gate_role(source.change.path, gate_files)]
     found += [Violation("test-detection", f"{path}:{line}", reason)
               for path, line, reason in added(product, test_detection)]
@@ -2021,9 +2106,37 @@ def guard_change(sources: list[Source], gate_files: GateFiles, scope: list[str],
     return found + marks + guard_assertions(tests), notes
 
 
+READ: dict[tuple[str, bytes], Any] = {}  # what the readers of source say of the newest change's files
+
+
+def read(reader: Callable[[bytes], Any], source: bytes) -> Any:
+    """What a reader says of a file; what it says of an empty one, where that could not be found out."""
+    return READ[reader.__name__, source] if (reader.__name__, source) in READ else reader(b"")
+
+
+def guard_read(sources: list[Source]) -> list[Violation]:
+    """Let all readers look at Python source, in a process with bounds; the files that are too much for it."""
+    READ.clear()
+    rest, unread = sorted(sources, key=lambda source: source.size), []  # the large ones take no time from the others
+    while rest and len(unread) < 5:
+        answers = apart([functools.partial(source_read, source) for source in rest])
+        for answer in answers:
+            READ.update(answer)
+        unread += rest[len(answers):][:1]
+        rest = rest[len(answers) + 1:]
+    return [Violation("size", source.change.path, "is too large or too deep to be read as source")
+            for source in unread + rest]
+
+
+def source_read(source: Source) -> dict[tuple[str, bytes], Any]:
+    """What each reader says of a file, before and after."""
+    return {(reader.__name__, data): reader(data) for reader in (marks_read, test_detection, tests_read, rest_read)
+            for data in (source.old, source.new)}
+
+
 def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]) -> list[tuple[str, int, str]]:
     """What a reader of source finds more often after the whole change than before it: (path, line, what)."""
-    pairs = [(source.change.path, reader(source.old), reader(source.new)) for source in sources]
+    pairs = [(source.change.path, read(reader, source.old), read(reader, source.new)) for source in sources]
     more = Counter(what for _, _, new in pairs for _, what in new)
     more.subtract(what for _, old, _ in pairs for _, what in old)
     result = []
@@ -2061,11 +2174,15 @@ def is_only_space(source: Source) -> bool:
     """Whether a file differs in white space alone; for Python, where that can matter, also in syntax not at all."""
     if source.change.old_mode != source.change.new_mode or b"".join(source.old.split()) != b"".join(source.new.split()):
         return False
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-        if source.change.path.endswith(".py"):
-            return ast.dump(ast.parse(source.old)) == ast.dump(ast.parse(source.new))
-        return True
-    return False
+    return not source.change.path.endswith(".py") or apart([lambda: is_same_syntax(source)]) == [True]
+
+
+def is_same_syntax(source: Source) -> bool:
+    """Whether Python source means the same before and after."""
+    try:
+        return ast.dump(ast.parse(source.old)) == ast.dump(ast.parse(source.new))
+    except (SyntaxError, ValueError):
+        return False
 
 
 # --- Marks: comments that make a tool look away. What they hide from ruff, ruff itself reports
@@ -2111,15 +2228,14 @@ def guard_marks(sources: list[Source], checks: list[Check]) -> tuple[list[Violat
 class TestFunction(NamedTuple):
     """One test function as its source has it."""
 
-    whole: str  # its syntax with the decorators, without the docstring
-    body: str
+    whole: str  # a digest of its syntax with the decorators, without the docstring
+    body: str  # the same of its body alone
     asserts: list[str]  # what it asserts, as source text
     empty: list[str]  # those of them that cannot fail
 
     __test__ = False  # pytest would take the name for a test's
 
 
-@functools.lru_cache(maxsize=300)
 def tests_read(source: bytes) -> dict[str, TestFunction]:
     """The test functions of a Python file by name ("TestA::test_b"); {} for what cannot be parsed."""
     functions: dict[str, TestFunction] = {}
@@ -2130,7 +2246,7 @@ def tests_read(source: bytes) -> dict[str, TestFunction]:
                 queue += [(f"{prefix}{node.name}::", child) for child in node.body]
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
                 functions[f"{prefix}{node.name}"] = test_function(node)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError):
         return {}
     return functions
 
@@ -2149,7 +2265,13 @@ def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
             if re.match(r"assert|raises$|warns$|deprecated_call$|fail$", name):
                 asserts.append(ast.unparse(part))
                 empty += asserts[-1:] if call_cannot_fail(name, part.args) else []
-    return TestFunction(ast.dump(node), "".join(map(ast.dump, node.body)), asserts, empty)
+    return TestFunction(syntax_digest([node]), syntax_digest(node.body), asserts, empty)
+
+
+def syntax_digest(nodes: Iterable[ast.AST]) -> str:
+    """What tells one piece of syntax from another, wherever it stands."""
+    import hashlib
+    return hashlib.sha256("".join(map(ast.dump, nodes)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def cannot_fail(test: ast.expr) -> bool:
@@ -2174,11 +2296,11 @@ def call_cannot_fail(name: str, args: list[ast.expr]) -> bool:
 
 def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
     """The test functions that are there before and after, as (path, name, old, new); also in a renamed file."""
-    new_files = [tests_read(source.new) for source in sources if not source.old]
+    new_files = [read(tests_read, source.new) for source in sources if not source.old]
     pairs = []
     for source in sources:
-        after = tests_read(source.new)
-        for name, old in tests_read(source.old).items():
+        after = read(tests_read, source.new)
+        for name, old in read(tests_read, source.old).items():
             here = [after[name]] if name in after else []
             elsewhere = [tests[name] for tests in new_files if name in tests and not source.new]
             pairs += [(source.change.path, name, old, new) for new in (here or elsewhere)[:1]]
@@ -2189,7 +2311,7 @@ def guard_assertions(sources: list[Source]) -> list[Violation]:
     """The tests of the base that have fewer assertions than before, or one that cannot fail: nothing needs that."""
     pairs = tests_pairs(sources)
     # An assertion that stands in another test now has moved.
-    elsewhere = Counter(text for source in sources for test in tests_read(source.new).values()
+    elsewhere = Counter(text for source in sources for test in read(tests_read, source.new).values()
                         for text in test.asserts)
     for _, _, old, new in pairs:
         elsewhere -= Counter(old.asserts) & Counter(new.asserts)
@@ -2215,11 +2337,11 @@ def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
     """Where the bodies of changed files' test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
     places: dict[str, set[str]] = {}
     for source in sources:
-        for name, test in tests_read(source.new).items():
-            if name not in tests_read(source.old):
+        for name, test in read(tests_read, source.new).items():
+            if name not in read(tests_read, source.old):
                 places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
     return {f"{source.change.path}::{name}": places[test.body] for source in sources
-            for name, test in tests_read(source.old).items() if test.body in places}
+            for name, test in read(tests_read, source.old).items() if test.body in places}
 
 
 def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
@@ -2237,19 +2359,23 @@ def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
 
 def is_same_beside_tests(source: Source) -> bool:
     """Whether a test module changed only in its test functions and imports."""
-    def rest(data: bytes) -> list[str]:
-        nodes = list(ast.parse(data).body)
-        for node in nodes:
-            if isinstance(node, ast.ClassDef):
-                nodes += node.body
-                node.body = []
-        names = ("Import", "ImportFrom")
-        return [ast.dump(node) for node in nodes if type(node).__name__ not in names
-                and not getattr(node, "name", "").startswith("test")]
+    rest = [read(rest_read, data) for data in (source.old, source.new)]
+    return rest[0] == rest[1] != ""
+
+
+def rest_read(source: bytes) -> str:
+    """A digest of a test module without its test functions and imports; "" for what cannot be parsed."""
     try:
-        return rest(source.old) == rest(source.new)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+        nodes = list(ast.parse(source).body)
+    except (SyntaxError, ValueError):
+        return ""
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            nodes += node.body
+            node.body = []
+    names = ("Import", "ImportFrom")
+    return "" if not nodes else syntax_digest(node for node in nodes if type(node).__name__ not in names
+                         and not getattr(node, "name", "").startswith("test"))
 
 
 # --- Code that is right only while it is tested: what no run under pytest can show, because in each
@@ -2260,7 +2386,7 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
     """Where Python source asks whether a test runs it, or reads its caller's variables, as (line, what it does)."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError):
         return []
     hits = []
     for node in nodes:
@@ -4042,7 +4168,8 @@ class BlindTwin:
             files.setdefault(file_of(test), set()).add(test.partition("::")[2])
         changes, altered, nothing = [], {}, set()
         for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
-            source, alterations, inconclusive = twin_alter(data, files[path], self.rng, avoid)
+            twins = apart([functools.partial(twin_alter, data, files[path], self.rng, avoid)])
+            source, alterations, inconclusive = twins[0] if twins else (data, [], [*files[path]])
             nothing |= {f"{path}::{name}" for name in inconclusive}
             if alterations:
                 new = git(self.repo, "hash-object", "-w", "--stdin", stdin=source).strip()
@@ -4067,19 +4194,23 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
         parts = source.change.path.removesuffix(".py").removesuffix("/__init__").split("/")
         if source.change.path.endswith(".py"):
             changed |= {".".join(parts[start:]) for start in range(len(parts))}
-    importing = []
-    for path, (_, _, data) in tree_files(repo, tree, paths).items() if changed else ():
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            names = set()
-            for node in ast.walk(ast.parse(data)):
-                if isinstance(node, ast.Import):
-                    names |= {alias.name for alias in node.names}
-                elif isinstance(node, ast.ImportFrom):
-                    package = f"{node.module}." if node.module else ""
-                    names |= {package.rstrip("."), *(package + alias.name for alias in node.names)} - {""}
-            if any(module == name or module.startswith(f"{name}.") for module in changed for name in names):
-                importing.append(path)
-    return importing
+    files = tree_files(repo, tree, paths) if changed else {}
+    names = apart([functools.partial(imports_read, data) for _, _, data in files.values()])
+    return [path for path, imported in zip(files, names)
+            if any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
+
+
+def imports_read(source: bytes) -> set[str]:
+    """The modules, and what may be modules, that Python source imports; none for what cannot be parsed."""
+    names = set()
+    with contextlib.suppress(SyntaxError, ValueError):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                package = f"{node.module}." if node.module else ""
+                names |= {package.rstrip("."), *(package + alias.name for alias in node.names)} - {""}
+    return names
 
 
 NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets none of these pass
