@@ -2171,10 +2171,12 @@ def guard_file(source: Source) -> list[Violation]:
 
 
 def is_only_space(source: Source) -> bool:
-    """Whether a file differs in white space alone; for Python, where that can matter, also in syntax not at all."""
-    if source.change.old_mode != source.change.new_mode or b"".join(source.old.split()) != b"".join(source.new.split()):
+    """Whether Python source differs in white space alone, and in its syntax not at all; elsewhere that may matter."""
+    if source.change.old_mode != source.change.new_mode or not source.change.path.endswith(".py"):
         return False
-    return not source.change.path.endswith(".py") or apart([lambda: is_same_syntax(source)]) == [True]
+    if b"".join(source.old.split()) != b"".join(source.new.split()):
+        return False
+    return apart([functools.partial(is_same_syntax, source)]) == [True]
 
 
 def is_same_syntax(source: Source) -> bool:
@@ -3650,6 +3652,8 @@ class Twin:
             parts = [*node.keys, *node.values]
         elif isinstance(node, ast.UnaryOp):
             parts = [node.operand]
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+            parts = [node.left, node.right]
         elif isinstance(node, ast.Call) and twin_name(node) == "approx":
             parts = node.args[:1]
         elif isinstance(node, ast.Call) and twin_name(node)[:1].isupper():
@@ -3894,7 +3898,7 @@ class Judge:
         empty = all(is_only_space(source) and not glob_match(source.change.path, self.allow) for source in sources)
         if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
             judgement = refused(touched, final=True)
-        elif empty and not nested:
+        elif empty and not nested and not (changes and self.lint_on_base()):
             what = "nothing but white space" if changes else "no file"
             red = run.baseline.findings() if run.baseline else []
             judgement = Judgement("no_change", [f"the agent changed {what}", *red], overrule=attempt.changed)
@@ -3905,6 +3909,12 @@ class Judge:
         if theirs:
             judgement = refused(theirs, final=True)
         return judgement._replace(look_first=[*judgement.look_first, *noted])
+
+    def lint_on_base(self) -> bool:
+        """Whether ruff has findings on the base: a change of white space may be what they ask for."""
+        if self.baseline and not self.run.baseline:
+            self.run.baseline = self.baseline.result()
+        return any(check.lint for check in (self.run.baseline.checks if self.run.baseline else []))
 
     def judge_change(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> Judgement:
         """What the guardrails, the gate and the recheck come to."""
