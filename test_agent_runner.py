@@ -2054,6 +2054,15 @@ def test_an_entry_that_cannot_be_changed_does_not_hide_the_others(tmp_path: Path
     assert ran(sys.executable, "-c", IMPORT + STUBBORN, cwd=tmp_path).stdout == "20\n"
 
 
+def test_memory_does_not_grow_with_the_change(scratch: Scratch) -> None:
+    """30 MB of text: the contents are read, and the patch is written, a few files at a time."""
+    agent = scratch.program("for n in range(8):\n    Path(f'{n}.txt').write_text(f'{n} words\\n' * 430_000)")
+    memory = memory_most([*RUN, "issue-to-pr", scratch.issue(), *checks_args(CHEAP)], scratch, AGENT_CMD=agent)
+    folder, = scratch.records()
+    assert (folder / "diff.patch").stat().st_size > 30_000_000 and scratch.proposals()
+    assert memory < 90, f"{memory:.0f} MB"
+
+
 def test_an_index_that_is_locked(scratch: Scratch) -> None:
     """The user's editor holds it: that is none of our business."""
     (scratch.root / ".git/index.lock").write_text("")
