@@ -1356,6 +1356,14 @@ def test_bad_input(scratch, args, env, prepare, code, said):
     assert not scratch.records() and not (scratch.out / "called").exists()
 
 
+@pytest.mark.parametrize("args", [["runs"], ["self-heal", "--simulate", "good"]])
+def test_a_system_without_fcntl(tmp_path, args):
+    """As on Windows: the file can be imported there, and says what it needs."""
+    ended = ran(sys.executable, "-c", f"import sys\nsys.modules['fcntl'] = None\n{IMPORT}sys.exit(agent_runner.main({args}))", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (69, ""), ended
+    assert ended.stderr == "agent_runner: agent_runner needs Linux or macOS; on Windows it runs in WSL\n"
+
+
 @pytest.mark.parametrize("args", [HEAL_ARGS, ("runs",), ("self-heal", "--simulate", "good")])
 def test_a_git_that_is_too_old(scratch, args):
     ended = scratch.run(*args, agent=CALLED, env=git_instead(scratch, "echo git version 2.30.9"))
