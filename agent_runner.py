@@ -527,9 +527,9 @@ def program_close() -> None:
 class Log:
     """A log file of bounded size, masked: the head as it comes, at the end the newest bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
         self.file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
-        self.room, self.lost, self.kept = LOG_HEAD, 0, 0
+        self.room, self.lost, self.kept = room, 0, 0
         self.tail: deque[bytes] = deque()
         self.carry = b""  # the end of what came: a secret may be cut in two there
 
@@ -568,10 +568,20 @@ class Log:
 def file_write(path: Path, text: str) -> None:
     """Write a whole masked text file, then rename it: a reader never sees half of it."""
     part = path.with_name(f".{path.name}.part")
-    # A file name need not be text: a patch keeps its bytes, and JSON has an escape for them.
-    errors = "surrogateescape" if path.suffix == ".patch" else "backslashreplace"
     try:
-        part.write_bytes(MASK.text(text).encode("utf-8", errors))
+        part.write_bytes(MASK.text(text).encode("utf-8", "backslashreplace"))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def file_mask(source: Path, path: Path) -> None:
+    """Write a masked copy of a file of any size, then rename it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(source, "rb") as file, Log(part, sys.maxsize) as sink:
+            shutil.copyfileobj(file, sink)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -718,32 +728,46 @@ def supervised(argv: list[str]) -> list[str]:
 
 
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
-                 stdin: bytes = b"", seconds: float = 900, heed: bool = True) -> Ran:
+                 stdin: bytes = b"", out_file: Path | None = None, seconds: float = 900, heed: bool = True) -> Ran:
     """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
 
     `seconds` limits it, and so does an interrupt, unless it is not to `heed` that: then it raises Interrupted.
-    Without `env` it gets our environment but for the secrets: others may be able to read it.
+    Without `env` it gets our environment but for the secrets: others may be able to read it. Where its answer
+    may be large it goes to `out_file`.
     """
     started = time.monotonic()
     env = environ_plain(os.environ) if env is None else env
-    with tempfile.TemporaryFile() if stdin else open(os.devnull, "rb") as source:
-        if stdin:  # from a file: to a pipe, communicate() does not go on writing after its timeout
-            source.write(stdin)
-            source.seek(0)
-        try:
-            with LIVE_LOCK:
-                child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, start_new_session=True)
-                LIVE.add(child.pid)
-        except OSError as error:
-            raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
+    child = program_start(argv, cwd, env, stdin, out_file)
     out, err = program_listen(child, started + seconds, heed)
     LIVE.discard(child.pid)
     if heed and program_interrupted():
         raise Interrupted
-    ran = Ran(argv, child.returncode, time.monotonic() - started, out, err)
+    ran = Ran(argv, child.returncode, time.monotonic() - started, out or b"", err)
     program_report(ran)
     return ran
+
+
+def program_start(argv: list[str], cwd: Path | None, env: dict[str, str], stdin: bytes,
+                  out_file: Path | None) -> subprocess.Popen[bytes]:
+    """A short program that has just been started; raises Stop where it cannot be."""
+    source: Any = subprocess.DEVNULL
+    output: Any = subprocess.PIPE
+    with contextlib.ExitStack() as files:
+        if stdin:  # in a file: to a pipe, communicate() does not go on writing after its timeout
+            source = files.enter_context(tempfile.TemporaryFile())
+            source.write(stdin)
+            source.seek(0)
+        if out_file:
+            output = files.enter_context(open(out_file, "wb"))
+        try:
+            with LIVE_LOCK:
+                child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=source, stdout=output, stderr=subprocess.PIPE,
+                                         start_new_session=True)
+                LIVE.add(child.pid)
+        except OSError as error:
+            reason = f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH"
+            raise Stop(EXIT_MISSING, reason) from None
+    return child
 
 
 def program_listen(child: subprocess.Popen[bytes], limit: float, heed: bool) -> tuple[bytes, bytes]:
@@ -926,7 +950,7 @@ def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
-            stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Ran:
+            stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> Ran:
     """What a git command on the user's git directory answered."""
     environ = git_environ(os.environ) | dict(env or {})
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
@@ -935,13 +959,14 @@ def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path |
     if index:
         environ["GIT_INDEX_FILE"] = str(index)
     place = [f"--git-dir={repo.git_dir}", f"--work-tree={work_tree or repo.root}"]
-    return program_call(["git", *GIT_SETTINGS, *place, *args], cwd=work_tree or repo.root, env=environ, stdin=stdin)
+    return program_call(["git", *GIT_SETTINGS, *place, *args], cwd=work_tree or repo.root, env=environ, stdin=stdin,
+                        out_file=out_file)
 
 
 def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
-        stdin: bytes = b"", env: Mapping[str, str] | None = None) -> str:
+        stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """What a git command printed; raises Stop with git's own last words where it fails."""
-    ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, env=env)
+    ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
     if ran.exit:
         raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {ran.last_line()}")
     return os.fsdecode(ran.out)
@@ -1296,33 +1321,44 @@ def tree_paths(repo: Repo, tree: str) -> set[str]:
     return set(git(repo, "ls-tree", "-r", "--name-only", "-z", tree).split("\0")) - {""}
 
 
-def tree_files(repo: Repo, tree: str, paths: list[str]) -> dict[str, tuple[int, str, bytes]]:
-    """The mode, blob and contents of some regular files of a tree."""
-    listed = git(repo, "ls-tree", "-r", "-z", tree, "--", *paths).split("\0") if paths else []
-    facts = {entry.partition("\t")[2]: entry.split()[:3] for entry in listed if entry}
-    blobs = blobs_read(repo, {blob for _, _, blob in facts.values()}, TEXT_LIMIT)
-    return {path: (int(mode, 8), blob, blobs[blob][1]) for path, (mode, _, blob) in facts.items()
-            if mode in ("100644", "100755") and blob in blobs}
+def tree_files(repo: Repo, tree: str, paths: Collection[str]) -> dict[str, tuple[int, str, bytes]]:
+    """The mode, blob and contents of some regular files of a tree, as far as they are not too large."""
+    wanted = set(paths)
+    listed = git(repo, "ls-tree", "-r", "-z", tree).split("\0") if wanted else []
+    facts = {path: entry.split()[:3] for entry in listed if (path := entry.partition("\t")[2]) in wanted}
+    sizes = blob_sizes(repo, {blob for mode, _, blob in facts.values() if mode in ("100644", "100755")})
+    blobs = blobs_read(repo, [blob for blob, size in sizes.items() if size <= TEXT_LIMIT])
+    return {path: (int(mode, 8), blob, blobs[blob]) for path, (mode, _, blob) in facts.items() if blob in blobs}
 
 
-def blobs_read(repo: Repo, blobs: set[str], limit: int) -> dict[str, tuple[int, bytes]]:
-    """The size and contents of blobs; b"" for what is larger than `limit` bytes, or no blob."""
-    def ask(mode: str, names: list[str]) -> bytes:
-        return git_ran(repo, "cat-file", mode, stdin="".join(f"{name}\n" for name in names).encode()).out
-    facts = [line.split() for line in ask("--batch-check", sorted(blobs)).decode().splitlines()]
-    sizes = {name: int(rest[1]) for name, *rest in facts if rest[0] == "blob"}
-    small = [name for name, size in sizes.items() if size <= limit]
-    data, at, found = ask("--batch", small), 0, {name: (size, b"") for name, size in sizes.items()}
-    for name in small:
-        at = data.index(b"\n", at) + 1
-        found[name] = (sizes[name], data[at:at + sizes[name]])
-        at += sizes[name] + 1
-    return found
+def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:
+    """The sizes of those names that are blobs."""
+    names = "".join(f"{name}\n" for name in sorted(blobs)).encode()
+    facts = [line.split() for line in git_ran(repo, "cat-file", "--batch-check", stdin=names).out.decode().splitlines()]
+    return {name: int(rest[1]) for name, *rest in facts if rest[0] == "blob"}
+
+
+def blobs_read(repo: Repo, blobs: list[str]) -> dict[str, bytes]:
+    """The contents of blobs: of few enough, all of them are in memory at once."""
+    data = git_ran(repo, "cat-file", "--batch", stdin="".join(f"{name}\n" for name in blobs).encode()).out
+    contents, at = {}, 0
+    for name in blobs:
+        start = data.index(b"\n", at) + 1
+        at = start + int(data[at:start].split()[2])
+        contents[name], at = data[start:at], at + 1
+    return contents
 
 
 def tree_patch(repo: Repo, old: str, new: str) -> str:
     """The difference between two trees in the form that `git apply` takes."""
     return git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--")
+
+
+def patch_write(repo: Repo, old: str, new: str, raw: Path, path: Path) -> None:
+    """Write that difference to a masked file, however large it is; `raw` is where it may stand unmasked."""
+    git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--",
+        out_file=raw)
+    file_mask(raw, path)
 
 
 @functools.cache
@@ -2019,12 +2055,38 @@ class Violation(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One changed file with its contents before and after; empty where it is not there, or too large to read."""
+    """One changed file, with its contents before and after: b"" where it is not there, or too large to read."""
 
     change: Change
     size: int  # bytes of the new contents
-    new: bytes
-    old: bytes
+    portion: list[str]  # the blobs that are read together with its own
+    shelf: Shelf
+
+    @property
+    def new(self) -> bytes:
+        """Its contents after the change."""
+        return self.shelf.read(self.change.new_blob, self.portion)
+
+    @property
+    def old(self) -> bytes:
+        """Its contents before."""
+        return self.shelf.read(self.change.old_blob, self.portion)
+
+
+class Shelf:
+    """Holds one portion of contents at a time, so that memory does not grow with the change."""
+
+    def __init__(self, repo: Repo) -> None:
+        self.repo = repo
+        self.portion: list[str] = []
+        self.contents: dict[str, bytes] = {}
+
+    def read(self, blob: str, portion: list[str]) -> bytes:
+        """The contents of one blob of a portion; b"" where it is not in that."""
+        if portion is not self.portion:
+            self.contents = {}  # let go of it first
+            self.portion, self.contents = portion, blobs_read(self.repo, portion)
+        return self.contents.get(blob, b"")
 
 
 @functools.cache
@@ -2083,10 +2145,18 @@ def gate_role(path: str, gate_files: GateFiles) -> str:
 
 
 def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
-    """The changed files with their contents."""
-    blobs = blobs_read(repo, {blob for change in changes for blob in (change.old_blob, change.new_blob)}, SIZE_LIMIT)
-    absent = (0, b"")
-    return [Source(c, *blobs.get(c.new_blob, absent), blobs.get(c.old_blob, absent)[1]) for c in changes]
+    """The changed files; their contents are read when they are asked for, several at a time."""
+    sizes = blob_sizes(repo, {blob for change in changes for blob in (change.old_blob, change.new_blob)})
+    sources, shelf, room = [], Shelf(repo), 0
+    for change in changes:
+        blobs = [blob for blob in (change.old_blob, change.new_blob) if sizes.get(blob, SIZE_LIMIT + 1) <= SIZE_LIMIT]
+        need = sum(sizes[blob] for blob in blobs)
+        if need > room or not sources:
+            portion, room = [], 2 * SIZE_LIMIT  # any file fits in with both of its sides
+        portion += blobs
+        room -= need
+        sources.append(Source(change, sizes.get(change.new_blob, 0), portion, shelf))
+    return sources
 
 
 def guard_change(sources: list[Source], gate_files: GateFiles, scope: list[str],
@@ -2106,37 +2176,41 @@ def guard_change(sources: list[Source], gate_files: GateFiles, scope: list[str],
     return found + marks + guard_assertions(tests), notes
 
 
-READ: dict[tuple[str, bytes], Any] = {}  # what the readers of source say of the newest change's files
+READ: dict[tuple[str, str], Any] = {}  # what the readers of source say of the newest change's blobs
 
 
-def read(reader: Callable[[bytes], Any], source: bytes) -> Any:
-    """What a reader says of a file; what it says of an empty one, where that could not be found out."""
-    return READ[reader.__name__, source] if (reader.__name__, source) in READ else reader(b"")
+def read(reader: Callable[[bytes], Any], blob: str) -> Any:
+    """What a reader says of a blob of the change; what it says of an empty one, where that could not be found out."""
+    return READ[reader.__name__, blob] if (reader.__name__, blob) in READ else reader(b"")
 
 
 def guard_read(sources: list[Source]) -> list[Violation]:
     """Let all readers look at Python source, in a process with bounds; the files that are too much for it."""
     READ.clear()
-    rest, unread = sorted(sources, key=lambda source: source.size), []  # the large ones take no time from the others
-    while rest and len(unread) < 5:
-        answers = apart([functools.partial(source_read, source) for source in rest])
-        for answer in answers:
-            READ.update(answer)
-        unread += rest[len(answers):][:1]
-        rest = rest[len(answers) + 1:]
-    return [Violation("size", source.change.path, "is too large or too deep to be read as source")
-            for source in unread + rest]
+    unread: list[Source] = []
+    for portion in {id(source.portion): source.portion for source in sources}.values():
+        rest = [source for source in sources if source.portion is portion]
+        rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
+        while rest and len(unread) < 5:
+            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest])
+            for answer in answers:
+                READ.update(answer)
+            unread += rest[len(answers):][:1]
+            rest = rest[len(answers) + 1:]
+        unread += rest
+    return [Violation("size", source.change.path, "is too large or too deep to be read as source") for source in unread]
 
 
-def source_read(source: Source) -> dict[tuple[str, bytes], Any]:
+def source_read(change: Change, old: bytes, new: bytes) -> dict[tuple[str, str], Any]:
     """What each reader says of a file, before and after."""
-    return {(reader.__name__, data): reader(data) for reader in (marks_read, test_detection, tests_read, rest_read)
-            for data in (source.old, source.new)}
+    return {(reader.__name__, blob): reader(data) for reader in (marks_read, test_detection, tests_read, rest_read)
+            for blob, data in ((change.old_blob, old), (change.new_blob, new))}
 
 
 def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]) -> list[tuple[str, int, str]]:
     """What a reader of source finds more often after the whole change than before it: (path, line, what)."""
-    pairs = [(source.change.path, read(reader, source.old), read(reader, source.new)) for source in sources]
+    changes = [source.change for source in sources]
+    pairs = [(change.path, read(reader, change.old_blob), read(reader, change.new_blob)) for change in changes]
     more = Counter(what for _, _, new in pairs for _, what in new)
     more.subtract(what for _, old, _ in pairs for _, what in old)
     result = []
@@ -2170,19 +2244,24 @@ def guard_file(source: Source) -> list[Violation]:
     return found
 
 
+def space_removed(data: bytes) -> bytes:
+    """The data without its white space; split() would make an object of every word."""
+    return data.translate(None, b" \t\n\r\v\f")
+
+
 def is_only_space(source: Source) -> bool:
     """Whether Python source differs in white space alone, and in its syntax not at all; elsewhere that may matter."""
     if source.change.old_mode != source.change.new_mode or not source.change.path.endswith(".py"):
         return False
-    if b"".join(source.old.split()) != b"".join(source.new.split()):
+    if space_removed(source.old) != space_removed(source.new):
         return False
-    return apart([functools.partial(is_same_syntax, source)]) == [True]
+    return apart([functools.partial(is_same_syntax, source.old, source.new)]) == [True]
 
 
-def is_same_syntax(source: Source) -> bool:
+def is_same_syntax(old: bytes, new: bytes) -> bool:
     """Whether Python source means the same before and after."""
     try:
-        return ast.dump(ast.parse(source.old)) == ast.dump(ast.parse(source.new))
+        return ast.dump(ast.parse(old)) == ast.dump(ast.parse(new))
     except (SyntaxError, ValueError):
         return False
 
@@ -2298,13 +2377,13 @@ def call_cannot_fail(name: str, args: list[ast.expr]) -> bool:
 
 def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
     """The test functions that are there before and after, as (path, name, old, new); also in a renamed file."""
-    new_files = [read(tests_read, source.new) for source in sources if not source.old]
+    new_files = [read(tests_read, source.change.new_blob) for source in sources if not source.change.old_mode]
     pairs = []
     for source in sources:
-        after = read(tests_read, source.new)
-        for name, old in read(tests_read, source.old).items():
+        after = read(tests_read, source.change.new_blob)
+        for name, old in read(tests_read, source.change.old_blob).items():
             here = [after[name]] if name in after else []
-            elsewhere = [tests[name] for tests in new_files if name in tests and not source.new]
+            elsewhere = [tests[name] for tests in new_files if name in tests and not source.change.new_mode]
             pairs += [(source.change.path, name, old, new) for new in (here or elsewhere)[:1]]
     return pairs
 
@@ -2313,7 +2392,7 @@ def guard_assertions(sources: list[Source]) -> list[Violation]:
     """The tests of the base that have fewer assertions than before, or one that cannot fail: nothing needs that."""
     pairs = tests_pairs(sources)
     # An assertion that stands in another test now has moved.
-    elsewhere = Counter(text for source in sources for test in read(tests_read, source.new).values()
+    elsewhere = Counter(text for source in sources for test in read(tests_read, source.change.new_blob).values()
                         for text in test.asserts)
     for _, _, old, new in pairs:
         elsewhere -= Counter(old.asserts) & Counter(new.asserts)
@@ -2339,11 +2418,11 @@ def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
     """Where the bodies of changed files' test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
     places: dict[str, set[str]] = {}
     for source in sources:
-        for name, test in read(tests_read, source.new).items():
-            if name not in read(tests_read, source.old):
+        for name, test in read(tests_read, source.change.new_blob).items():
+            if name not in read(tests_read, source.change.old_blob):
                 places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
     return {f"{source.change.path}::{name}": places[test.body] for source in sources
-            for name, test in read(tests_read, source.old).items() if test.body in places}
+            for name, test in read(tests_read, source.change.old_blob).items() if test.body in places}
 
 
 def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
@@ -2361,7 +2440,7 @@ def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
 
 def is_same_beside_tests(source: Source) -> bool:
     """Whether a test module changed only in its test functions and imports."""
-    rest = [read(rest_read, data) for data in (source.old, source.new)]
+    rest = [read(rest_read, blob) for blob in (source.change.old_blob, source.change.new_blob)]
     return rest[0] == rest[1] != ""
 
 
@@ -4519,7 +4598,7 @@ def change_keep(run: Run, workspace: Workspace) -> None:
     try:
         run.tree = tree_last(run, workspace)
         if run.tree != run.base.tree:
-            file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
+            patch_write(run.job.repo, run.base.tree, run.tree, workspace.private / "patch", run.folder / "diff.patch")
     except (OSError, Stop) as error:
         run.error = f"the change could not be kept as diff.patch: {error}"
         with contextlib.suppress(OSError):
@@ -4629,9 +4708,10 @@ def run_close(folder: Path, place: Path | None) -> None:
     if place and str(place) in facts["places"]:
         repo = repo_open(folder.parent.parent)
         own = workspace_at(repo, place, facts.get("carried", []))
-        patch = tree_patch(repo, facts["base"], own.snapshot_plain()) if own.index.exists() else ""
-        if patch:
-            file_write(folder / "diff.patch", patch)
+        base = git(repo, "rev-parse", f"{facts['base']}^{{tree}}").strip()
+        tree = own.snapshot_plain() if own.index.exists() else base
+        if tree != base:
+            patch_write(repo, base, tree, place / "patch", folder / "diff.patch")
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
     summary_write(folder, facts)

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1545,6 +1545,14 @@ def test_bad_input(scratch, args, env, prepare, code, said):
     assert not scratch.records() and not (scratch.out / "called").exists()
 
 
+@pytest.mark.parametrize("args", [["runs"], ["self-heal", "--simulate", "good"]])
+def test_a_system_without_fcntl(tmp_path, args):
+    """As on Windows: the file can be imported there, and says what it needs."""
+    ended = ran(sys.executable, "-c", f"import sys\nsys.modules['fcntl'] = None\n{IMPORT}sys.exit(agent_runner.main({args}))", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (69, ""), ended
+    assert ended.stderr == "agent_runner: agent_runner needs Linux or macOS; on Windows it runs in WSL\n"
+
+
 @pytest.mark.parametrize("args", [HEAL_ARGS, ("runs",), ("self-heal", "--simulate", "good")])
 def test_a_git_that_is_too_old(scratch, args):
     ended = scratch.run(*args, agent=CALLED, env=git_instead(scratch, "echo git version 2.30.9"))
@@ -1974,18 +1982,25 @@ def test_reading_source_ends_with_the_run(scratch: Scratch) -> None:
     assert scratch.ended(going).outcome == "interrupted" and time.monotonic() - sent < 10
 
 
+def changed_source(path: str, old: bytes, new: bytes) -> Any:
+    """A changed file whose contents are at hand; an empty one is not there."""
+    module, blobs = runner_module(), {f"old {path}": old, f"new {path}": new}
+    change = module.Change(path, 0o100644 if old else 0, 0o100644 if new else 0, *blobs)
+    return module.Source(change, len(new), [], SimpleNamespace(read=lambda blob, portion: blobs[blob]))
+
+
 def test_what_is_too_much_to_be_read() -> None:
     """The others are read all the same, and the bounds are those of a process of its own."""
     module = runner_module()
     texts = {"a.py": b"def test_a():\n    assert a\n", "b.py": b"X = " + b"a+" * 300_000 + b"a\n", "c.py": b"X = [" + b"1," * 400_000 + b"]  # noqa\n"}
-    sources = [module.Source(module.Change(path, 0, 0o100644, "", ""), len(text), text, b"") for path, text in texts.items()]
+    sources = [changed_source(path, b"", text) for path, text in texts.items()]
     module.APART_SECONDS, seconds = 1, module.APART_SECONDS
     try:
         assert [violation.path for violation in module.guard_read(sources)] == ["b.py", "c.py"]
     finally:
         module.APART_SECONDS = seconds
-    assert module.read(module.tests_read, texts["a.py"])["test_a"].asserts == ["assert a"]
-    assert module.read(module.marks_read, texts["c.py"]) == []
+    assert module.read(module.tests_read, "new a.py")["test_a"].asserts == ["assert a"]
+    assert module.read(module.marks_read, "new c.py") == []
 
 
 def test_a_process_apart_has_bounds() -> None:
@@ -2265,9 +2280,7 @@ def test_two_sessions_are_compared(before, after, worse, lost):
 ])
 def test_a_test_that_asserts_less(old, new, reason):
     module = runner_module()
-    before, after = (f"def test_a(self):\n    {body}\n".encode() for body in (old, new))
-    change = module.Change("tests/test_a.py", 0o100644, 0o100644, "1", "2")
-    sources = [module.Source(change, 1, after, before)]
+    sources = [changed_source("tests/test_a.py", *(f"def test_a(self):\n    {body}\n".encode() for body in (old, new)))]
     violations = module.guard_read(sources) + module.guard_assertions(sources)
     assert [violation.rule for violation in violations] == ["weakened"] * bool(reason)
     assert all(reason in violation.reason for violation in violations), violations
@@ -2748,6 +2761,15 @@ print(len(agent_runner.nested_repositories(Path.cwd())))
 
 def test_an_entry_that_cannot_be_changed_does_not_hide_the_others(tmp_path: Path) -> None:
     assert ran(sys.executable, "-c", IMPORT + STUBBORN, cwd=tmp_path).stdout == "20\n"
+
+
+def test_memory_does_not_grow_with_the_change(scratch: Scratch) -> None:
+    """30 MB of text: the contents are read, and the patch is written, a few files at a time."""
+    agent = scratch.program("for n in range(8):\n    Path(f'{n}.txt').write_text(f'{n} words\\n' * 430_000)")
+    memory = memory_most([*RUN, "issue-to-pr", scratch.issue(), *checks_args(CHEAP)], scratch, AGENT_CMD=agent)
+    folder, = scratch.records()
+    assert (folder / "diff.patch").stat().st_size > 30_000_000 and scratch.proposals()
+    assert memory < 90, f"{memory:.0f} MB"
 
 
 def test_an_index_that_is_locked(scratch: Scratch) -> None:
