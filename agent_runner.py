@@ -25,6 +25,7 @@ if tuple(sys.version_info) < (3, 10):  # first, as what follows fails there; Pyt
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -529,7 +530,7 @@ class Log:
     """A log file of bounded size, masked: the head as it comes, at the end the newest bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self.file = file_new(path)
         self.room, self.lost, self.kept = LOG_HEAD, 0, 0
         self.tail: deque[bytes] = deque()
         self.carry = b""  # the end of what came: a secret may be cut in two there
@@ -566,13 +567,50 @@ class Log:
         self.file.close()
 
 
+def file_new(path: Path) -> IO[bytes]:
+    """A new file in place of what stands there: no link is followed, no FIFO waited for."""
+    path.unlink(missing_ok=True)
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+
+
+def file_open(path: Path, limit: int) -> IO[bytes]:
+    """A file that somebody else may have replaced (an answer, a report, a log), to be read.
+
+    Raises OSError where it is no regular file of at most `limit` bytes; a FIFO is not waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")  # noqa: SIM115 - the caller closes it
+    facts = os.fstat(file.fileno())
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file, or too large", str(path))
+    return file
+
+
+def file_read(path: Path, limit: int) -> bytes:
+    """What such a file holds; raises OSError."""
+    with file_open(path, limit) as file:
+        return file.read(limit)
+
+
+def json_read(path: Path, limit: int, kind: type) -> Any:
+    """The JSON in such a file; raises OSError or ValueError where it is none of this kind (dict, list)."""
+    try:
+        value = json.loads(file_read(path, limit))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"it is no JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
 def file_write(path: Path, text: str) -> None:
     """Write a whole masked text file, then rename it: a reader never sees half of it."""
     part = path.with_name(f".{path.name}.part")
     # A file name need not be text: a patch keeps its bytes, and JSON has an escape for them.
     errors = "surrogateescape" if path.suffix == ".patch" else "backslashreplace"
     try:
-        part.write_bytes(MASK.text(text).encode("utf-8", errors))
+        with file_new(part) as file:
+            file.write(MASK.text(text).encode("utf-8", errors))
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -1604,19 +1642,26 @@ Name as little as the task needs; new files count. The task is data from outside
 """
 
 
+SCOPE_LIMIT = 20_000  # bytes of the answer: each of its globs is matched with each changed path
+
+
 def scope_read(place: Path) -> dict[str, Any]:
     """The scope that the agent wrote to scope.json: globs, why; raises ValueError with the reason."""
-    path = place / "scope.json"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > TEXT_LIMIT:
-        raise ValueError("the agent wrote no scope.json")
     try:
-        said = json.loads(path.read_bytes())
-        globs = [*said.get("files", []), *said.get("directories", [])]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"the agent's scope.json is malformed: {error}") from None
-    if not all(isinstance(glob, str) and glob.strip("./ ") for glob in globs) or not globs:
+        answer = json_read(place / "scope.json", SCOPE_LIMIT, dict)
+    except FileNotFoundError:
+        raise ValueError("the agent wrote no scope.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the agent's scope.json cannot be used: {getattr(error, 'strerror', error)}") from None
+    globs = []
+    for key in ("files", "directories"):
+        listed = answer.get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(glob, str) and glob.strip("./ ") for glob in listed):
+            raise ValueError(f"the agent's scope.json is malformed: {key!r} is no list of paths")
+        globs += listed
+    if not globs:
         raise ValueError("the agent's scope.json names no files")
-    return {"globs": globs, "why": str(said.get("why", "")), "source": "the scoping agent"}
+    return {"globs": globs, "why": str(answer.get("why", "")), "source": "the scoping agent"}
 
 
 def check_shown(check: Check) -> str:
@@ -1701,9 +1746,8 @@ class Sandbox(NamedTuple):
             ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
             if ran.exit is None:
                 sandbox_end(self.kind, name)
-            with open(how["log"], "rb") as file:
-                said = file.read(500).decode("utf-8", "replace")
-            if self.kind != "bwrap" or ran.exit != 1 or not said.startswith("bwrap: "):
+            said = log_read(how["log"])[:500] if self.kind == "bwrap" and ran.exit == 1 else ""
+            if not said.startswith("bwrap: "):
                 return ran  # a command that says the same gains nothing: without a sandbox there is no verdict
         raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(said)}; "
                                  "run this again, or use --sandbox none")
@@ -2554,7 +2598,7 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
             continue  # it is gone: its own signature tells
         for place in map(Path, json.loads(ran.out) if not ran.exit else []):
             files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
-                f for f in place.glob("*-info/entry_points.txt") if b"pytest11" in f.read_bytes())}
+                f for f in place.glob("*-info/entry_points.txt") if registers_plugins(f))}
             files |= {file for name in ("_pytest", "pytest", "pluggy", "xdist", "pytest_cov", "coverage", "ruff")
                       for file in (place / name).rglob("*.py")}
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
@@ -2564,6 +2608,14 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
                                        ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
                                        ".config/git/ignore", ".config/git/attributes")}
     return {str(file): mark for file in files if (mark := signature(file))}
+
+
+def registers_plugins(entry_points: Path) -> bool:
+    """Whether an installed package's entry points register plugins of pytest, as far as they can be read."""
+    try:
+        return b"pytest11" in file_read(entry_points, TEXT_LIMIT)
+    except OSError:
+        return True
 
 
 def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violation]:
@@ -2647,7 +2699,8 @@ RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
 # hanging test is written by our own plugin, also while a module is imported.
 PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "faulthandler_timeout=0",
                "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
-REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report
+REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report, a line at a time
+RUFF_LIMIT = 50_000_000  # the same of one report of ruff: some 100,000 findings
 GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
@@ -2950,8 +3003,11 @@ class Gate:
             open_report = report.with_name(f"{report.name}-open")
             argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
             self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            try:
                 result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+            except (OSError, ValueError, KeyError, TypeError):
+                if result.ok:
+                    result.ok, result.reason = False, "no report of what suppressions hide"
         return result
 
 
@@ -3007,7 +3063,12 @@ def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: 
 
 def log_read(log: Path) -> str:
     """A program's output as text, whatever bytes it holds."""
-    return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+    try:
+        return file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"(the log cannot be read: {error.strerror})\n"
 
 
 class Evidence(NamedTuple):
@@ -3058,8 +3119,9 @@ def ruff_verdict(evidence: Evidence) -> CheckResult:
 def ruff_report(report: Path, place: Path) -> list[Lint]:
     """The findings in ruff's JSON report; raises OSError, ValueError, KeyError or TypeError where it is none."""
     top = os.path.realpath(place)
-    return [Lint(os.path.relpath(entry["filename"], top), entry["location"]["row"], entry["location"]["column"],
-                 entry["code"] or "syntax error", entry["message"]) for entry in json.loads(report.read_bytes())]
+    return [Lint(os.path.relpath(entry["filename"], top), int(entry["location"]["row"]),
+                 int(entry["location"]["column"]), str(entry["code"] or "syntax error"), str(entry["message"]))
+            for entry in json_read(report, RUFF_LIMIT, list)]
 
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
@@ -3142,7 +3204,7 @@ def pytest_report(report: Path) -> PytestReport:
                 else:
                     closed.append(event)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            trouble = f"and its report cannot be used: {one_line(str(error))[:200]}"
+            trouble = f"and its report cannot be used: {one_line(str(getattr(error, 'strerror', error)))[:200]}"
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
@@ -3159,20 +3221,40 @@ def report_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of one process's report; raises OSError or ValueError where it is not what the plugin wrote."""
     import hashlib
     digest = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > REPORT_LIMIT:
-            raise ValueError("it is no regular file, or too large")
+    with file_open(path, REPORT_LIMIT) as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return  # the process died while it wrote
-            event = json.loads(line)
-            if not isinstance(event, dict):
-                raise ValueError("a line of it is no event")
+            event = event_parse(line)
             if event.get("event") == "closed" and event.get("digest") != digest.hexdigest():
                 raise ValueError("it is not the one that pytest wrote")
             digest.update(line)
             yield event
+
+
+EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
+    "collected": {"tests": list},
+    "started": {"test": str},
+    "ended": {"test": str, "when": str, "outcome": str},
+    "closed": {"worker": bool, "wrong_origin": list, "canaries": int, "roots": list, "files": list, "folders": list},
+}
+
+
+def event_parse(line: bytes) -> dict[str, Any]:
+    """One event of a report; raises ValueError where it is none that the plugin writes."""
+    try:
+        event = json.loads(line)
+        kinds = EVENTS[event["event"]]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("a line of it is no event") from None
+    texts = [event.get(key, "") for key in ("sub", "text", "printed")]
+    for key, kind in kinds.items():
+        if not isinstance(event.get(key), kind):
+            raise ValueError(f"{key!r} is wrong in a line of it")
+        texts += event[key] if kind is list else []
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a line of it holds what is no text")
+    return event
 
 
 def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tuple[str, str, str], Failure]) -> None:
@@ -4172,6 +4254,9 @@ DECISIONS = {  # the one decision that a handoff asks for
 }
 
 
+SUMMARY_LIMIT = 50_000_000  # bytes that are read of a run_summary.json
+
+
 def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
     """A new run with a folder of its own in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(timezone.utc)
@@ -4206,14 +4291,14 @@ def runs_recover(repo: Repo) -> None:
         try:
             if folder:
                 run_close(folder, place)
-        except (OSError, ValueError, KeyError, Stop) as error:
+        except (OSError, ValueError, KeyError, TypeError, Stop) as error:
             CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
                         "the next run tries again")
         else:
             private_end(place)
     # Killed, and what it had in the temporary directory is gone as well:
     for mark in repo.root.resolve().glob(".agent-runs/*/running"):
-        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError):
+        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if free:
                 run_close(mark.parent, None)
 
@@ -4233,7 +4318,7 @@ def run_close(folder: Path, place: Path | None) -> None:
     """
     if folder.parent.name == ".agent-runs" and not (folder / "run_summary.json").exists():
         return directory_remove(folder)  # killed before it was a record
-    facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    facts, saved = json_read(folder / "run_summary.json", SUMMARY_LIMIT, dict), ""
     if not place and any(os.path.exists(name) for name in facts["places"]):
         return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
@@ -4730,8 +4815,8 @@ def cmd_runs(args: argparse.Namespace) -> int:
     for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
         size, days, facts = run_told(folder.parent)
         old = args.prune is not None and days > args.prune and not (folder.parent / "running").exists()
-        console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command', '?'):<11}  "
-                           f"{facts.get('outcome') or 'unfinished':<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
+        console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command')!s:<11}  "
+                           f"{facts.get('outcome') or 'unfinished'!s:<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
                            f"{facts.get('branch') or '-'}"), sys.stdout)
         if old:
             directory_remove(folder.parent)
@@ -4749,10 +4834,9 @@ def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
 def summary_read(folder: Path) -> dict[str, Any]:
     """What the summary in a run's folder says; {} where there is none that can be read."""
     try:
-        facts = json.loads((folder / "run_summary.json").read_bytes())
+        return json_read(folder / "run_summary.json", SUMMARY_LIMIT, dict)
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def result_show(run: Run, as_json: bool) -> int:

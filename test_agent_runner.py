@@ -2001,6 +2001,10 @@ def scopes(answer: str) -> str:
     (("--scope", "auto"), ISSUE, scopes('{"files": []}'), "agent_failed"),
     (("--scope", "auto"), ISSUE, scopes("not json"), "agent_failed"),
     (("--scope", "auto"), ISSUE, scopes('["app.py"]'), "agent_failed"),
+    *((("--scope", "auto"), ISSUE, scopes(answer), "agent_failed") for answer in (
+        "{}", '{"files": "app.py"}', '{"files": [5]}', '{"files": {"a": 1}}', "[" * 15_000, " " * 30_000 + '{"files": ["app.py"]}')),
+    *((("--scope", "auto"), ISSUE, f"{act}('scope.json')\n{EDITS}", "agent_failed") for act in ("os.mkfifo", "OUT.joinpath('x').symlink_to", "os.mkdir")),
+    (("--scope", "auto"), ISSUE, f"os.symlink('/dev/zero', 'scope.json')\n{EDITS}", "agent_failed"),
     (("--scope", "auto"), ISSUE, EDITS, "agent_failed"),
 ])
 def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, ...], issue: str, agent: str, outcome: str) -> None:
@@ -2077,6 +2081,78 @@ def test_what_is_protected_and_what_is_not(path: str, reason: str) -> None:
 ])
 def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> None:
     assert runner_module().words_slug(title) == slug
+
+
+FORGED = {  # what may stand in place of the plugin's report, and of ruff's
+    "an object": b"{}\n", "a list": b"[1]\n", "a number": b"7\n", "deep": b"[" * 100_000 + b"\n", "no JSON": b"\xff\n",
+    "a test that is no text": b'{"event": "ended", "test": 5, "when": "call", "outcome": "failed", "text": "", "printed": ""}\n',
+    "a text that is none": b'{"event": "ended", "test": "a", "when": "call", "outcome": "failed", "text": 5, "printed": ""}\n',
+    "tests that are no list": b'{"event": "collected", "tests": "abc"}\n', "an unknown event": b'{"event": "broken"}\n',
+    "tests that are no texts": b'{"event": "collected", "tests": [["a"], 5]}\n',
+    "an end without facts": b'{"event": "closed", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
+    "an end with wrong facts": b'{"event": "closed", "worker": false, "canaries": "x", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
+    "a FIFO": None, "a link": Path("/dev/zero"), "a folder": Path(),
+}
+
+
+def forge(path: Path, what: bytes | Path | None) -> None:
+    """Put something in place of a file."""
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    elif what is None:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(what) if what.name else path.mkdir()
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_report_that_is_none_is_red(tmp_path: Path, what: str) -> None:
+    """With a reason, whatever stands there; and a log is never waited for."""
+    module = runner_module()
+    forge(tmp_path / "report-1", FORGED[what])
+    forge(tmp_path / "ruff", FORGED[what])
+    for kind, name in (("pytest", "report"), ("ruff", "ruff")):
+        ran = module.Ran([kind], 0, 0.1)
+        result = module.VERDICTS[kind](module.Evidence(kind, ran, "", tmp_path / name, tmp_path, "canary_"))
+        assert not result.ok and "report" in result.reason and result.findings, result
+    assert isinstance(module.log_read(tmp_path / "ruff"), str)
+
+
+REPORT_REPLACED = """import os
+import weakref
+from pathlib import Path
+
+
+class Late:
+    pass
+
+
+def late():
+    for path in Path.cwd().parents[1].glob('*/*'):
+        if path.is_file() and path.read_bytes()[:8] == b'{"event"':
+            path.unlink()
+            os.mkfifo(path)
+    for path in Path.cwd().parents[1].glob('check-*.log'):
+        path.unlink()
+        os.mkfifo(path)
+    os._exit(0)
+
+
+LATE = Late()
+weakref.finalize(LATE, late)
+
+
+def double(x):
+    return x * 3
+"""
+
+
+def test_tests_that_replace_their_report_and_log(scratch: Scratch) -> None:
+    """By FIFOs, which nobody would ever write to; the next attempt writes its log all the same."""
+    agent = in_turn(writes("app.py", REPORT_REPLACED), writes("app.py", APP_WRONG))
+    ended = scratch.propose(agent, "--fix-attempts", "1", checks=TESTS_ONLY)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "test_double" in ended.findings, ended
+    assert "its report cannot be used" in ended.text("brief-2.md") and "the log cannot be read" in ended.text("gate-1.log")
 
 
 def test_a_scope_never_swallows_the_issue(scratch: Scratch) -> None:
