@@ -979,7 +979,9 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
     """What a git command printed; raises Stop with git's own last words where it fails."""
     ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, env=env)
     if ran.exit:
-        raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {ran.last_line()}")
+        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.M)  # the last may be advice
+        reason = MASK.text(first[1]) if first else ran.last_line()
+        raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {reason}")
     return os.fsdecode(ran.out)
 
 
@@ -2953,9 +2955,8 @@ class Gate:
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
-        self.checkout.lay(tree)
-        repository_mark(self.checkout.place)
-        if failed := setup_run(self.job, self.checkout.place, self.private, self._log("setup")):
+        failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
+        if failed:
             result = GateResult(tree, [failed])
         else:
             from concurrent.futures import ThreadPoolExecutor
@@ -2963,7 +2964,7 @@ class Gate:
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         # A .pyc is made by nobody here (PYTHONDONTWRITEBYTECODE), and pytest would take it for the test beside it.
-        written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+        written = () if failed else (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
                    self.checkout.git("ls-files", "--others", "-z", "--", "*.pyc", ":(exclude).venv"))
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
@@ -2972,6 +2973,16 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def _lay(self, tree: str) -> CheckResult | None:
+        """Lay a tree out; a red result where that cannot be done with a change (with the base it is a Stop)."""
+        try:
+            self.checkout.lay(tree)
+            return repository_mark(self.checkout.place)
+        except (OSError, Stop) as error:
+            if tree == self.run.base.tree:
+                raise
+            return CheckResult("checkout", False, f"the change cannot be laid out for the gate: {error}", 0)
 
     def _log(self, name: str) -> Path:
         """Where the output of a check goes."""
@@ -4180,8 +4191,8 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
     """The judgement on the files that the agent left."""
     try:
         run.tree = attempt.tree = workspace.tree()
-    except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
-        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {stop}"], final=True)
+    except (OSError, Stop) as error:  # no place, or a name or a size that git refuses
+        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {error}"], final=True)
     if attempt.number > 1 and is_stalled(run):
         attempt.changed = run.attempts[-2].changed
         violations = [Violation(**violation) for violation in run.violations]
@@ -4214,6 +4225,10 @@ def change_keep(run: Run, workspace: Workspace) -> None:
     """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
         run.tree = tree_last(run, workspace)
+    except (OSError, Stop):  # said before, where it happened
+        run.tree = run.base.tree
+        return files_keep(run, workspace)
+    try:
         if run.tree != run.base.tree:
             file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
     except (OSError, Stop) as error:
@@ -4229,10 +4244,62 @@ def tree_last(run: Run, workspace: Workspace) -> str:
     """The tree of what the agent left last; the base's where git does not take it."""
     if run.attempts and run.attempts[-1].tree and not workspace.checkout.nested:
         return run.attempts[-1].tree
-    try:
-        return workspace.tree(plain=True)
-    except Stop:
-        return run.base.tree  # said before, where it happened
+    return workspace.tree(plain=True)
+
+
+FILES_SIZE = 100_000_000  # bytes that are kept of work that git cannot hold
+
+
+def files_keep(run: Run, workspace: Workspace) -> None:
+    """Keep a copy of the files that the agent left, where git cannot make a change of them."""
+    place, target, known = workspace.checkout.place, run.folder / "files", {}
+    if place.is_symlink() or not place.is_dir():
+        return
+    with contextlib.suppress(Stop):
+        listed = git(run.job.repo, "ls-tree", "-r", "-z", run.base.tree).split("\0")[:-1]
+        known = {path: facts.split()[2] for facts, path in (entry.split("\t", 1) for entry in listed)}
+    paths, lost = files_left(place)
+    room, copied = FILES_SIZE, 0
+    for path in paths:
+        inside = path.relative_to(place)
+        try:
+            size = file_copy(path, target / inside, room, known.get(str(inside), ""))
+        except OSError:
+            lost += 1
+        else:
+            room, copied = room - max(size, 0), copied + (size >= 0)
+    run.error = f"git cannot hold the change; copies of its {copied} files are in {path_shown(target)}"
+    if lost:
+        (workspace.private / KEEP).touch()
+        run.error += f"; {lost} could not be copied and stay in {place}"
+    CONSOLE.say(run.error)
+
+
+def files_left(place: Path) -> tuple[list[Path], int]:
+    """The files and links below a directory, the small ones first, and how many folders could not be read."""
+    found, errors = [], []
+    for folder, folders, names in os.walk(place, onerror=errors.append):
+        found += [Path(folder, name) for name in names + folders]
+        folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
+    files = [(path.lstat().st_size, path) for path in found if path.is_symlink() or path.is_file()]
+    return [path for _, path in sorted(files)], len(errors)
+
+
+def file_copy(path: Path, copy: Path, limit: int, known: str) -> int:
+    """Copy a file or a link, masked; its size, or -1 where git knows it. Raises OSError, also above the limit."""
+    import hashlib
+    is_link = path.is_symlink()
+    data = os.fsencode(os.readlink(path)) if is_link else file_read(path, limit)
+    blob = b"blob %d\0%b" % (len(data), data)
+    if known == (hashlib.sha1 if len(known) == 40 else hashlib.sha256)(blob).hexdigest():
+        return -1
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if is_link:
+        copy.symlink_to(os.fsdecode(data))
+    else:
+        with file_new(copy) as file:
+            file.write(MASK.bytes(data))
+    return len(data)
 
 
 # === Chapter 10. The record =================================================
@@ -4416,6 +4483,8 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         return [("look", f"{git_here} diff {run.base.commit[:12]} {run.branch}"), *publish_commands(run, git_here),
                 ("discard", f"{git_here} branch -D {run.branch}")]
     commands = []
+    if (files := run.folder / "files").is_dir():
+        commands.append(("look", f"ls -R {shlex.quote(path_shown(files))}"))
     if patch.exists():
         commands.append(("look", f"less {shlex.quote(path_shown(patch))}"))
         options = rejudge_options(run)

@@ -2714,6 +2714,43 @@ def test_whatever_an_agent_leaves_has_a_clear_end(scratch: Scratch, leaves: str)
     assert ended.code in (0, 3, 4) and (ended.code == 0 or ended.findings), ended
 
 
+REFUSED = {  # by git: what the agent leaves, the copies of it, the words
+    "a name that git refuses": ("Path('git~1').write_text('mine')\n", {"git~1": "mine"}, "git~1"),
+    "a folder that git refuses": ("os.mkdir('.GIT')\nPath('.GIT/config').write_text('mine')\n", {".GIT/config": "mine"}, ".GIT"),
+    "no place for the index": ("Path('../../workspace-index.lock').mkdir()\nos.symlink('app.py', 'link')\n", {"link": "-> app.py"}, "index.lock"),
+}
+
+
+@pytest.mark.parametrize("left", REFUSED)
+def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> None:
+    """In copies of the files that differ from the base; secrets are masked as everywhere."""
+    act, copies, said = REFUSED[left]
+    ended = scratch.propose(f"{EDITS}\n{act}os.mkfifo('fifo')\nPath('b.txt').write_text({TOKEN!r})", env=SECRETS)
+    assert (ended.code, ended.outcome) == (4, "agent_failed") and "git cannot store" in ended.findings and said in ended.findings, ended
+    assert ended.folder and not ended.has("diff.patch") and f"ls -R .agent-runs/{ended.folder.name}/files" in ended.out
+    assert {str(path.relative_to(ended.folder / "files")): f"-> {os.readlink(path)}" if path.is_symlink() else path.read_text()
+            for path in ended.folder.glob("files/**/*") if path.is_symlink() or path.is_file()} \
+        == copies | {"app.py": APP.replace("x * 2", "x + x"), "b.txt": "[masked MY_TOKEN]"}
+    assert f"copies of its {len(copies) + 2} files are in" in ended.summary["error"] and ended.err.count(ended.summary["error"]) == 1
+
+
+def test_work_that_is_too_large_to_be_copied_stays(scratch: Scratch) -> None:
+    """Whatever git thinks of it: the small files are in the record, the others where they were."""
+    ended = scratch.propose("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "--keep")
+    assert ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err and "; 1 could not be copied and stay in" in ended.err, ended
+
+
+def test_a_change_that_cannot_be_laid_out(scratch: Scratch) -> None:
+    """The gate's checkout is another place: what fits into the workspace need not fit there."""
+    base = scratch.git("rev-parse", "HEAD^{tree}")
+    fails = "echo 'error: unable to create file: File name too long' >&2; exit 128"
+    env = git_instead(scratch, f'case "$*" in *" -u {base}") ;; *"read-tree --reset"*) {fails} ;; esac\nexec "$GIT" "$@"')
+    ended = scratch.propose(EDITS, env=env)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "cannot be laid out for the gate" in ended.findings, ended
+    assert "File name too long" in ended.findings
+    assert_patch_applies(scratch, ended)
+
+
 NESTED = {
     "a repository": "subprocess.run(['git', 'init', '-q', 'sub'], check=True)\n",
     "a file that names none": "Path('sub/.git').write_text('gitdir: /no/such/place')\n",
