@@ -508,6 +508,8 @@ def program_open() -> None:
         number = getattr(signal, name)
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
+    for name in ("git", "rm", "chmod"):
+        program_path(name)
     if SUPERVISED:
         import ctypes
         prctl = ctypes.CDLL(None).prctl
@@ -756,6 +758,13 @@ def supervised(argv: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", supervisor_source(), str(os.getpid()), *argv]
 
 
+@functools.cache
+def program_path(name: str) -> str:
+    """Where a program was when it was first asked for: what an agent puts on PATH later is not run by us."""
+    found = shutil.which(name)
+    return os.path.abspath(found) if found else name
+
+
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
                  stdin: bytes = b"", seconds: float = 900, heed: bool = True) -> Ran:
     """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
@@ -767,8 +776,9 @@ def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str
     env = environ_plain(os.environ) if env is None else env
     try:
         with LIVE_LOCK:
-            child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            child = subprocess.Popen([program_path(argv[0]), *argv[1:]], cwd=cwd, env=env,
+                                     stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, start_new_session=True)
             LIVE.add(child.pid)
     except OSError as error:
         raise Stop(EXIT_MISSING, f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH") from None
@@ -955,6 +965,73 @@ class Change(NamedTuple):
         return Change(self.path, self.new_mode, self.old_mode, self.new_blob, self.old_blob)
 
 
+class Frozen:
+    """The user's and the system's git configuration as it was when a run began, with all that it includes.
+
+    Without that an agent could make us run a program: a filter driver in ~/.gitconfig, say.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[Path, bytes] = {}  # the configuration first
+        self.origins: set[Path] = set()  # the files that it came from
+
+    def freeze(self, repo: Repo, place: Path) -> None:
+        """Write copies of the configuration, and of the files that it names, in a new directory."""
+        place.mkdir()
+        listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z").split("\0")
+        entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3]) if entry[0] in ("system", "global")]
+        self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
+        lines = [git_setting(entry) for *_, entry in entries if not re.match(r"include(if)?\.", entry)]
+        files = {}
+        for key, name in (("core.excludesfile", "ignore"), ("core.attributesfile", "attributes")):
+            values = [(scope, entry.partition("\n")[2]) for scope, entry in zip(listed[::3], listed[2::3])
+                      if entry.startswith(f"{key}\n")]
+            if not values or values[-1][0] in ("system", "global"):  # else the repository's own counts
+                files[place / name] = git_named(values[-1][1] if values else "", name)
+                lines.append(git_setting(f"{key}\n{place / name}"))
+        self.files = {place / "config": "".join(lines).encode("utf-8", "surrogateescape")} | files
+        for path, data in self.files.items():
+            path.write_bytes(data)
+
+    def environ(self) -> dict[str, str]:
+        """The variables that make git read the copies; raises Stop where somebody has changed these."""
+        for path, data in self.files.items():
+            with contextlib.suppress(OSError):
+                if file_read(path, len(data)) == data:
+                    continue
+            raise Stop(EXIT_MISSING, f"{path}, our copy of your git configuration, was changed during the run")
+        first = next(iter(self.files), None)
+        return {"GIT_CONFIG_GLOBAL": str(first), "GIT_CONFIG_NOSYSTEM": "1"} if first else {}
+
+
+FROZEN = Frozen()  # it holds nothing until a run begins
+
+
+def git_setting(entry: str) -> str:
+    """A setting as `git config --list -z` prints it ("a.b.c\\nvalue") in the form of a configuration file."""
+    name, newline, value = entry.partition("\n")
+    section, rest = name.split(".", 1)
+    sub, dot, key = rest.rpartition(".")
+    if section == "filter" and key in ("clean", "smudge", "process"):
+        value = re.sub(r"^[\w.-]+", lambda word: shlex.quote(program_path(word[0])), value)  # as it is found now
+    head = f'[{section} "{git_quoted(sub)}"]' if dot else f"[{section}]"
+    return f"{head}\n\t{key}" + (f' = "{git_quoted(value)}"\n' if newline else "\n")
+
+
+def git_quoted(value: str) -> str:
+    """A value between quotes of a configuration file (git-config(1), Syntax)."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def git_named(path: str, name: str) -> bytes:
+    """What the user's file of ignored files, or of attributes, holds; without a path it is git's default."""
+    config = os.environ.get("XDG_CONFIG_HOME") or str(HOME / ".config")
+    file = Path(os.path.expanduser(path) if path else os.path.join(config, "git", name))
+    with contextlib.suppress(OSError):
+        return file.read_bytes() if file.is_file() else b""
+    return b""
+
+
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secrets, and without what would point git at another repository or settings."""
     return {name: value for name, value in environ_plain(environ).items()
@@ -966,6 +1043,7 @@ def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path |
     """What a git command on the user's git directory answered."""
     environ = git_environ(os.environ) | dict(env or {})
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+    environ |= FROZEN.environ()
     if repo.sealed:
         environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     if index:
@@ -1273,7 +1351,7 @@ def workspace_lay(repo: Repo, base: Base, private: Path, carried: Sequence[str])
     kind = "sha1" if len(base.commit) == 40 else "sha256"
     git(own, "init", "--quiet", "--template=", f"--object-format={kind}", "--initial-branch=workspace", env=env)
     # Fetched as if from another machine: whole objects are copied, none is linked or borrowed.
-    upload = "git -c uploadpack.allowAnySHA1InWant=true upload-pack"
+    upload = f"{shlex.quote(program_path('git'))} -c uploadpack.allowAnySHA1InWant=true upload-pack"
     git(own, "fetch", "--quiet", "--no-tags", f"--depth={HISTORY_DEPTH}", "--no-write-fetch-head",
         "--no-recurse-submodules", f"--upload-pack={upload}", str(repo.git_dir),
         f"+{base.commit}:refs/heads/workspace", "--update-head-ok")
@@ -1285,8 +1363,7 @@ def workspace_lay(repo: Repo, base: Base, private: Path, carried: Sequence[str])
     with open(own.git_dir / "config", "a", encoding="utf-8", errors="surrogateescape") as file:
         for name, value in settings.items():
             section, _, key = name.partition(".")
-            quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")  # git-config(1), Syntax
-            file.write(f'[{section}]\n\t{key} = "{quoted}"\n')
+            file.write(f'[{section}]\n\t{key} = "{git_quoted(value)}"\n')
     return checkout
 
 
@@ -1816,7 +1893,7 @@ def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sa
     if words and not shutil.which(words[0]):
         raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, nor a command that can "
                                  "be run; correct --sandbox or AGENT_SANDBOX")
-    return Sandbox("prefix" if words else "none", words)
+    return Sandbox("prefix" if words else "none", [program_path(word) for word in words[:1]] + words[1:])
 
 
 def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
@@ -1851,7 +1928,7 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
     user = [f"--user={os.getuid()}:{os.getgid()}", *["--userns=keep-id"] * (engine == "podman" and os.getuid() > 0)]
     mark = f"agent-runner-{os.urandom(6).hex()}"
     for extra in ENGINES[engine]:
-        sandbox = Sandbox(engine, [engine, "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
+        sandbox = Sandbox(engine, [program_path(engine), "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
         with private_directory() as place:
             prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
             ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
@@ -2609,6 +2686,7 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
     files |= {HOME / name for name in (".config/ruff/ruff.toml", ".config/ruff/.ruff.toml",
                                        ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
                                        ".config/git/ignore", ".config/git/attributes")}
+    files |= FROZEN.origins
     return {str(file): mark for file in files if (mark := signature(file))}
 
 
@@ -4766,7 +4844,7 @@ def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
         raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or fix PATH")
-    return setup
+    return setup if in_image else [program_path(word) for word in setup[:1]] + setup[1:]
 
 
 def options_check(args: argparse.Namespace) -> None:
@@ -4855,6 +4933,7 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
     base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
     if job.recorded:
         base = base._replace(head=job.recorded["head"], left_out=[])
+    FROZEN.freeze(job.repo, bench / "git")
     run = run_open(job, base, own, bench)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")

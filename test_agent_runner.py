@@ -2611,6 +2611,40 @@ def test_the_tools_are_what_they_were(scratch: Scratch, act: str) -> None:
     assert ended.outcome == "blocked" and "tools: " in ended.findings and not ended.has("gate-1.log"), ended
 
 
+EVIL = "#!/bin/sh\ntouch {out}/evil\n"
+PLANTS = {  # what an agent without a sandbox puts where the runner would take a program from: the outcome
+    "git on PATH": ("(home / 'bin/git').write_text(EVIL)\n(home / 'bin/git').chmod(0o755)\n", "proposed"),
+    "rm on PATH": ("(home / 'bin/rm').write_text(EVIL)\n(home / 'bin/rm').chmod(0o755)\n", "proposed"),
+    "the program of a filter": ("(home / 'bin/tidy').write_text(EVIL)\n(home / 'bin/tidy').chmod(0o755)\n", "proposed"),
+    "a filter driver": ("with open(home.parent / 'gitconfig', 'a') as file:\n    file.write(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "blocked"),
+    "a filter driver in an included file": ("(home / 'more').write_text(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "blocked"),
+    "a file of attributes": ("(home / '.config/git').mkdir(parents=True)\n(home / '.config/git/attributes').write_text('* filter=tidy')\n", "blocked"),
+    "our copy of the configuration": ("for path in home.parent.glob('tmp/*/git/config'):\n    path.write_text(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "agent_failed"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_nothing_that_an_agent_plants_is_run(scratch: Scratch, plant: str) -> None:
+    """The programs and git's configuration are those that there were when the run began."""
+    act, outcome = PLANTS[plant]
+    (scratch.home / "bin").mkdir()
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/tidy").write_text("#!/bin/sh\nexec cat\n")
+    (scratch.place / "bin/tidy").chmod(0o755)
+    with open(scratch.place / "gitconfig", "a") as file:
+        file.write(f'[include]\n\tpath = {scratch.home}/more\n[filter "tidy"]\n\tclean = tidy\n[core]\n\tpager\n')
+    (scratch.home / "more").write_text("[user]\n\tname = Bea\n")
+    env = {"PATH": os.pathsep.join([f"{scratch.home}/bin", scratch.env["PATH"], f"{scratch.place}/bin"])}
+    scratch.write({".gitattributes": "*.py filter=tidy\n*.txt filter=other\n"})
+    scratch.commit()
+    ended = scratch.propose(f"home = Path({str(scratch.home)!r})\nEVIL = {EVIL.format(out=scratch.out)!r}\n{act}{writes('a.txt', 'a')}{EDITS}", env=env)
+    assert ended.outcome == outcome and not (scratch.out / "evil").exists(), ended
+    if outcome == "proposed":
+        assert scratch.git("log", "-1", "--format=%an", ended.summary["branch"]) == "Bea"
+    if outcome == "blocked":
+        assert "tools: " in ended.findings, ended.findings
+
+
 # === Faults: a run survives what others do, and what is done to it ==========
 
 
