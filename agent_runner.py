@@ -25,6 +25,7 @@ import argparse
 import ast
 import builtins
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -506,6 +507,8 @@ def program_open() -> None:
         number = getattr(signal, name)
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
+    for name in ("git", "rm", "chmod"):
+        program_path(name)
     if SUPERVISED:
         import ctypes
         prctl = ctypes.CDLL(None).prctl
@@ -528,7 +531,7 @@ class Log:
     """A log file of bounded size, masked: the head as it comes, at the end the newest bytes."""
 
     def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self.file = file_new(path)
         self.room, self.lost, self.kept = room, 0, 0
         self.tail: deque[bytes] = deque()
         self.carry = b""  # the end of what came: a secret may be cut in two there
@@ -565,11 +568,48 @@ class Log:
         self.file.close()
 
 
+def file_new(path: Path) -> IO[bytes]:
+    """A new file in place of what stands there: no link is followed, no FIFO waited for."""
+    path.unlink(missing_ok=True)
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+
+
+def file_open(path: Path, limit: int) -> IO[bytes]:
+    """A file that somebody else may have replaced (an answer, a report, a log), to be read.
+
+    Raises OSError where it is no regular file of at most `limit` bytes; a FIFO is not waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")  # noqa: SIM115 - the caller closes it
+    facts = os.fstat(file.fileno())
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file, or too large", str(path))
+    return file
+
+
+def file_read(path: Path, limit: int) -> bytes:
+    """What such a file holds; raises OSError."""
+    with file_open(path, limit) as file:
+        return file.read(limit)
+
+
+def json_read(path: Path, limit: int, kind: type) -> Any:
+    """The JSON in such a file; raises OSError or ValueError where it is none of this kind (dict, list)."""
+    try:
+        value = json.loads(file_read(path, limit))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"it is no JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
 def file_write(path: Path, text: str) -> None:
     """Write a whole masked text file, then rename it: a reader never sees half of it."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(MASK.text(text).encode("utf-8", "backslashreplace"))
+        with file_new(part) as file:
+            file.write(MASK.text(text).encode("utf-8", "backslashreplace"))
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -727,6 +767,13 @@ def supervised(argv: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", supervisor_source(), str(os.getpid()), *argv]
 
 
+@functools.cache
+def program_path(name: str) -> str:
+    """Where a program was when it was first asked for: what an agent puts on PATH later is not run by us."""
+    found = shutil.which(name)
+    return os.path.abspath(found) if found else name
+
+
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
                  stdin: bytes = b"", out_file: Path | None = None, seconds: float = 900, heed: bool = True) -> Ran:
     """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
@@ -761,11 +808,11 @@ def program_start(argv: list[str], cwd: Path | None, env: dict[str, str], stdin:
             output = files.enter_context(open(out_file, "wb"))
         try:
             with LIVE_LOCK:
-                child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=source, stdout=output, stderr=subprocess.PIPE,
-                                         start_new_session=True)
+                child = subprocess.Popen([program_path(argv[0]), *argv[1:]], cwd=cwd, env=env, stdin=source,
+                                         stdout=output, stderr=subprocess.PIPE, start_new_session=True)
                 LIVE.add(child.pid)
         except OSError as error:
-            reason = f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH"
+            reason = f"cannot start {argv[0]}: {error.strerror}; install it, or fix PATH"
             raise Stop(EXIT_MISSING, reason) from None
     return child
 
@@ -943,6 +990,73 @@ class Change(NamedTuple):
         return Change(self.path, self.new_mode, self.old_mode, self.new_blob, self.old_blob)
 
 
+class Frozen:
+    """The user's and the system's git configuration as it was when a run began, with all that it includes.
+
+    Without that an agent could make us run a program: a filter driver in ~/.gitconfig, say.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[Path, bytes] = {}  # the configuration first
+        self.origins: set[Path] = set()  # the files that it came from
+
+    def freeze(self, repo: Repo, place: Path) -> None:
+        """Write copies of the configuration, and of the files that it names, in a new directory."""
+        place.mkdir()
+        listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z").split("\0")
+        entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3]) if entry[0] in ("system", "global")]
+        self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
+        lines = [git_setting(entry) for *_, entry in entries if not re.match(r"include(if)?\.", entry)]
+        files = {}
+        for key, name in (("core.excludesfile", "ignore"), ("core.attributesfile", "attributes")):
+            values = [(scope, entry.partition("\n")[2]) for scope, entry in zip(listed[::3], listed[2::3])
+                      if entry.startswith(f"{key}\n")]
+            if not values or values[-1][0] in ("system", "global"):  # else the repository's own counts
+                files[place / name] = git_named(values[-1][1] if values else "", name)
+                lines.append(git_setting(f"{key}\n{place / name}"))
+        self.files = {place / "config": "".join(lines).encode("utf-8", "surrogateescape")} | files
+        for path, data in self.files.items():
+            path.write_bytes(data)
+
+    def environ(self) -> dict[str, str]:
+        """The variables that make git read the copies; raises Stop where somebody has changed these."""
+        for path, data in self.files.items():
+            with contextlib.suppress(OSError):
+                if file_read(path, len(data)) == data:
+                    continue
+            raise Stop(EXIT_MISSING, f"{path}, our copy of your git configuration, was changed during the run")
+        first = next(iter(self.files), None)
+        return {"GIT_CONFIG_GLOBAL": str(first), "GIT_CONFIG_NOSYSTEM": "1"} if first else {}
+
+
+FROZEN = Frozen()  # it holds nothing until a run begins
+
+
+def git_setting(entry: str) -> str:
+    """A setting as `git config --list -z` prints it ("a.b.c\\nvalue") in the form of a configuration file."""
+    name, newline, value = entry.partition("\n")
+    section, rest = name.split(".", 1)
+    sub, dot, key = rest.rpartition(".")
+    if section == "filter" and key in ("clean", "smudge", "process"):
+        value = re.sub(r"^[\w.-]+", lambda word: shlex.quote(program_path(word[0])), value)  # as it is found now
+    head = f'[{section} "{git_quoted(sub)}"]' if dot else f"[{section}]"
+    return f"{head}\n\t{key}" + (f' = "{git_quoted(value)}"\n' if newline else "\n")
+
+
+def git_quoted(value: str) -> str:
+    """A value between quotes of a configuration file (git-config(1), Syntax)."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def git_named(path: str, name: str) -> bytes:
+    """What the user's file of ignored files, or of attributes, holds; without a path it is git's default."""
+    config = os.environ.get("XDG_CONFIG_HOME") or str(HOME / ".config")
+    file = Path(os.path.expanduser(path) if path else os.path.join(config, "git", name))
+    with contextlib.suppress(OSError):
+        return file.read_bytes() if file.is_file() else b""
+    return b""
+
+
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secrets, and without what would point git at another repository or settings."""
     return {name: value for name, value in environ_plain(environ).items()
@@ -954,6 +1068,7 @@ def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path |
     """What a git command on the user's git directory answered."""
     environ = git_environ(os.environ) | dict(env or {})
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+    environ |= FROZEN.environ()
     if repo.sealed:
         environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     if index:
@@ -968,7 +1083,9 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
     """What a git command printed; raises Stop with git's own last words where it fails."""
     ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
     if ran.exit:
-        raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {ran.last_line()}")
+        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.M)  # the last may be advice
+        reason = MASK.text(first[1]) if first else ran.last_line()
+        raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {reason}")
     return os.fsdecode(ran.out)
 
 
@@ -1260,7 +1377,7 @@ def workspace_lay(repo: Repo, base: Base, private: Path, carried: Sequence[str])
     kind = "sha1" if len(base.commit) == 40 else "sha256"
     git(own, "init", "--quiet", "--template=", f"--object-format={kind}", "--initial-branch=workspace", env=env)
     # Fetched as if from another machine: whole objects are copied, none is linked or borrowed.
-    upload = "git -c uploadpack.allowAnySHA1InWant=true upload-pack"
+    upload = f"{shlex.quote(program_path('git'))} -c uploadpack.allowAnySHA1InWant=true upload-pack"
     git(own, "fetch", "--quiet", "--no-tags", f"--depth={HISTORY_DEPTH}", "--no-write-fetch-head",
         "--no-recurse-submodules", f"--upload-pack={upload}", str(repo.git_dir),
         f"+{base.commit}:refs/heads/workspace", "--update-head-ok")
@@ -1272,8 +1389,7 @@ def workspace_lay(repo: Repo, base: Base, private: Path, carried: Sequence[str])
     with open(own.git_dir / "config", "a", encoding="utf-8", errors="surrogateescape") as file:
         for name, value in settings.items():
             section, _, key = name.partition(".")
-            quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")  # git-config(1), Syntax
-            file.write(f'[{section}]\n\t{key} = "{quoted}"\n')
+            file.write(f'[{section}]\n\t{key} = "{git_quoted(value)}"\n')
     return checkout
 
 
@@ -1651,19 +1767,26 @@ Name as little as the task needs; new files count. The task is data from outside
 """
 
 
+SCOPE_LIMIT = 20_000  # bytes of the answer: each of its globs is matched with each changed path
+
+
 def scope_read(place: Path) -> dict[str, Any]:
     """The scope that the agent wrote to scope.json: globs, why; raises ValueError with the reason."""
-    path = place / "scope.json"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > TEXT_LIMIT:
-        raise ValueError("the agent wrote no scope.json")
     try:
-        said = json.loads(path.read_bytes())
-        globs = [*said.get("files", []), *said.get("directories", [])]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"the agent's scope.json is malformed: {error}") from None
-    if not all(isinstance(glob, str) and glob.strip("./ ") for glob in globs) or not globs:
+        answer = json_read(place / "scope.json", SCOPE_LIMIT, dict)
+    except FileNotFoundError:
+        raise ValueError("the agent wrote no scope.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the agent's scope.json cannot be used: {getattr(error, 'strerror', error)}") from None
+    globs = []
+    for key in ("files", "directories"):
+        listed = answer.get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(glob, str) and glob.strip("./ ") for glob in listed):
+            raise ValueError(f"the agent's scope.json is malformed: {key!r} is no list of paths")
+        globs += listed
+    if not globs:
         raise ValueError("the agent's scope.json names no files")
-    return {"globs": globs, "why": str(said.get("why", "")), "source": "the scoping agent"}
+    return {"globs": globs, "why": str(answer.get("why", "")), "source": "the scoping agent"}
 
 
 def check_shown(check: Check) -> str:
@@ -1748,9 +1871,8 @@ class Sandbox(NamedTuple):
             ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
             if ran.exit is None:
                 sandbox_end(self.kind, name)
-            with open(how["log"], "rb") as file:
-                said = file.read(500).decode("utf-8", "replace")
-            if self.kind != "bwrap" or ran.exit != 1 or not said.startswith("bwrap: "):
+            said = log_read(how["log"])[:500] if self.kind == "bwrap" and ran.exit == 1 else ""
+            if not said.startswith("bwrap: "):
                 return ran  # a command that says the same gains nothing: without a sandbox there is no verdict
         raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(said)}; "
                                  "run this again, or use --sandbox none")
@@ -1817,7 +1939,7 @@ def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sa
     if words and not shutil.which(words[0]):
         raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, nor a command that can "
                                  "be run; correct --sandbox or AGENT_SANDBOX")
-    return Sandbox("prefix" if words else "none", words)
+    return Sandbox("prefix" if words else "none", [program_path(word) for word in words[:1]] + words[1:])
 
 
 def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
@@ -1852,7 +1974,7 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
     user = [f"--user={os.getuid()}:{os.getgid()}", *["--userns=keep-id"] * (engine == "podman" and os.getuid() > 0)]
     mark = f"agent-runner-{os.urandom(6).hex()}"
     for extra in ENGINES[engine]:
-        sandbox = Sandbox(engine, [engine, "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
+        sandbox = Sandbox(engine, [program_path(engine), "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
         with private_directory() as place:
             prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
             ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
@@ -2543,7 +2665,7 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
             continue  # it is gone: its own signature tells
         for place in map(Path, json.loads(ran.out) if not ran.exit else []):
             files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
-                f for f in place.glob("*-info/entry_points.txt") if b"pytest11" in f.read_bytes())}
+                f for f in place.glob("*-info/entry_points.txt") if registers_plugins(f))}
             files |= {file for name in ("_pytest", "pytest", "pluggy", "xdist", "pytest_cov", "coverage", "ruff")
                       for file in (place / name).rglob("*.py")}
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
@@ -2552,7 +2674,16 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
     files |= {HOME / name for name in (".config/ruff/ruff.toml", ".config/ruff/.ruff.toml",
                                        ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
                                        ".config/git/ignore", ".config/git/attributes")}
+    files |= FROZEN.origins
     return {str(file): mark for file in files if (mark := signature(file))}
+
+
+def registers_plugins(entry_points: Path) -> bool:
+    """Whether an installed package's entry points register plugins of pytest, as far as they can be read."""
+    try:
+        return b"pytest11" in file_read(entry_points, TEXT_LIMIT)
+    except OSError:
+        return True
 
 
 def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violation]:
@@ -2636,7 +2767,8 @@ RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
 # hanging test is written by our own plugin, also while a module is imported.
 PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "faulthandler_timeout=0",
                "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
-REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report
+REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report, a line at a time
+RUFF_LIMIT = 50_000_000  # the same of one report of ruff: some 100,000 findings
 GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
 TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
@@ -2841,14 +2973,15 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
 
 
 def named_files(job: Job, paths: Collection[str]) -> set[str]:
-    """The files of a tree that the words of the checks and of --setup name, as a path or as a module."""
+    """The files of a tree that the words of the checks and of --setup name, as a path or as `-m MODULE`."""
     named = set()
-    for word in [word for argv in (job.setup, *(check.argv for check in job.checks)) for word in argv]:
-        for text in (word, *word.split()):  # `sh -c "..."` has a command in one word
-            path = os.path.normpath(text.partition("::")[0])
-            module = text.replace(".", "/")
-            named |= {path, f"{module}.py", f"{module}/__main__.py"} & {*paths}
-    return named
+    for argv in (job.setup, *(check.argv for check in job.checks)):
+        words = [part for word in argv for part in (word, *word.split())]  # `sh -c "..."` has a command in one word
+        named |= {os.path.normpath(word.partition("::")[0]) for word in words}
+        for before, word in zip(words, words[1:]):
+            module = word.replace(".", "/") if before == "-m" else ""
+            named |= {f"{module}.py", f"{module}/__main__.py"}
+    return named & {*paths}
 
 
 def configured_files(repo: Repo, tree: str) -> set[str]:
@@ -2929,17 +3062,16 @@ class Gate:
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
-        self.checkout.lay(tree)
-        repository_mark(self.checkout.place)
-        if failed := setup_run(self.job, self.checkout.place, self.private, self._log("setup")):
+        failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
+        if failed:
             result = GateResult(tree, [failed])
         else:
             from concurrent.futures import ThreadPoolExecutor
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
-        written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                   self.checkout.git("ls-files", "--others", "-z"))
+        written = () if failed else (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+                                     self.checkout.git("ls-files", "--others", "-z", "--", ":(exclude).venv"))
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2947,6 +3079,16 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def _lay(self, tree: str) -> CheckResult | None:
+        """Lay a tree out; a red result where that cannot be done with a change (with the base it is a Stop)."""
+        try:
+            self.checkout.lay(tree)
+            return repository_mark(self.checkout.place)
+        except (OSError, Stop) as error:
+            if tree == self.run.base.tree:
+                raise
+            return CheckResult("checkout", False, f"the change cannot be laid out for the gate: {error}", 0)
 
     def _log(self, name: str) -> Path:
         """Where the output of a check goes."""
@@ -2977,8 +3119,11 @@ class Gate:
             open_report = report.with_name(f"{report.name}-open")
             argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
             self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            try:
                 result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+            except (OSError, ValueError, KeyError, TypeError):
+                if result.ok:
+                    result.ok, result.reason = False, "no report of what suppressions hide"
         return result
 
 
@@ -3041,7 +3186,12 @@ def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: 
 
 def log_read(log: Path) -> str:
     """A program's output as text, whatever bytes it holds."""
-    return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+    try:
+        return file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"(the log cannot be read: {error.strerror})\n"
 
 
 class Evidence(NamedTuple):
@@ -3091,8 +3241,9 @@ def ruff_verdict(evidence: Evidence) -> CheckResult:
 def ruff_report(report: Path, place: Path) -> list[Lint]:
     """The findings in ruff's JSON report; raises OSError, ValueError, KeyError or TypeError where it is none."""
     top = os.path.realpath(place)
-    return [Lint(os.path.relpath(entry["filename"], top), entry["location"]["row"], entry["location"]["column"],
-                 entry["code"] or "syntax error", entry["message"]) for entry in json.loads(report.read_bytes())]
+    return [Lint(os.path.relpath(entry["filename"], top), int(entry["location"]["row"]),
+                 int(entry["location"]["column"]), str(entry["code"] or "syntax error"), str(entry["message"]))
+            for entry in json_read(report, RUFF_LIMIT, list)]
 
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
@@ -3168,7 +3319,7 @@ def pytest_report(report: Path) -> PytestReport:
                 else:
                     closed.append(event)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            trouble = f"and its report cannot be used: {one_line(str(error))[:200]}"
+            trouble = f"and its report cannot be used: {one_line(str(getattr(error, 'strerror', error)))[:200]}"
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
@@ -3184,20 +3335,40 @@ def report_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of one process's report; raises OSError or ValueError where it is not what the plugin wrote."""
     import hashlib
     digest = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > REPORT_LIMIT:
-            raise ValueError("it is no regular file, or too large")
+    with file_open(path, REPORT_LIMIT) as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return  # the process died while it wrote
-            if not line.startswith(b"{"):
-                raise ValueError("a line of it is no event")
-            event = json.loads(line)
+            event = event_parse(line)
             if event.get("event") == "closed" and event.get("digest") != digest.hexdigest():
                 raise ValueError("it is not the one that pytest wrote")
             digest.update(line)
             yield event
+
+
+EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
+    "collected": {"tests": list},
+    "started": {"test": str},
+    "ended": {"test": str, "when": str, "outcome": str},
+    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "files": list, "folders": list},
+}
+
+
+def event_parse(line: bytes) -> dict[str, Any]:
+    """One event of a report; raises ValueError where it is none that the plugin writes."""
+    try:
+        event = json.loads(line)
+        kinds = EVENTS[event["event"]]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("a line of it is no event") from None
+    texts = [event.get(key, "") for key in ("sub", "text", "printed")]
+    for key, kind in kinds.items():
+        if not isinstance(event.get(key), kind):
+            raise ValueError(f"{key!r} is wrong in a line of it")
+        texts += event[key] if kind is list else []
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a line of it holds what is no text")
+    return event
 
 
 def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tuple[str, str, str], Failure]) -> None:
@@ -4562,8 +4733,8 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
     """The judgement on the files that the agent left."""
     try:
         run.tree = attempt.tree = workspace.tree()
-    except Stop as stop:  # git cannot take what was left: no place, a name or a size that it refuses
-        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {stop}"], final=True)
+    except (OSError, Stop) as error:  # no place, or a name or a size that git refuses
+        return Judgement("agent_failed", [f"git cannot store the files that the agent left: {error}"], final=True)
     if attempt.number > 1 and is_stalled(run):
         attempt.changed = run.attempts[-2].changed
         violations = [Violation(**violation) for violation in run.violations]
@@ -4597,6 +4768,10 @@ def change_keep(run: Run, workspace: Workspace) -> None:
     """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
         run.tree = tree_last(run, workspace)
+    except (OSError, Stop):  # said before, where it happened
+        run.tree = run.base.tree
+        return files_keep(run, workspace)
+    try:
         if run.tree != run.base.tree:
             patch_write(run.job.repo, run.base.tree, run.tree, workspace.private / "patch", run.folder / "diff.patch")
     except (OSError, Stop) as error:
@@ -4612,10 +4787,62 @@ def tree_last(run: Run, workspace: Workspace) -> str:
     """The tree of what the agent left last; the base's where git does not take it."""
     if run.attempts and run.attempts[-1].tree and not workspace.checkout.nested:
         return run.attempts[-1].tree
-    try:
-        return workspace.tree(plain=True)
-    except Stop:
-        return run.base.tree  # said before, where it happened
+    return workspace.tree(plain=True)
+
+
+FILES_SIZE = 100_000_000  # bytes that are kept of work that git cannot hold
+
+
+def files_keep(run: Run, workspace: Workspace) -> None:
+    """Keep a copy of the files that the agent left, where git cannot make a change of them."""
+    place, target, known = workspace.checkout.place, run.folder / "files", {}
+    if place.is_symlink() or not place.is_dir():
+        return
+    with contextlib.suppress(Stop):
+        listed = git(run.job.repo, "ls-tree", "-r", "-z", run.base.tree).split("\0")[:-1]
+        known = {path: facts.split()[2] for facts, path in (entry.split("\t", 1) for entry in listed)}
+    paths, lost = files_left(place)
+    room, copied = FILES_SIZE, 0
+    for path in paths:
+        inside = path.relative_to(place)
+        try:
+            size = file_copy(path, target / inside, room, known.get(str(inside), ""))
+        except OSError:
+            lost += 1
+        else:
+            room, copied = room - max(size, 0), copied + (size >= 0)
+    run.error = f"git cannot hold the change; copies of its {copied} files are in {path_shown(target)}"
+    if lost:
+        (workspace.private / KEEP).touch()
+        run.error += f"; {lost} could not be copied and stay in {place}"
+    CONSOLE.say(run.error)
+
+
+def files_left(place: Path) -> tuple[list[Path], int]:
+    """The files and links below a directory, the small ones first, and how many folders could not be read."""
+    found, errors = [], []
+    for folder, folders, names in os.walk(place, onerror=errors.append):
+        found += [Path(folder, name) for name in names + folders]
+        folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
+    files = [(path.lstat().st_size, path) for path in found if path.is_symlink() or path.is_file()]
+    return [path for _, path in sorted(files)], len(errors)
+
+
+def file_copy(path: Path, copy: Path, limit: int, known: str) -> int:
+    """Copy a file or a link, masked; its size, or -1 where git knows it. Raises OSError, also above the limit."""
+    import hashlib
+    is_link = path.is_symlink()
+    data = os.fsencode(os.readlink(path)) if is_link else file_read(path, limit)
+    blob = b"blob %d\0%b" % (len(data), data)
+    if known == (hashlib.sha1 if len(known) == 40 else hashlib.sha256)(blob).hexdigest():
+        return -1
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if is_link:
+        copy.symlink_to(os.fsdecode(data))
+    else:
+        with file_new(copy) as file:
+            file.write(MASK.bytes(data))
+    return len(data)
 
 
 # === Chapter 10. The record =================================================
@@ -4635,6 +4862,9 @@ DECISIONS = {  # the one decision that a handoff asks for
     "agent_timed_out": "give the agent more time with the option that is named above, or make the task smaller.",
     "interrupted": "run it again, or go on by hand from diff.patch.",
 }
+
+
+SUMMARY_LIMIT = 50_000_000  # bytes that are read of a run_summary.json
 
 
 def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
@@ -4671,14 +4901,14 @@ def runs_recover(repo: Repo) -> None:
         try:
             if folder:
                 run_close(folder, place)
-        except (OSError, ValueError, KeyError, Stop) as error:
+        except (OSError, ValueError, KeyError, TypeError, Stop) as error:
             CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
                         "the next run tries again")
         else:
             private_end(place)
     # Killed, and what it had in the temporary directory is gone as well:
     for mark in repo.root.resolve().glob(".agent-runs/*/running"):
-        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError):
+        with lock_take(mark) as free, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if free:
                 run_close(mark.parent, None)
 
@@ -4698,7 +4928,7 @@ def run_close(folder: Path, place: Path | None) -> None:
     """
     if folder.parent.name == ".agent-runs" and not (folder / "run_summary.json").exists():
         return directory_remove(folder)  # killed before it was a record
-    facts, saved = json.loads((folder / "run_summary.json").read_bytes()), ""
+    facts, saved = json_read(folder / "run_summary.json", SUMMARY_LIMIT, dict), ""
     if not place and any(os.path.exists(name) for name in facts["places"]):
         return  # in another temporary directory: the next run there saves the work
     if box := facts.get("sandbox"):
@@ -4798,6 +5028,8 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         return [("look", f"{git_here} diff {run.base.commit[:12]} {run.branch}"), *publish_commands(run, git_here),
                 ("discard", f"{git_here} branch -D {run.branch}")]
     commands = []
+    if (files := run.folder / "files").is_dir():
+        commands.append(("look", f"ls -R {shlex.quote(path_shown(files))}"))
     if patch.exists():
         commands.append(("look", f"less {shlex.quote(path_shown(patch))}"))
         options = rejudge_options(run)
@@ -5081,7 +5313,7 @@ def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
         raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or fix PATH")
-    return setup
+    return setup if in_image else [program_path(word) for word in setup[:1]] + setup[1:]
 
 
 def options_check(args: argparse.Namespace) -> None:
@@ -5170,6 +5402,7 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
     base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
     if job.recorded:
         base = base._replace(head=job.recorded["head"], left_out=[])
+    FROZEN.freeze(job.repo, bench / "git")
     run = run_open(job, base, own, bench)
     CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
                 + f", base {base.commit[:12]}, {job.sandbox.said()}")
@@ -5199,8 +5432,8 @@ def cmd_runs(args: argparse.Namespace) -> int:
     for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
         size, days, facts = run_told(folder.parent)
         old = args.prune is not None and days > args.prune and not (folder.parent / "running").exists()
-        console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command', '?'):<11}  "
-                           f"{facts.get('outcome') or 'unfinished':<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
+        console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command')!s:<11}  "
+                           f"{facts.get('outcome') or 'unfinished'!s:<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
                            f"{facts.get('branch') or '-'}"), sys.stdout)
         if old:
             directory_remove(folder.parent)
@@ -5218,10 +5451,9 @@ def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
 def summary_read(folder: Path) -> dict[str, Any]:
     """What the summary in a run's folder says; {} where there is none that can be read."""
     try:
-        facts = json.loads((folder / "run_summary.json").read_bytes())
+        return json_read(folder / "run_summary.json", SUMMARY_LIMIT, dict)
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def result_show(run: Run, as_json: bool) -> int:

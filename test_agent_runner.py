@@ -2072,6 +2072,10 @@ def scopes(answer: str) -> str:
     (("--scope", "auto"), ISSUE, scopes('{"files": []}'), "agent_failed"),
     (("--scope", "auto"), ISSUE, scopes("not json"), "agent_failed"),
     (("--scope", "auto"), ISSUE, scopes('["app.py"]'), "agent_failed"),
+    *((("--scope", "auto"), ISSUE, scopes(answer), "agent_failed") for answer in (
+        "{}", '{"files": "app.py"}', '{"files": [5]}', '{"files": {"a": 1}}', "[" * 15_000, " " * 30_000 + '{"files": ["app.py"]}')),
+    *((("--scope", "auto"), ISSUE, f"{act}('scope.json')\n{EDITS}", "agent_failed") for act in ("os.mkfifo", "OUT.joinpath('x').symlink_to", "os.mkdir")),
+    (("--scope", "auto"), ISSUE, f"os.symlink('/dev/zero', 'scope.json')\n{EDITS}", "agent_failed"),
     (("--scope", "auto"), ISSUE, EDITS, "agent_failed"),
 ])
 def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, ...], issue: str, agent: str, outcome: str) -> None:
@@ -2148,6 +2152,78 @@ def test_what_is_protected_and_what_is_not(path: str, reason: str) -> None:
 ])
 def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> None:
     assert runner_module().words_slug(title) == slug
+
+
+FORGED = {  # what may stand in place of the plugin's report, and of ruff's
+    "an object": b"{}\n", "a list": b"[1]\n", "a number": b"7\n", "deep": b"[" * 100_000 + b"\n", "no JSON": b"\xff\n",
+    "a test that is no text": b'{"event": "ended", "test": 5, "when": "call", "outcome": "failed", "text": "", "printed": ""}\n',
+    "a text that is none": b'{"event": "ended", "test": "a", "when": "call", "outcome": "failed", "text": 5, "printed": ""}\n',
+    "tests that are no list": b'{"event": "collected", "tests": "abc"}\n', "an unknown event": b'{"event": "broken"}\n',
+    "tests that are no texts": b'{"event": "collected", "tests": [["a"], 5]}\n',
+    "an end without facts": b'{"event": "closed", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
+    "an end with wrong facts": b'{"event": "closed", "worker": false, "used": "x", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
+    "a FIFO": None, "a link": Path("/dev/zero"), "a folder": Path(),
+}
+
+
+def forge(path: Path, what: bytes | Path | None) -> None:
+    """Put something in place of a file."""
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    elif what is None:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(what) if what.name else path.mkdir()
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_report_that_is_none_is_red(tmp_path: Path, what: str) -> None:
+    """With a reason, whatever stands there; and a log is never waited for."""
+    module = runner_module()
+    forge(tmp_path / "report-1", FORGED[what])
+    forge(tmp_path / "ruff", FORGED[what])
+    for kind, name in (("pytest", "report"), ("ruff", "ruff")):
+        ran = module.Ran([kind], 0, 0.1)
+        result = module.VERDICTS[kind](module.Evidence(kind, ran, "", tmp_path / name, tmp_path))
+        assert not result.ok and "report" in result.reason and result.findings, result
+    assert isinstance(module.log_read(tmp_path / "ruff"), str)
+
+
+REPORT_REPLACED = """import os
+import weakref
+from pathlib import Path
+
+
+class Late:
+    pass
+
+
+def late():
+    for path in Path.cwd().parents[1].glob('*/*'):
+        if path.is_file() and path.read_bytes()[:8] == b'{"event"':
+            path.unlink()
+            os.mkfifo(path)
+    for path in Path.cwd().parents[1].glob('check-*.log'):
+        path.unlink()
+        os.mkfifo(path)
+    os._exit(0)
+
+
+LATE = Late()
+weakref.finalize(LATE, late)
+
+
+def double(x):
+    return x * 3
+"""
+
+
+def test_tests_that_replace_their_report_and_log(scratch: Scratch) -> None:
+    """By FIFOs, which nobody would ever write to; the next attempt writes its log all the same."""
+    agent = in_turn(writes("app.py", REPORT_REPLACED), writes("app.py", APP_WRONG))
+    ended = scratch.propose(agent, "--fix-attempts", "1", checks=TESTS_ONLY)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "test_double" in ended.findings, ended
+    assert "its report cannot be used" in ended.text("brief-2.md") and "the log cannot be read" in ended.text("gate-1.log")
 
 
 def test_a_scope_never_swallows_the_issue(scratch: Scratch) -> None:
@@ -2609,6 +2685,40 @@ def test_the_tools_are_what_they_were(scratch: Scratch, act: str) -> None:
     assert ended.outcome == "blocked" and "tools: " in ended.findings and not ended.has("gate-1.log"), ended
 
 
+EVIL = "#!/bin/sh\ntouch {out}/evil\n"
+PLANTS = {  # what an agent without a sandbox puts where the runner would take a program from: the outcome
+    "git on PATH": ("(home / 'bin/git').write_text(EVIL)\n(home / 'bin/git').chmod(0o755)\n", "proposed"),
+    "rm on PATH": ("(home / 'bin/rm').write_text(EVIL)\n(home / 'bin/rm').chmod(0o755)\n", "proposed"),
+    "the program of a filter": ("(home / 'bin/tidy').write_text(EVIL)\n(home / 'bin/tidy').chmod(0o755)\n", "proposed"),
+    "a filter driver": ("with open(home.parent / 'gitconfig', 'a') as file:\n    file.write(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "blocked"),
+    "a filter driver in an included file": ("(home / 'more').write_text(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "blocked"),
+    "a file of attributes": ("(home / '.config/git').mkdir(parents=True)\n(home / '.config/git/attributes').write_text('* filter=tidy')\n", "blocked"),
+    "our copy of the configuration": ("for path in home.parent.glob('tmp/*/git/config'):\n    path.write_text(f'[filter \"other\"]\\n\\tclean = touch {OUT}/evil; cat\\n')\n", "agent_failed"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_nothing_that_an_agent_plants_is_run(scratch: Scratch, plant: str) -> None:
+    """The programs and git's configuration are those that there were when the run began."""
+    act, outcome = PLANTS[plant]
+    (scratch.home / "bin").mkdir()
+    (scratch.place / "bin").mkdir()
+    (scratch.place / "bin/tidy").write_text("#!/bin/sh\nexec cat\n")
+    (scratch.place / "bin/tidy").chmod(0o755)
+    with open(scratch.place / "gitconfig", "a") as file:
+        file.write(f'[include]\n\tpath = {scratch.home}/more\n[filter "tidy"]\n\tclean = tidy\n[core]\n\tpager\n')
+    (scratch.home / "more").write_text("[user]\n\tname = Bea\n")
+    env = {"PATH": os.pathsep.join([f"{scratch.home}/bin", scratch.env["PATH"], f"{scratch.place}/bin"])}
+    scratch.write({".gitattributes": "*.py filter=tidy\n*.txt filter=other\n"})
+    scratch.commit()
+    ended = scratch.propose(f"home = Path({str(scratch.home)!r})\nEVIL = {EVIL.format(out=scratch.out)!r}\n{act}{writes('a.txt', 'a')}{EDITS}", env=env)
+    assert ended.outcome == outcome and not (scratch.out / "evil").exists(), ended
+    if outcome == "proposed":
+        assert scratch.git("log", "-1", "--format=%an", ended.summary["branch"]) == "Bea"
+    if outcome == "blocked":
+        assert "tools: " in ended.findings, ended.findings
+
+
 # === Faults: a run survives what others do, and what is done to it ==========
 
 
@@ -2716,6 +2826,43 @@ def test_whatever_an_agent_leaves_has_a_clear_end(scratch: Scratch, leaves: str)
     ended = scratch.propose(source)
     assert ended.outcome == outcome or outcome is None and ended.outcome in ("proposed", "agent_failed"), ended
     assert ended.code in (0, 3, 4) and (ended.code == 0 or ended.findings), ended
+
+
+REFUSED = {  # by git: what the agent leaves, the copies of it, the words
+    "a name that git refuses": ("Path('git~1').write_text('mine')\n", {"git~1": "mine"}, "git~1"),
+    "a folder that git refuses": ("os.mkdir('.GIT')\nPath('.GIT/config').write_text('mine')\n", {".GIT/config": "mine"}, ".GIT"),
+    "no place for the index": ("Path('../../workspace-index.lock').mkdir()\nos.symlink('app.py', 'link')\n", {"link": "-> app.py"}, "index.lock"),
+}
+
+
+@pytest.mark.parametrize("left", REFUSED)
+def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> None:
+    """In copies of the files that differ from the base; secrets are masked as everywhere."""
+    act, copies, said = REFUSED[left]
+    ended = scratch.propose(f"{EDITS}\n{act}os.mkfifo('fifo')\nPath('b.txt').write_text({TOKEN!r})", env=SECRETS)
+    assert (ended.code, ended.outcome) == (4, "agent_failed") and "git cannot store" in ended.findings and said in ended.findings, ended
+    assert ended.folder and not ended.has("diff.patch") and f"ls -R .agent-runs/{ended.folder.name}/files" in ended.out
+    assert {str(path.relative_to(ended.folder / "files")): f"-> {os.readlink(path)}" if path.is_symlink() else path.read_text()
+            for path in ended.folder.glob("files/**/*") if path.is_symlink() or path.is_file()} \
+        == copies | {"app.py": APP.replace("x * 2", "x + x"), "b.txt": "[masked MY_TOKEN]"}
+    assert f"copies of its {len(copies) + 2} files are in" in ended.summary["error"] and ended.err.count(ended.summary["error"]) == 1
+
+
+def test_work_that_is_too_large_to_be_copied_stays(scratch: Scratch) -> None:
+    """Whatever git thinks of it: the small files are in the record, the others where they were."""
+    ended = scratch.propose("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "--keep")
+    assert ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err and "; 1 could not be copied and stay in" in ended.err, ended
+
+
+def test_a_change_that_cannot_be_laid_out(scratch: Scratch) -> None:
+    """The gate's checkout is another place: what fits into the workspace need not fit there."""
+    base = scratch.git("rev-parse", "HEAD^{tree}")
+    fails = "echo 'error: unable to create file: File name too long' >&2; exit 128"
+    env = git_instead(scratch, f'case "$*" in *" -u {base}") ;; *"read-tree --reset"*) {fails} ;; esac\nexec "$GIT" "$@"')
+    ended = scratch.propose(EDITS, env=env)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "cannot be laid out for the gate" in ended.findings, ended
+    assert "File name too long" in ended.findings
+    assert_patch_applies(scratch, ended)
 
 
 NESTED = {
