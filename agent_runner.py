@@ -4874,7 +4874,7 @@ def parser_build() -> Parser:
     issue.add_argument("--strict", action="store_true",
                        help="ask for a green gate, also where the base is red (default: nothing may be worse)")
     heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
-                               description="Where the gate is red, let the agent mend it; propose what passes.")
+                               description="Where the gate is red, let the agent fix it; propose what passes.")
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
@@ -5177,7 +5177,7 @@ def main(argv: list[str] | None = None) -> int:
         CONSOLE.say(f"agent_runner: {stop}")
         return stop.exit_code
     except OSError as error:  # the place is wrong, not the program: no temporary directory, a full disk
-        said = f"{error.strerror or error}: {error.filename or 'this system'}; mend that, then run this again"
+        said = f"{error.strerror or error}: {error.filename or 'this system'}; fix that, then run this again"
         CONSOLE.say(f"agent_runner: {said}")
         return EXIT_MISSING
     except Interrupted:
