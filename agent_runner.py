@@ -2858,7 +2858,7 @@ class Gate:
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         written = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                   self.checkout.git("ls-files", "--others", "-z"))
+                   self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
