@@ -3070,8 +3070,9 @@ class Gate:
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
-        written = () if failed else (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                                     self.checkout.git("ls-files", "--others", "-z", "--", ":(exclude).venv"))
+        written = () if failed else (
+            self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+            self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -5196,7 +5197,7 @@ def parser_build() -> Parser:
     issue.add_argument("--strict", action="store_true",
                        help="ask for a green gate, also where the base is red (default: nothing may be worse)")
     heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
-                               description="Where the gate is red, let the agent mend it; propose what passes.")
+                               description="Where the gate is red, let the agent fix it; propose what passes.")
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
@@ -5499,7 +5500,7 @@ def main(argv: list[str] | None = None) -> int:
         CONSOLE.say(f"agent_runner: {stop}")
         return stop.exit_code
     except OSError as error:  # the place is wrong, not the program: no temporary directory, a full disk
-        said = f"{error.strerror or error}: {error.filename or 'this system'}; mend that, then run this again"
+        said = f"{error.strerror or error}: {error.filename or 'this system'}; fix that, then run this again"
         CONSOLE.say(f"agent_runner: {said}")
         return EXIT_MISSING
     except Interrupted:
