@@ -4307,13 +4307,12 @@ class Judge:
 
     def unreviewable(self, sources: list[Source], nested: list[str]) -> list[Violation]:
         """What nobody can review, so that nothing of the change is run."""
+        counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
+        if counted > FILES_LIMIT:  # then nothing of it need be read
+            return [Violation("size", "**", f"{counted} files are more than {FILES_LIMIT} in one change")]
         found = [violation for source in sources for violation in guard_file(source) if violation.rule in UNREVIEWABLE]
         found += [Violation("link", path, "is a repository inside the repository") for path in nested]
-        violations = [violation for violation in found if not violation.allowed(self.allow)]
-        counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
-        if counted > FILES_LIMIT:
-            violations.append(Violation("size", "**", f"{counted} files are more than {FILES_LIMIT} in one change"))
-        return violations
+        return [violation for violation in found if not violation.allowed(self.allow)]
 
     def weigh(self, gate: GateResult, recheck: Recheck, violations: list[Violation],
               moved: Mapping[str, set[str]]) -> Judgement:
