@@ -240,6 +240,7 @@ class Scratch:
         program = [python, str(runner)] if runner else [python, "-c", LAUNCH, str(RUNNER)]
         child = subprocess.Popen([*program, *args], cwd=cwd or self.root, env=environ | (env or {}),
                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        STARTED.append(child)
         return Going(child, list(args), before, known)
 
     def ended(self, going: Going, others: int = 0) -> Ended:
@@ -420,8 +421,23 @@ def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield
     for pool in plugin.pools:
         pool.shutdown(cancel_futures=True)
+    leftovers_end(tmp_path_factory.getbasetemp())
     for engine in [engine for engine in IMAGES if shutil.which(engine)]:
         ran(engine, "rmi", "--force", IMAGE)
+
+
+STARTED: list[subprocess.Popen[bytes]] = []  # every runner
+
+
+def leftovers_end(base: Path) -> None:
+    """End what tests that failed have left: runners, and on Linux all that works in a directory of theirs."""
+    for child in STARTED:
+        if child.poll() is None:
+            child.kill()
+    for process in Path("/proc").glob("[0-9]*"):
+        if os.fsdecode(process_file(process, "cwd")).startswith(f"{base}/"):
+            with contextlib.suppress(OSError):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -2553,7 +2569,7 @@ def test_white_space_that_lint_asks_for(tmp_path):
 
 def test_an_interrupted_change_is_judged_again(scratch):
     """On its own base, although the branch has gone on since; the checks are those of the first run."""
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=READY)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.send_signal(signal.SIGINT)
     stopped = scratch.ended(going)
