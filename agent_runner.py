@@ -2822,7 +2822,7 @@ def user_refusal(kind: str, name: str, old: str, new: str) -> str:
         return f"was changed during the run, and git runs it; {undo}"
     entry = f"{name}={new}" if kind == "config" and new else ""
     for reason, pattern in GIT_ACTS.items():
-        if re.match(pattern, entry, re.I | re.S):
+        if re.match(pattern, entry, re.IGNORECASE | re.DOTALL):
             undo = f"git config --replace-all {name} {shlex.quote(old)}" if old else f"git config --unset-all {name}"
             back = "set it back" if "\n" in old else f"undo: {undo}"
             return f"was set to {one_line(new)!r} during the run, and {reason}; {back}"
