@@ -3016,16 +3016,34 @@ def gate_environ(environ: Mapping[str, str], private: Path) -> dict[str, str]:
     return kept | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(private / "tmp")}
 
 
+def gate_home(environ: Mapping[str, str], home: Path) -> dict[str, str]:
+    """The environment's variables that make a directory the home of a check's programs.
+
+    What was left in the real one, by the agent or by an earlier run, decides nothing. Packages that pip put there stay.
+    """
+    import site
+    kept = {name: value for name, value in environ.items()
+            if name not in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")}
+    return kept | {"HOME": str(home)} | ({"PYTHONUSERBASE": site.getuserbase()} if site.ENABLE_USER_SITE else {})
+
+
 class Gate:
-    """Judges trees, each on the same clean checkout, which is moved from tree to tree."""
+    """Judges trees, each on the same clean checkout, which is moved from tree to tree.
+
+    Its directories are made with it, in a new one: where an agent has run meanwhile, a new gate is made.
+    """
 
     def __init__(self, run: Run, private: Path) -> None:
         self.run, self.job, self.private = run, run.job, private
+        private.mkdir()
         place = private / "files" / self.job.repo.root.name
         self.checkout = Checkout(self.job.repo, place, private / "index", self.job.carried)
         self.environ = gate_environ(os.environ, private)
+        self.home = Path(os.environ.get("GATE_HOME") or private / "home")
+        if self.job.sandbox.kind not in ENGINES:  # a container has a home of its own, and the engine needs ours
+            self.environ = gate_home(self.environ, self.home)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
+        for folder in (private / name for name in ("cache", "plugin", self.reports.name)):
             folder.mkdir()
 
     def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
@@ -3033,6 +3051,9 @@ class Gate:
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
+        for folder in (self.private / "tmp", self.private / "home"):  # what an earlier run left there is no fix
+            directory_remove(folder)
+            folder.mkdir()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
         if failed:
             result = GateResult(tree, [failed])
@@ -3051,6 +3072,14 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def remember(self, other: Gate) -> None:
+        """Take over which tests failed in another gate: they are checked first, no more depends on it."""
+        name = "cache/v/cache/lastfailed"
+        with contextlib.suppress(OSError):
+            failed = file_read(other.private / name, RUFF_LIMIT)
+            (self.private / name).parent.mkdir(parents=True)
+            (self.private / name).write_bytes(failed)
 
     def _lay(self, tree: str) -> CheckResult | None:
         """Lay a tree out; a red result where that cannot be done with a change (with the base it is a Stop)."""
@@ -3082,8 +3111,8 @@ class Gate:
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
-        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "plugin"],
-                      GATE_VARIABLES)
+        write = [self.reports, *(self.private / name for name in ("cache", "home"))]
+        reach = Reach(place, self.private / "tmp", write, [self.private / "plugin"], GATE_VARIABLES)
         how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
         ran = self.job.sandbox.run(argv, reach, log=log, **how)
         result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place, canary))
@@ -3765,11 +3794,10 @@ class Judge:
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
-        # Short names: a socket in what is their temporary directory has a path of some 100 characters.
-        self.change, self.base = Gate(run, private / "new"), Gate(run, private / "old")
+        self.change, self.base = self.gate_new(), self.gate_new()
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
-        self.places = [gate.checkout.place for gate in (self.change, self.base)]
+        self.places = [private / "gate"]
         self.tools = tools_state(run.job.checks, self.places)
         self.user = user_state(run.job.repo)
         paths = tree_paths(run.job.repo, run.base.tree)
@@ -3777,17 +3805,33 @@ class Judge:
         self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed when the newest tree was judged
 
+    def gate_new(self) -> Gate:
+        """A gate in a directory that did not exist before."""
+        # A short name: a socket in what is its temporary directory has a path of some 100 characters.
+        return Gate(self.run, self.private / os.urandom(3).hex())
+
+    def gates_renew(self) -> None:
+        """Make new gates where the agent could reach those that there are."""
+        if self.run.job.sandbox.kind in ("bwrap", *ENGINES) or self.run.job.recorded:
+            if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
+                self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+            return
+        before, self.change, self.base = (self.change, self.base), self.gate_new(), self.gate_new()
+        self.change.remember(before[0])
+        if not self.baseline or self.baseline.done():
+            directory_remove(*(gate.private for gate in before))
+
     def must_pass(self, name: str) -> bool:
         """Whether a check must be green; the result of --setup always must."""
         return name in self.strict or name not in {check.name for check in self.run.job.checks}
 
     def baseline_start(self) -> None:
         """Let the gate check the base while the agent works."""
-        self.baseline = self.pool.submit(self._baseline)
+        self.baseline = self.pool.submit(self._baseline, self.base)
 
-    def _baseline(self) -> GateResult:
+    def _baseline(self, gate: Gate) -> GateResult:
         """The result on the base; a red one is named early."""
-        result = gate_step("baseline gate", self.base, self.run.base.tree, "0")
+        result = gate_step("baseline gate", gate, self.run.base.tree, "0")
         carry_hint(self.run.job.repo, result)
         if red := base_red(result):
             CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
@@ -3829,8 +3873,7 @@ class Judge:
     def judge_change(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> Judgement:
         """What the guardrails, the gate and the recheck come to."""
         run, name = self.run, f"attempt {attempt.number}"
-        if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
-            self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+        self.gates_renew()
         if unreviewable := self.unreviewable(sources, nested):
             return refused(unreviewable)._replace(overrule=overrulable(unreviewable, []))
         if self.red:  # what was red is checked first, and alone: still red is enough to know
@@ -4851,6 +4894,9 @@ def options_check(args: argparse.Namespace) -> None:
     """Raise Stop where options contradict each other, or a file that one names cannot be read."""
     if not args.simulate and os.environ.get("AGENT_CONFIG"):
         text_read(Path(os.environ["AGENT_CONFIG"]), "AGENT_CONFIG")
+    home = os.environ.get("GATE_HOME", "")
+    if home and not (os.path.isabs(home) and os.path.isdir(home)):
+        raise Stop(EXIT_USAGE, f"GATE_HOME {home} is no absolute path of a directory; correct or unset it")
     if "auto" in args.scope and args.scope != ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto stands alone; give either auto or globs")
     names = [name for name, _ in args.check]
