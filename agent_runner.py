@@ -569,8 +569,20 @@ class Log:
         self.file.close()
 
 
+FOLDERS: dict[Path, tuple[int, int]] = {}  # the record's and the private ones: where each was when the run began
+
+
+def folder_check(path: Path) -> None:
+    """Raise OSError where one of the run's own folders is no longer what it was: an agent may put a link there."""
+    if path in FOLDERS:
+        facts = path.lstat()
+        if (facts.st_dev, facts.st_ino) != FOLDERS[path]:
+            raise OSError(errno.ELOOP, "was replaced during the run", str(path))
+
+
 def file_new(path: Path) -> IO[bytes]:
     """A new file in place of what stands there: no link is followed, no FIFO waited for."""
+    folder_check(path.parent)
     path.unlink(missing_ok=True)
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
 
@@ -1315,9 +1327,10 @@ def private_directory(keep: bool = False) -> Iterator[Path]:
 
 def private_end(place: Path) -> None:
     """Remove a private directory, its lock last; from one that is kept only the lock: then it is the user's own."""
+    if place.is_symlink():
+        return place.unlink()  # an agent put it there: what it leads to is not ours
     if (place / KEEP).exists():
-        (place / LOCK).unlink(missing_ok=True)
-        return
+        return (place / LOCK).unlink(missing_ok=True)
     directory_remove(*(path for path in place.glob("*") if path.name != LOCK))
     directory_remove(place)
 
@@ -3812,6 +3825,7 @@ class Judge:
 
     def gates_renew(self) -> None:
         """Make new gates where the agent could reach those that there are."""
+        folder_check(self.private)
         if self.run.job.sandbox.kind in ("bwrap", *ENGINES) or self.run.job.recorded:
             if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
                 self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
@@ -4345,11 +4359,11 @@ def proposal_commit(run: Run) -> None:
 def change_keep(run: Run, workspace: Workspace) -> None:
     """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
-        run.tree = tree_last(run, workspace)
-    except (OSError, Stop):  # said before, where it happened
-        run.tree = run.base.tree
-        return files_keep(run, workspace)
-    try:
+        try:
+            run.tree = tree_last(run, workspace)
+        except (OSError, Stop):  # said before, where it happened
+            run.tree = run.base.tree
+            return files_keep(run, workspace)
         if run.tree != run.base.tree:
             file_write(run.folder / "diff.patch", tree_patch(run.job.repo, run.base.tree, run.tree))
     except (OSError, Stop) as error:
@@ -4374,6 +4388,7 @@ FILES_SIZE = 100_000_000  # bytes that are kept of work that git cannot hold
 def files_keep(run: Run, workspace: Workspace) -> None:
     """Keep a copy of the files that the agent left, where git cannot make a change of them."""
     place, target, known = workspace.checkout.place, run.folder / "files", {}
+    folder_check(run.folder)
     if place.is_symlink() or not place.is_dir():
         return
     with contextlib.suppress(Stop):
@@ -4458,6 +4473,7 @@ def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
         run.folder.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
+        FOLDERS.update((place, (place.lstat().st_dev, place.lstat().st_ino)) for place in (run.folder, own, bench))
         run.lock = lock_make(run.folder / "running")
         record_write(run)  # from now on it is a record
     except OSError as error:
@@ -4529,8 +4545,14 @@ def run_close(folder: Path, place: Path | None) -> None:
 def event_write(run: Run, event: dict[str, Any]) -> None:
     """Add one line to events.jsonl, in one write."""
     line = MASK.text(json.dumps({"at": round(time.time() - event["seconds"], 3), **event})) + "\n"
-    with open(run.folder / "events.jsonl", "ab", buffering=0) as file:
-        file.write(line.encode())
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        folder_check(run.folder)
+        with open(os.open(run.folder / "events.jsonl", flags, 0o666), "ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError:
+        OBSERVERS.clear()  # once is enough: what winds the run up calls programs, too
+        raise
 
 
 def record_facts(run: Run) -> dict[str, Any]:
@@ -4581,7 +4603,9 @@ def record_finish(run: Run) -> None:
 
 def record_release(run: Run) -> None:
     """The record is closed: from now on nobody has to do that for us."""
-    (run.folder / "running").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder_check(run.folder)
+        (run.folder / "running").unlink(missing_ok=True)
     os.close(run.lock)
 
 

@@ -2689,6 +2689,28 @@ def test_a_home_for_the_gate(scratch: Scratch) -> None:
     assert ended.code == 64 and "GATE_HOME nowhere" in ended.err and not (scratch.out / "called").exists()
 
 
+def test_a_record_that_is_replaced_by_a_link(scratch: Scratch) -> None:
+    """Nothing is written through it; the work stays where it is, and the run says where."""
+    agent = (f"{EDITS}\n(OUT / 'target').mkdir()\nrecord, = Path({str(scratch.root)!r}, '.agent-runs').glob('2*')\n"
+             "record.rename(OUT / 'moved')\nrecord.symlink_to(OUT / 'target')\n")
+    ended = scratch.propose(agent, "--keep")
+    assert ended.code == 69 and "was replaced during the run" in ended.err and not scratch.proposals(), ended
+    assert not list((scratch.out / "target").iterdir())
+    left, = scratch.tmp.glob("*/files/repo/app.py")
+    assert "x + x" in left.read_text() and str(left.parent) in ended.err, ended
+
+
+def test_a_private_directory_that_is_replaced_by_a_link(red: Scratch) -> None:
+    """What it leads to is neither written nor, at the end, removed."""
+    agent = ("own, target = Path.cwd().parents[1], OUT / 'target'\ntarget.mkdir()\n(target / 'precious').write_text('mine')\n"
+             "bench, = [place for place in own.parent.glob('ar-*') if place != own]\n"
+             f"bench.rename(OUT / 'moved')\nbench.symlink_to(target)\n{writes('app.py', APP)}")
+    ended = red.heal(agent)
+    assert (ended.code, ended.outcome) == (4, "agent_failed") and "was changed during the run" in ended.findings, ended
+    assert [path.name for path in (red.out / "target").iterdir()] == ["precious"]
+    assert ended.folder and (ended.folder / "files/app.py").read_text() == APP
+
+
 # === Faults: a run survives what others do, and what is done to it ==========
 
 
