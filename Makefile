@@ -29,6 +29,7 @@ test: lint  ## ruff, then the tests
 
 lint: $(READY)  ## ruff alone
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff check --isolated agent_runner.py  # as in a repository that it is copied into
 
 # Exit code, command. They run in an empty directory, as they would in a workshop.
 define SIMULATIONS
