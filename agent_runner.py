@@ -4150,7 +4150,8 @@ class Judge:
     def gate_new(self) -> Gate:
         """A gate in a directory that did not exist before."""
         # A short name: a socket in what is its temporary directory has a path of some 100 characters.
-        return Gate(self.run, self.private / os.urandom(3).hex())
+        names = iter(lambda: os.urandom(2).hex()[:3], "")
+        return Gate(self.run, self.private / next(name for name in names if not os.path.lexists(self.private / name)))
 
     def gates_renew(self) -> None:
         """Make new gates where the agent could reach those that there are."""
