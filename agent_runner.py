@@ -824,7 +824,7 @@ def program_start(argv: list[str], cwd: Path | None, env: dict[str, str], stdin:
                                          stdout=output, stderr=subprocess.PIPE, start_new_session=True)
                 LIVE.add(child.pid)
         except OSError as error:
-            reason = f"cannot start {argv[0]}: {error.strerror}; install it or mend PATH"
+            reason = f"cannot start {argv[0]}: {error.strerror}; install it, or fix PATH"
             raise Stop(EXIT_MISSING, reason) from None
     return child
 
@@ -2988,14 +2988,15 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
 
 
 def named_files(job: Job, paths: Collection[str]) -> set[str]:
-    """The files of a tree that the words of the checks and of --setup name, as a path or as a module."""
+    """The files of a tree that the words of the checks and of --setup name, as a path or as `-m MODULE`."""
     named = set()
-    for word in [word for argv in (job.setup, *(check.argv for check in job.checks)) for word in argv]:
-        for text in (word, *word.split()):  # `sh -c "..."` has a command in one word
-            path = os.path.normpath(text.partition("::")[0])
-            module = text.replace(".", "/")
-            named |= {path, f"{module}.py", f"{module}/__main__.py"} & {*paths}
-    return named
+    for argv in (job.setup, *(check.argv for check in job.checks)):
+        words = [part for word in argv for part in (word, *word.split())]  # `sh -c "..."` has a command in one word
+        named |= {os.path.normpath(word.partition("::")[0]) for word in words}
+        for before, word in zip(words, words[1:]):
+            module = word.replace(".", "/") if before == "-m" else ""
+            named |= {f"{module}.py", f"{module}/__main__.py"}
+    return named & {*paths}
 
 
 def configured_files(repo: Repo, tree: str) -> set[str]:
@@ -3107,7 +3108,7 @@ class Gate:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
         written = () if failed else (
             self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-            self.checkout.git("ls-files", "--others", "-z"))
+            self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -5266,7 +5267,7 @@ def parser_build() -> Parser:
     issue.add_argument("--strict", action="store_true",
                        help="ask for a green gate, also where the base is red (default: nothing may be worse)")
     heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
-                               description="Where the gate is red, let the agent mend it; propose what passes.")
+                               description="Where the gate is red, let the agent fix it; propose what passes.")
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
@@ -5572,7 +5573,7 @@ def main(argv: list[str] | None = None) -> int:
         CONSOLE.say(f"agent_runner: {stop}")
         return stop.exit_code
     except OSError as error:  # the place is wrong, not the program: no temporary directory, a full disk
-        said = f"{error.strerror or error}: {error.filename or 'this system'}; mend that, then run this again"
+        said = f"{error.strerror or error}: {error.filename or 'this system'}; fix that, then run this again"
         CONSOLE.say(f"agent_runner: {said}")
         return EXIT_MISSING
     except Interrupted:

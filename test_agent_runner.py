@@ -1019,7 +1019,9 @@ Path('.venv/.gitignore').unlink(missing_ok=True)  # of newer Pythons
 site = next(Path('.venv').glob('lib/python*/site-packages'))
 (site / 'tools.pth').write_text({''.join(f'{path}{chr(10)}' for path in sys.path if path.endswith('-packages'))!r})
 (site / 'only_here.py').write_text('FOUR = 4')
-(site / f"needed_{{'x + x' in Path('app.py').read_text()}}.pyc").touch()  # as where a change needs one package more
+(site / 'needed/tests').mkdir(parents=True)
+if 'x + x' in Path('app.py').read_text():  # a change needs one package more
+    (site / 'needed/tests/test_needed.py').touch()
 for name, start in (('pytest', ''), ('ruff', 'echo from .venv; exec {sys.executable} -m ruff "$@"'), ('the-judge', 'echo from .venv; test -e app.py')):
     (Path('.venv/bin') / name).write_text(f'#!/bin/sh\\n{{start}}\\n')
     (Path('.venv/bin') / name).chmod(0o755)
@@ -2161,7 +2163,7 @@ FORGED = {  # what may stand in place of the plugin's report, and of ruff's
     "tests that are no list": b'{"event": "collected", "tests": "abc"}\n', "an unknown event": b'{"event": "broken"}\n',
     "tests that are no texts": b'{"event": "collected", "tests": [["a"], 5]}\n',
     "an end without facts": b'{"event": "closed", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
-    "an end with wrong facts": b'{"event": "closed", "worker": false, "canaries": "x", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
+    "an end with wrong facts": b'{"event": "closed", "worker": false, "used": "x", "digest": "' + hashlib.sha256().hexdigest().encode() + b'"}\n',
     "a FIFO": None, "a link": Path("/dev/zero"), "a folder": Path(),
 }
 
