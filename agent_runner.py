@@ -857,23 +857,24 @@ def program_kill(child: subprocess.Popen[bytes]) -> None:
     program_sweep(child)
 
 
-APART_SECONDS, APART_MEMORY = 20, 2_000_000_000  # of CPU; bytes of address space, which is more than memory
+APART_SECONDS, APART_MEMORY = 20, 1_500_000_000  # of CPU; bytes of address space, which is more than memory
 
 
-def apart(readings: Sequence[Callable[[], Any]]) -> list[Any]:
+def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -> list[Any]:
     """What some functions of ours return, as far as a process of its own comes within its bounds; raises Interrupted.
 
     For what reads files that somebody else wrote: such a file may need any time or memory, or end the process
     (Python's parser does that for deep source).
     """
+    seconds = APART_SECONDS if seconds is None else seconds
     with tempfile.TemporaryFile() as answers:
         with LIVE_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are threads: it needs nothing that these may hold
             child = os.fork()
             if not child:
-                apart_child(readings, answers)
+                apart_child(readings, answers, int(seconds) + 1)
             LIVE.add(child)
-        limit = time.monotonic() + 2 * APART_SECONDS
+        limit = time.monotonic() + 2 * seconds
         while not os.waitpid(child, os.WNOHANG)[0]:
             if program_interrupted() or time.monotonic() > limit:
                 os.kill(child, signal.SIGKILL)
@@ -889,10 +890,10 @@ def apart(readings: Sequence[Callable[[], Any]]) -> list[Any]:
         return results
 
 
-def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes]) -> NoReturn:
+def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], seconds: int) -> NoReturn:
     """The life of that process: one result after the other, until there are no more or it is at a bound."""
     with contextlib.suppress(BaseException):
-        for what, most in ((resource.RLIMIT_CPU, APART_SECONDS), (resource.RLIMIT_AS, APART_MEMORY),
+        for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, APART_MEMORY),
                            (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(what, (most, most))
         for reading in readings:
@@ -2323,11 +2324,12 @@ def guard_read(sources: list[Source]) -> list[Violation]:
     """Let all readers look at Python source, in a process with bounds; the files that are too much for it."""
     READ.clear()
     unread: list[Source] = []
+    limit = time.monotonic() + 2 * APART_SECONDS  # for all of them together
     for portion in {id(source.portion): source.portion for source in sources}.values():
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
-        while rest and len(unread) < 5:
-            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest])
+        while rest and (left := (limit - time.monotonic()) / 2) > 0:
+            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest], left)
             for answer in answers:
                 READ.update(answer)
             unread += rest[len(answers):][:1]
@@ -4149,7 +4151,8 @@ class Judge:
     def gate_new(self) -> Gate:
         """A gate in a directory that did not exist before."""
         # A short name: a socket in what is its temporary directory has a path of some 100 characters.
-        return Gate(self.run, self.private / os.urandom(3).hex())
+        names = iter(lambda: os.urandom(2).hex()[:3], "")
+        return Gate(self.run, self.private / next(name for name in names if not os.path.lexists(self.private / name)))
 
     def gates_renew(self) -> None:
         """Make new gates where the agent could reach those that there are."""
