@@ -1838,6 +1838,18 @@ ENGINES = {  # with what is tried in turn, until a container can write to a dire
     "podman": [[], ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]],
     "docker": [[], ["--user=0:0"]],  # a daemon without root: the container's root is the user outside
 }
+RUNS_LATER = {  # places of a home directory that are read-only for the agent in bwrap, with the reason
+    "git reads it, and runs what it names": ".gitconfig .config/git",
+    "ssh reads it, and lets in whom it names": ".ssh",
+    "each new shell runs it": (
+        ".bashrc .bash_profile .bash_login .bash_logout .bash_aliases .profile .zshrc .zshenv .zprofile .zlogin "
+        ".zlogout .config/fish"),
+    "it is run when you log in": (
+        ".config/systemd .config/autostart .config/environment.d .xprofile .xsession .xsessionrc .pam_environment "
+        "Library/LaunchAgents"),
+    "programs are found there": ".local/bin bin",
+    "cron runs it": "/var/spool/cron /etc/cron.d /etc/crontab",
+}
 CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a container of ours, or how a run's names begin
 # bwrap would die of a signal that is meant for what runs in it, and take that along. So it is
 # started with those ignored ("1"), and what runs in it with those as usual ("0").
@@ -1870,6 +1882,7 @@ class Sandbox(NamedTuple):
     kind: str = "none"
     words: Sequence[str] = ()  # of the prefix, as far as it is always the same
     shown: Sequence[Path] = ()  # the user's repository: may be read there, not written
+    hidden: Sequence[Path] = ()  # its git directories: their configuration may hold a token
     image: str = ""
     mark: str = ""  # the names of this run's containers begin with it
     why: str = ""  # where auto came to none
@@ -1894,7 +1907,7 @@ class Sandbox(NamedTuple):
     def prefix(self, argv: list[str], reach: Reach, name: str = "") -> list[str]:
         """What stands before a command; a container gets the name."""
         if self.kind == "bwrap":
-            return [*self.words, *bwrap_words(argv, reach, self.shown), "--", *signals_set("0")]
+            return [*self.words, *bwrap_words(argv, reach, self), "--", *signals_set("0")]
         if self.kind not in ENGINES:
             return [word.replace("{workspace}", str(reach.workspace)) for word in self.words]
         mounts = [engine_mount(path, "") for path in (reach.workspace, *reach.write)]
@@ -1914,7 +1927,30 @@ def signals_set(how: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", SIGNALS, how]
 
 
-def bwrap_words(argv: list[str], reach: Reach, shown: Sequence[Path]) -> list[str]:
+def runs_later() -> dict[Path, str]:
+    """The places where something is run, or read by what is run, when the user works again: why each is one."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or HOME / ".config")
+    places = {}
+    for reason, names in RUNS_LATER.items():
+        for name in names.split():
+            inside = name.removeprefix(".config/")
+            places[config / inside if inside != name else HOME / name] = reason
+    return dict.fromkeys(FROZEN.origins, "git reads it, and runs what it names") | places
+
+
+def runs_later_mounts() -> dict[Path, list[str]]:
+    """The options of bwrap that make these places read-only, as far as they are there."""
+    mounts = {}
+    for place in filter(os.path.exists, runs_later()):
+        real = place.resolve()
+        mounts[real] = ["--ro-bind", str(real)]
+        # A folder that something is mounted on cannot be renamed: what is in it stays where it is.
+        for folder in (folder for folder in real.parents if HOME.resolve() in folder.parents):
+            mounts.setdefault(folder, ["--bind", str(folder)])
+    return mounts
+
+
+def bwrap_words(argv: list[str], reach: Reach, sandbox: Sandbox) -> list[str]:
     """The options of bwrap(1) that give a command its reach: what is where, the outer of two places first."""
     way = "--dev-bind" if reach.home else "--ro-bind"
     mounts = {Path(place).resolve(): ["--bind", str(reach.temp)] for place in (
@@ -1928,8 +1964,10 @@ def bwrap_words(argv: list[str], reach: Reach, shown: Sequence[Path]) -> list[st
         inside = {Path(word).relative_to(place).parts[:1] for word in needed if Path(word).is_relative_to(place)}
         mounts |= {place / top[0]: [f"{way}-try", str(place / top[0])] for top in inside
                    if top and not (place / top[0] / LOCK).exists()}
-    mounts |= {place: ["--ro-bind", str(place)] for place in (*shown, *reach.read)}
-    mounts |= {place.resolve(): ["--tmpfs"] for place in [shown[0] / ".agent-runs"] if place.is_dir()}
+    mounts = (runs_later_mounts() if reach.home else {}) | mounts
+    mounts |= {place: ["--ro-bind", str(place)] for place in (*sandbox.shown, *reach.read)}
+    mounts |= {place: ["--tmpfs", str(place), "--remount-ro"] for place in sandbox.hidden}
+    mounts |= {place.resolve(): ["--tmpfs"] for place in [sandbox.shown[0] / ".agent-runs"] if place.is_dir()}
     caches = [place for place in (Path(os.environ.get("XDG_CACHE_HOME", "")), *(HOME / name for name in CACHES))
               if reach.network and place.is_absolute() and place.is_dir()]
     mounts |= {place: ["--bind", str(place)] for place in (*caches, reach.workspace, reach.temp, *reach.write)}
@@ -1962,9 +2000,10 @@ def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
     if not program:
         return Sandbox(), "bubblewrap is not installed"
     common = git_common(repo)
-    shown = [repo.root, repo.git_dir, common, *[common.parent] * (common.name == ".git")]
+    shown = [repo.root, *[common.parent] * (common.name == ".git")]
+    hidden = [common] if repo.git_dir.is_relative_to(common) else [common, repo.git_dir]
     words = [*signals_set("1"), program, "--die-with-parent", "--unshare-pid", "--cap-drop", "ALL"]
-    sandbox = Sandbox("bwrap", words, shown)
+    sandbox = Sandbox("bwrap", words, shown, hidden)
     with private_directory() as place:
         for open_ in (True, False):
             reach = Reach(place, place, network=open_, home=open_)
@@ -2667,8 +2706,9 @@ def signature(path: Path) -> str:
         return ""
 
 
-def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
+def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     """The files outside the repository that decide what the gate's tools do in some places, with their signatures."""
+    checks = job.checks
     pythons = {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])} | {Path(__file__)}
     files |= {Path(python).parent / "ruff" for python in pythons}
@@ -2686,10 +2726,10 @@ def tools_state(checks: list[Check], places: list[Path]) -> dict[str, str]:
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
              "ruff.toml", ".ruff.toml", "conftest.py")
     files |= {folder / name for place in places for folder in place.parents for name in names}
-    files |= {HOME / name for name in (".config/ruff/ruff.toml", ".config/ruff/.ruff.toml",
-                                       ".config/ruff/pyproject.toml", ".gitconfig", ".config/git/config",
-                                       ".config/git/ignore", ".config/git/attributes")}
-    files |= FROZEN.origins
+    files |= {HOME / ".config/ruff" / name for name in ("ruff.toml", ".ruff.toml", "pyproject.toml")}
+    if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
+        files |= FROZEN.origins | {HOME / ".gitconfig"}
+        files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
     return {str(file): mark for file in files if (mark := signature(file))}
 
 
@@ -2708,68 +2748,128 @@ def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violati
             if before.get(name) != after.get(name)]
 
 
-def user_state(repo: Repo) -> dict[str, str]:
-    """The state of the user's repository: refs, HEAD, index, configuration, hooks, stash, and files not as in HEAD."""
+# What makes git run something, or go somewhere, when the user next works: the start of "name=value" (git-config(1)).
+GIT_ACTS = {
+    "git runs what it names": (
+        r"(core\.(hookspath|fsmonitor|sshcommand|pager|editor|askpass|gitproxy|alternaterefscommand)|sequence\.editor"
+        r"|pager\..*|alias\..*|filter\..*|diff\.external|diff\..*\.(command|textconv)|merge\..*\.driver"
+        r"|(merge|diff)tool\..*|gpg\.(.*\.)?(program|defaultkeycommand)|credential\.(.*\.)?helper|interactive\.difffilter"
+        r"|(browser|man|web|instaweb|guitool|sendemail|imap|trailer|lfs)\..*|tar\..*\.command|init\.templatedir"
+        r"|uploadpack\.packobjectshook|submodule\..*\.update|remote\..*\.(uploadpack|receivepack|vcs))="),
+    "it leads git to another place": (
+        r"(remote\..*\.(url|pushurl|proxy)|url\..*|submodule\..*\.url|core\.worktree|http\.(.*\.)?(proxy|ssl.*)"
+        r"|include(if)?\..*)=|(branch\..*\.(push)?remote|remote\.pushdefault)=.*[:/]"),
+}
+
+
+def user_state(job: Job) -> dict[str, str]:
+    """The state of what an agent could have changed outside of its workspace, by kind and name."""
+    if job.sandbox.kind in ENGINES:
+        return {}
+    state = {f"home {place}": place_signature(place) for place in runs_later()}
+    # In bwrap the repository cannot be written: what changes there is the user's own.
+    return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
+
+
+def place_signature(place: Path) -> str:
+    """What tells one state of a place from another, also where it is a link; "" where there is nothing."""
+    link = os.readlink(place) if place.is_symlink() else ""
+    return f"{link} {signature(place)}".strip()
+
+
+def repository_state(repo: Repo) -> dict[str, str]:
+    """The state of the user's repository: refs, stash, HEAD, index, configuration, hooks, and files not as in HEAD."""
     common = git_common(repo)
-    state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in git(
-        repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())}
-    state["HEAD"] = signature(repo.git_dir / "HEAD")
+    refs = git(repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
+    state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in refs) if name != "refs/stash"}
+    stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
+    state |= {f"stash {commit}": commit for commit in stashed}
+    state["ref HEAD"] = os.fsdecode((repo.git_dir / "HEAD").read_bytes()).strip().removeprefix("ref: ")
     state["index"] = git(repo, "ls-files", "--stage", "-z")
-    for entry in git(repo, "config", "--list", "--local", "-z").split("\0"):
-        name, _, value = entry.partition("\n")
-        state[f"config {name}"] = value
-    names = ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates", "logs/refs/stash")
-    for file in (*(common / name for name in names), repo.git_dir / "config.worktree", *(common / "hooks").glob("*")):
-        state[f"file {file}"] = signature(file)
+    hooks = {common / "hooks"}
+    for scope, name, value in settings_listed(repo):
+        if name == "core.hookspath":
+            hooks.add(repo.root / os.path.expanduser(value))
+        if scope in ("local", "worktree"):  # several values of one name are a line each
+            state[f"config {name}"] = "\n".join(filter(None, (state.get(f"config {name}"), value)))
+    state |= {f"hook {file}": signature(file) for folder in hooks for file in folder.glob("*")
+              if file.suffix != ".sample"}
+    for name in ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates"):
+        state[f"file {common / name}"] = signature(common / name)
     listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
     state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
     return state
 
 
+def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings that git reads from files, with those that they include, as (scope, name, value)."""
+    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
+    entries = [(scope, *entry.partition("\n")[::2]) for scope, entry in zip(listed[::2], listed[1::2])]
+    return [entry for entry in entries if entry[0] != "command"]
+
+
 def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
                  blobs: set[str]) -> tuple[list[Violation], list[str]]:
-    """What happened to the user's repository meanwhile: what only the agent can explain, and what is only noted."""
-    alone = os.environ.get("CI", "").lower() in ("true", "1")  # then nobody else works here
+    """What happened outside meanwhile: what carries the agent's work or acts later is refused, the rest is noted."""
     refused, noted = [], []
     for key in sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
-        old, new = before.get(key, ""), after.get(key, "")
         kind, _, name = key.partition(" ")
-        undo = f"git update-ref {name} {old}" if old else f"git update-ref -d {name}"
-        if kind == "file":
-            why = "was changed during the run; " + ("restore it" if old else f"undo: rm {shlex.quote(name)}")
-        elif kind == "config":
-            back = f"git config {name} {shlex.quote(old)}" if old else f"git config --unset-all {name}"
-            why = f"was set to {one_line(new)!r} during the run; undo: {back}"
-        elif key == "ref refs/stash":
-            why = f"was changed during the run; undo: {undo}"
-        elif kind == "ref" and (not new or (old and git_ran(repo, "merge-base", "--is-ancestor", old, new).exit)):
-            why = f"was {'rewound' if new else 'deleted'} during the run; undo: {undo}"
-        elif kind == "ref" and not is_runs_own(repo, key, new) and commits_hold(repo, new, before, blobs):
-            why = f"holds the agent's work; undo: {undo}"
+        old, new = before.get(key, ""), after.get(key, "")
+        shown = "refs/stash" if kind == "stash" else name or key
+        if is_runs_own(repo, key, new):
+            continue
+        if reason := user_refusal(kind, name, old, new):
+            refused.append(Violation("fingerprint", shown, reason))
+        elif kind in ("ref", "stash") and new and commits_hold(repo, new, before, blobs):
+            undo = ref_undone(kind, name, old)
+            refused.append(Violation("fingerprint", shown, f"holds the agent's work; undo: {undo}"))
+        elif kind == "home":
+            noted.append(f"{shown} was changed during the run: {runs_later().get(Path(name), 'look at it')}")
         else:
-            other = "" if is_runs_own(repo, key, new) else "was changed during the run (CI=true: by nobody else)"
-            why = other if alone else ""
-        if why:
-            refused.append(Violation("fingerprint", name or key, why))
-        else:
-            noted.append(f"{name or key} of your repository was changed during the run")
-    return refused, noted
+            noted.append(f"{shown} of your repository was changed during the run")
+    return refused, list(dict.fromkeys(noted))
+
+
+def user_refusal(kind: str, name: str, old: str, new: str) -> str:
+    """Why a changed setting or hook is refused, as it runs or leads away what the user starts later; "" for none."""
+    if kind == "hook" and new:
+        undo = "restore it" if old else f"undo: rm {shlex.quote(name)}"
+        return f"was changed during the run, and git runs it; {undo}"
+    entry = f"{name}={new}" if kind == "config" and new else ""
+    for reason, pattern in GIT_ACTS.items():
+        if re.match(pattern, entry, re.I | re.S):
+            undo = f"git config --replace-all {name} {shlex.quote(old)}" if old else f"git config --unset-all {name}"
+            back = "set it back" if "\n" in old else f"undo: {undo}"
+            return f"was set to {one_line(new)!r} during the run, and {reason}; {back}"
+    return ""
+
+
+def ref_undone(kind: str, name: str, old: str) -> str:
+    """The command that takes back what happened to a ref or the stash."""
+    if kind == "stash":
+        return "git stash list, then git stash drop"
+    if name == "HEAD":
+        return f"git switch {old.removeprefix('refs/heads/')}" if old.startswith("refs/") else f"git switch -d {old}"
+    return f"git update-ref {name} {old}" if old else f"git update-ref -d {name}"
 
 
 def is_runs_own(repo: Repo, key: str, commit: str) -> bool:
     """Whether a ref is the proposal of another run of this program."""
-    if not key.startswith("ref refs/heads/agent/"):
+    if not commit or not key.startswith("ref refs/heads/agent/"):
         return False
-    said = re.search(r"^Agent-Run: ([\w-]+)$", git(repo, "log", "-1", "--format=%B", commit), re.MULTILINE)
-    return bool(said) and (repo.root / ".agent-runs" / said[1]).is_dir()
+    message = git(repo, "log", "-1", "--format=%B", commit)
+    run_id = re.search(r"^Agent-Run: ([\w-]+)$", message, re.MULTILINE)
+    return bool(run_id) and (repo.root / ".agent-runs" / run_id[1]).is_dir()
 
 
 def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) -> bool:
     """Whether the commits that are new on a ref bring in one of these blobs."""
-    known = "".join(f"^{commit}\n" for key, commit in before.items() if key.startswith("ref "))
+    known = "".join(f"^{commit}\n" for key, commit in before.items()
+                    if key.startswith(("ref ", "stash ")) and re.fullmatch("[0-9a-f]+", commit))
     commits = git_ran(repo, "rev-list", "--max-count=200", tip, "--stdin", stdin=known.encode())
     raw = git_ran(repo, "diff-tree", "-r", "-m", "--root", "--raw", "--no-abbrev", "-z", "--stdin", stdin=commits.out)
-    return any(blob.encode() in raw.out for blob in blobs)
+    brought = re.findall(rb":\d+ \d+ [\da-f]+ ([\da-f]+) ", raw.out)
+    return not blobs.isdisjoint(blob.decode() for blob in brought)
 
 
 # === Chapter 8. The gate ====================================================
@@ -4141,8 +4241,8 @@ class Judge:
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
         self.places = [private / "gate"]
-        self.tools = tools_state(run.job.checks, self.places)
-        self.user = user_state(run.job.repo)
+        self.tools = tools_state(run.job, self.places)
+        self.user = user_state(run.job)
         paths = tree_paths(run.job.repo, run.base.tree)
         self.named = frozenset(named_files(run.job, paths) | configured_files(run.job.repo, run.base.tree))
         self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
@@ -4208,7 +4308,7 @@ class Judge:
         run.twin = ""
         sources = sources_read(repo, changes)
         empty = all(is_only_space(source) and not glob_match(source.change.path, self.allow) for source in sources)
-        if touched := tools_touched(self.tools, tools_state(run.job.checks, self.places)):
+        if touched := tools_touched(self.tools, tools_state(run.job, self.places)):
             judgement = refused(touched, final=True)
         elif empty and not nested and not (changes and self.lint_on_base()):
             what = "nothing but white space" if changes else "no file"
@@ -4217,7 +4317,7 @@ class Judge:
         else:
             judgement = self.judge_change(attempt, sources, nested)
         work = {source.change.new_blob for source in sources if source.size}  # anybody may have an empty file
-        theirs, noted = user_verdict(repo, self.user, user_state(repo), work)
+        theirs, noted = user_verdict(repo, self.user, user_state(run.job), work)
         if theirs:
             judgement = refused(theirs, final=True)
         return judgement._replace(look_first=[*judgement.look_first, *noted])
@@ -4267,13 +4367,12 @@ class Judge:
 
     def unreviewable(self, sources: list[Source], nested: list[str]) -> list[Violation]:
         """What nobody can review, so that nothing of the change is run."""
+        counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
+        if counted > FILES_LIMIT:  # then nothing of it need be read
+            return [Violation("size", "**", f"{counted} files are more than {FILES_LIMIT} in one change")]
         found = [violation for source in sources for violation in guard_file(source) if violation.rule in UNREVIEWABLE]
         found += [Violation("link", path, "is a repository inside the repository") for path in nested]
-        violations = [violation for violation in found if not violation.allowed(self.allow)]
-        counted = sum(not glob_match(source.change.path, self.allow) for source in sources)
-        if counted > FILES_LIMIT:
-            violations.append(Violation("size", "**", f"{counted} files are more than {FILES_LIMIT} in one change"))
-        return violations
+        return [violation for violation in found if not violation.allowed(self.allow)]
 
     def weigh(self, gate: GateResult, recheck: Recheck, violations: list[Violation],
               moved: Mapping[str, set[str]]) -> Judgement:

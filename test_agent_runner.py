@@ -240,6 +240,7 @@ class Scratch:
         program = [python, str(runner)] if runner else [python, "-c", LAUNCH, str(RUNNER)]
         child = subprocess.Popen([*program, *args], cwd=cwd or self.root, env=environ | (env or {}),
                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        STARTED.append(child)
         return Going(child, list(args), before, known)
 
     def ended(self, going: Going, others: int = 0) -> Ended:
@@ -420,8 +421,23 @@ def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield
     for pool in plugin.pools:
         pool.shutdown(cancel_futures=True)
+    leftovers_end(tmp_path_factory.getbasetemp())
     for engine in [engine for engine in IMAGES if shutil.which(engine)]:
         ran(engine, "rmi", "--force", IMAGE)
+
+
+STARTED: list[subprocess.Popen[bytes]] = []  # every runner
+
+
+def leftovers_end(base: Path) -> None:
+    """End what tests that failed have left: runners, and on Linux all that works in a directory of theirs."""
+    for child in STARTED:
+        if child.poll() is None:
+            child.kill()
+    for process in Path("/proc").glob("[0-9]*"):
+        if os.fsdecode(process_file(process, "cwd")).startswith(f"{base}/"):
+            with contextlib.suppress(OSError):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -2553,7 +2569,7 @@ def test_white_space_that_lint_asks_for(tmp_path):
 
 def test_an_interrupted_change_is_judged_again(scratch):
     """On its own base, although the branch has gone on since; the checks are those of the first run."""
-    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=f"{EDITS}\n(OUT / 'ready').touch()\n{SLEEPS}")
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(UNIT), agent=READY)
     wait_for((scratch.out / "ready").exists, "the agent")
     going.child.send_signal(signal.SIGINT)
     stopped = scratch.ended(going)
@@ -2625,15 +2641,36 @@ def test_nothing_to_carry(scratch):
 # --- outside of the change: the user's repository, and the tools
 
 COMMITS = "(repo / 'app.py').write_text(Path('app.py').read_text())\ngit('commit', '-qam', 'mine')\n"
-OUTSIDE = {
-    "configuration": ("git('config', 'core.pager', 'evil')", "core.pager: was set"),
+STASHES = "(repo / 'app.py').write_text(Path('app.py').read_text())\ngit('stash')\n"
+OUTSIDE = {  # what carries the agent's work, or would run programs later
+    "a pager": ("git('config', 'core.pager', 'evil')", "core.pager: was set to 'evil' during the run, and git runs what it names; undo: git config --unset-all core.pager"),
+    "an alias": ("git('config', 'alias.st', '!evil')", "alias.st: was set"),
+    "a filter": ("git('config', 'filter.x.clean', 'evil')", "filter.x.clean: was set"),
+    "a helper": ("git('config', 'credential.https://a.b.helper', 'evil')", "credential.https://a.b.helper: was set"),
+    "an included file": ("git('config', '--add', 'include.path', '/nowhere')", "include.path: was set"),
+    "what is included already": ("(repo.parent / 'more').write_text('[alias]\\n\\tst = !evil\\n')", "alias.st: was set"),
+    "a second value": ("git('config', '--add', 'remote.origin.url', 'https://evil')", "remote.origin.url: was set to '.. https://evil'"),
+    "a worktree's setting": ("git('config', 'extensions.worktreeConfig', 'true')\ngit('config', '--worktree', 'core.editor', 'evil')", "core.editor: was set"),
+    "a branch's remote": ("git('config', 'branch.main.remote', 'https://evil')", "branch.main.remote: was set"),
     "a hook": ("(repo / '.git/hooks').mkdir(exist_ok=True)\n(repo / '.git/hooks/pre-push').write_text('#!/bin/sh\\n')", "pre-push: was changed"),
+    "a hook where hooks are": ("(repo.parent / 'hooks').mkdir()\n(repo.parent / 'hooks/pre-push').write_text('#!/bin/sh\\n')", "hooks/pre-push: was changed"),
     "a remote": ("git('remote', 'add', 'evil', '/nowhere')", "remote.evil.url: was set"),
-    "the stash": ("(repo / 'app.py').write_text('A = 1\\n')\ngit('stash')", "refs/stash: was changed"),
-    "a deleted branch": ("git('branch', '-D', 'other')", "refs/heads/other: was deleted"),
-    "a rewound branch": ("git('update-ref', 'refs/heads/other', 'HEAD~1')", "refs/heads/other: was rewound"),
     "its work on the user's branch": (COMMITS, "refs/heads/main: holds the agent's work"),
     "its work under a tag": (COMMITS + "git('tag', 'v9')\ngit('reset', '-q', '--hard', 'HEAD~1')", "refs/tags/v9: holds the agent's work"),
+    "its work under no name": ("git('switch', '-q', '--detach')\n" + COMMITS, "HEAD: holds the agent's work; undo: git switch main"),
+    "its work in the stash": (STASHES, "refs/stash: holds the agent's work"),
+    "its work deep in the stash": (STASHES + "(repo / 'app.py').write_text('A = 1\\n')\ngit('stash')", "refs/stash: holds the agent's work"),
+}
+PROGRESS = "(repo / 'notes.md').write_text('mine')\ngit('add', 'notes.md')\ngit('commit', '-qm', 'My own progress')\n(repo / 'app.py').write_text('B = 2\\n')"
+NOTED = {  # what may as well be the user's own
+    "their progress": (PROGRESS, "refs/heads/main of your repository"),
+    "an amended commit": ("git('commit', '-q', '--amend', '--allow-empty', '-m', 'Better words')", "refs/heads/main of your repository"),
+    "a rewound branch": ("git('update-ref', 'refs/heads/other', 'HEAD~1')", "refs/heads/other of your repository"),
+    "a deleted branch": ("git('branch', '-D', 'other')", "refs/heads/other of your repository"),
+    "another branch": ("git('switch', '-q', 'other')", "HEAD of your repository"),
+    "a harmless setting": ("git('config', 'branch.main.vscode-merge-base', 'origin/main')", "branch.main.vscode-merge-base of your repository"),
+    "a setting that is gone": ("git('config', '--unset', 'core.hooksPath')", "core.hookspath of your repository"),
+    "the stash": ("(repo / 'app.py').write_text('A = 1\\n')\ngit('stash')", "refs/stash of your repository"),
 }
 REACHES_OUT = "repo = Path({repo!r})\n\n\ndef git(*words):\n    subprocess.run(['git', '-C', str(repo), *words], check=True)\n\n\n"
 
@@ -2642,35 +2679,50 @@ def reach_out(scratch: Scratch, act: str, **how: Any) -> Ended:
     """How a run ends whose agent does something to the user's own repository as well."""
     scratch.commit("Second")
     scratch.git("branch", "other")
+    for name, value in (("include.path", scratch.place / "more"), ("core.hooksPath", scratch.place / "hooks"), ("remote.origin.url", "..")):
+        scratch.git("config", name, str(value))
     agent = EDITS + "\n" + REACHES_OUT.format(repo=str(scratch.root)) + act
     going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), "--fix-attempts", "1", agent=agent, **how)
     return scratch.ended(going, others=1)
 
 
 @pytest.mark.parametrize("act", OUTSIDE)
-def test_what_only_the_agent_can_have_done_is_refused(scratch: Scratch, act: str) -> None:
+def test_what_carries_the_agents_work_or_runs_later_is_refused(scratch: Scratch, act: str) -> None:
     """No repair mends it: the run ends, and says how to undo it."""
-    source, said = OUTSIDE[act]
+    source, reason = OUTSIDE[act]
     ended = reach_out(scratch, source)
     assert (ended.code, ended.outcome) == (3, "blocked") and len(ended.results) == 1, ended
-    assert "fingerprint" in ended.findings and said in ended.findings, ended.findings
+    assert "fingerprint" in ended.findings and reason in ended.findings, ended.findings
     assert not scratch.proposals()
 
 
-OWN_WORK = ("(repo / 'notes.md').write_text('mine')\ngit('add', 'notes.md')\ngit('commit', '-qm', 'My own progress')\n"
-            "(repo / 'app.py').write_text('B = 2\\n')")
+@pytest.mark.parametrize("act", NOTED)
+def test_what_may_be_the_users_own_is_noted(scratch: Scratch, act: str) -> None:
+    """They go on working while the agent does; in CI, too, that stops nothing."""
+    source, note = NOTED[act]
+    ended = reach_out(scratch, source, env={"CI": "true"} if "progress" in act else None)
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    assert f"- {note} was changed during the run" in ended.text("proposal.md"), ended.text("proposal.md")
 
 
-def test_the_users_own_progress_is_noted(scratch: Scratch) -> None:
-    """They go on working while the agent does."""
-    ended = reach_out(scratch, OWN_WORK)
-    assert ended.outcome == "proposed" and "refs/heads/main of your repository was changed" in ended.text("proposal.md"), ended
-
-
-def test_in_ci_nobody_else_works(scratch: Scratch) -> None:
-    """There the same progress has only one explanation."""
-    ended = reach_out(scratch, OWN_WORK, env={"CI": "true"})
-    assert ended.outcome == "blocked" and "CI=true" in ended.findings, ended
+def test_in_bwrap_the_repository_is_the_users_alone(scratch: Scratch) -> None:
+    """No agent can write there: whatever happens to it is not even compared."""
+    if bwrap_why():
+        pytest.skip(bwrap_why())
+    scratch.git("branch", "other")
+    agent = f"{EDITS}\nleave('ready')\nwhile not (OUT / 'go').exists():\n    time.sleep(0.01)"
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), "--sandbox", "bwrap", agent=agent)
+    wait_for((scratch.out / "ready").exists, "the agent")
+    scratch.git("commit", "--quiet", "--amend", "--message", "Better words")
+    scratch.git("branch", "-D", "other")
+    scratch.git("config", "alias.st", "status")
+    scratch.git("config", "--global", "alias.st", "status")
+    scratch.write({".git/hooks/pre-push": "#!/bin/sh\n"})
+    (scratch.out / "go").touch()
+    ended = scratch.ended(going, others=1)
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    assert ended.summary["look_first"] == [
+        f"{scratch.place}/gitconfig was changed during the run: git reads it, and runs what it names"]
 
 
 @pytest.mark.parametrize("act", [
@@ -3477,10 +3529,70 @@ def test_a_linked_worktree_and_its_main_checkout_in_bwrap(box):
     box.scratch.root = linked
     box.scratch.also.append(main)
     tries = "".join(f"try:\n    Path({str(main / name)!r}).write_text('mine')\nexcept OSError as error:\n    print(error.errno)\n"
-                    for name in ("app.py", ".git/config", ".git/worktrees/linked/HEAD"))
-    ended = box.propose(f"{tries}{EDITS}")
+                    for name in ("app.py", ".git/config"))
+    ended = box.propose(f"{tries}print(os.listdir({str(main / '.git')!r}))\n{EDITS}")
     assert_proposed(box.scratch, ended)
-    assert ended.text("agent-1.log").split() == ["30"] * 3  # EROFS
+    assert ended.text("agent-1.log").split() == ["30", "30", "[]"]  # EROFS, and the worktree's own is in there
+
+
+@only(["bwrap"])
+@pytest.mark.parametrize("kind", ["checkout", "separate"])
+def test_the_git_directory_is_out_of_sight_in_bwrap(box, kind):
+    """Its configuration may hold a token, as a CI's checkout writes it; the workspace has one of its own."""
+    scratch, git_dir = box.scratch, box.scratch.root / ".git"
+    if kind == "separate":
+        git_dir = scratch.place / "elsewhere"
+        scratch.git("init", "--quiet", f"--separate-git-dir={git_dir}")
+    scratch.git("config", "http.https://example.org/.extraheader", f"AUTHORIZATION: basic {TOKEN}")
+    looks = f"""import os, subprocess
+from pathlib import Path
+files = [str(path) for path in Path({str(git_dir)!r}).rglob('*')]
+assert not files, files
+token = {TOKEN[:7]!r} + {TOKEN[7:]!r}
+assert token not in subprocess.run(['git', '-C', {str(scratch.root)!r}, 'config', '--list'], capture_output=True, text=True).stdout
+"""
+    scratch.write({"tests/test_looks.py": f"def test_looks():\n{looks}".replace("\n", "\n    ") + "\n"})
+    scratch.commit()
+    ended = box.propose(f"{looks}assert subprocess.run(['git', 'log', '-1']).returncode == 0\n{EDITS}", checks=TESTS_ONLY)
+    assert_proposed(scratch, ended)
+
+
+WRITES_LATER = """import shutil
+home, later = Path({home!r}), {later!r}
+for name in later:
+    place = home / name
+    for what, *args in ((place.write_text, 'evil'), ((place / 'f').write_text, 'evil'), (place.rename, home / 'aside'),
+                        (place.unlink,), (shutil.rmtree, place)):
+        try:
+            what(*args)
+        except OSError:
+            pass
+for folder in ('.config', '.local'):
+    try:
+        (home / folder).rename(home / 'aside')
+    except OSError as error:
+        print(error.errno)
+(home / '.zshrc').write_text('new')
+(home / '.config/settings').write_text('mine')
+"""
+
+
+@only(["bwrap"])
+def test_what_runs_later_is_read_only_in_bwrap(box):
+    """For the agent, who may else write at home; what was not there before can be made, and is pointed out."""
+    home = box.scratch.home
+    later = [name for names in runner_module().RUNS_LATER.values() for name in names.split() if name[0] != "/" and name != ".zshrc"]
+    for name in later:
+        is_folder = name in (".ssh", "bin", ".local/bin") or name.startswith((".config/", "Library"))
+        file = home / name / "f" if is_folder else home / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    before = {path: file_fact(str(path)) for path in home.rglob("*") if path.is_file()}
+    ended = box.propose(WRITES_LATER.format(home=str(home), later=later) + EDITS)
+    assert_proposed(box.scratch, ended)
+    assert {path: file_fact(str(path)) for path in before if path.exists()} == before
+    assert (home / ".config/settings").read_text() == "mine" and ended.text("agent-1.log").split() == ["16", "16"]  # EBUSY
+    assert ended.summary["look_first"] == [f"{home}/.zshrc was changed during the run: each new shell runs it"]
 
 
 GATE_REACHES = '''
