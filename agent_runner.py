@@ -568,8 +568,20 @@ class Log:
         self.file.close()
 
 
+FOLDERS: dict[Path, tuple[int, int]] = {}  # the record's and the private ones: where each was when the run began
+
+
+def folder_check(path: Path) -> None:
+    """Raise OSError where one of the run's own folders is no longer what it was: an agent may put a link there."""
+    if path in FOLDERS:
+        facts = path.lstat()
+        if (facts.st_dev, facts.st_ino) != FOLDERS[path]:
+            raise OSError(errno.ELOOP, "was replaced during the run", str(path))
+
+
 def file_new(path: Path) -> IO[bytes]:
     """A new file in place of what stands there: no link is followed, no FIFO waited for."""
+    folder_check(path.parent)
     path.unlink(missing_ok=True)
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
 
@@ -845,23 +857,24 @@ def program_kill(child: subprocess.Popen[bytes]) -> None:
     program_sweep(child)
 
 
-APART_SECONDS, APART_MEMORY = 20, 2_000_000_000  # of CPU; bytes of address space, which is more than memory
+APART_SECONDS, APART_MEMORY = 20, 1_500_000_000  # of CPU; bytes of address space, which is more than memory
 
 
-def apart(readings: Sequence[Callable[[], Any]]) -> list[Any]:
+def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -> list[Any]:
     """What some functions of ours return, as far as a process of its own comes within its bounds; raises Interrupted.
 
     For what reads files that somebody else wrote: such a file may need any time or memory, or end the process
     (Python's parser does that for deep source).
     """
+    seconds = APART_SECONDS if seconds is None else seconds
     with tempfile.TemporaryFile() as answers:
         with LIVE_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are threads: it needs nothing that these may hold
             child = os.fork()
             if not child:
-                apart_child(readings, answers)
+                apart_child(readings, answers, int(seconds) + 1)
             LIVE.add(child)
-        limit = time.monotonic() + 2 * APART_SECONDS
+        limit = time.monotonic() + 2 * seconds
         while not os.waitpid(child, os.WNOHANG)[0]:
             if program_interrupted() or time.monotonic() > limit:
                 os.kill(child, signal.SIGKILL)
@@ -877,10 +890,10 @@ def apart(readings: Sequence[Callable[[], Any]]) -> list[Any]:
         return results
 
 
-def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes]) -> NoReturn:
+def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], seconds: int) -> NoReturn:
     """The life of that process: one result after the other, until there are no more or it is at a bound."""
     with contextlib.suppress(BaseException):
-        for what, most in ((resource.RLIMIT_CPU, APART_SECONDS), (resource.RLIMIT_AS, APART_MEMORY),
+        for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, APART_MEMORY),
                            (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(what, (most, most))
         for reading in readings:
@@ -1341,9 +1354,10 @@ def private_directory(keep: bool = False) -> Iterator[Path]:
 
 def private_end(place: Path) -> None:
     """Remove a private directory, its lock last; from one that is kept only the lock: then it is the user's own."""
+    if place.is_symlink():
+        return place.unlink()  # an agent put it there: what it leads to is not ours
     if (place / KEEP).exists():
-        (place / LOCK).unlink(missing_ok=True)
-        return
+        return (place / LOCK).unlink(missing_ok=True)
     directory_remove(*(path for path in place.glob("*") if path.name != LOCK))
     directory_remove(place)
 
@@ -2349,11 +2363,12 @@ def guard_read(sources: list[Source]) -> list[Violation]:
     """Let all readers look at Python source, in a process with bounds; the files that are too much for it."""
     READ.clear()
     unread: list[Source] = []
+    limit = time.monotonic() + 2 * APART_SECONDS  # for all of them together
     for portion in {id(source.portion): source.portion for source in sources}.values():
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
-        while rest and len(unread) < 5:
-            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest])
+        while rest and (left := (limit - time.monotonic()) / 2) > 0:
+            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest], left)
             for answer in answers:
                 READ.update(answer)
             unread += rest[len(answers):][:1]
@@ -3145,16 +3160,34 @@ def gate_environ(environ: Mapping[str, str], private: Path) -> dict[str, str]:
     return kept | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(private / "tmp")}
 
 
+def gate_home(environ: Mapping[str, str], home: Path) -> dict[str, str]:
+    """The environment's variables that make a directory the home of a check's programs.
+
+    What was left in the real one, by the agent or by an earlier run, decides nothing. Packages that pip put there stay.
+    """
+    import site
+    kept = {name: value for name, value in environ.items()
+            if name not in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")}
+    return kept | {"HOME": str(home)} | ({"PYTHONUSERBASE": site.getuserbase()} if site.ENABLE_USER_SITE else {})
+
+
 class Gate:
-    """Judges trees, each on the same clean checkout, which is moved from tree to tree."""
+    """Judges trees, each on the same clean checkout, which is moved from tree to tree.
+
+    Its directories are made with it, in a new one: where an agent has run meanwhile, a new gate is made.
+    """
 
     def __init__(self, run: Run, private: Path) -> None:
         self.run, self.job, self.private = run, run.job, private
+        private.mkdir()
         place = private / "files" / self.job.repo.root.name
         self.checkout = Checkout(self.job.repo, place, private / "index", self.job.carried)
         self.environ = gate_environ(os.environ, private)
+        self.home = Path(os.environ.get("GATE_HOME") or private / "home")
+        if self.job.sandbox.kind not in ENGINES:  # a container has a home of its own, and the engine needs ours
+            self.environ = gate_home(self.environ, self.home)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("tmp", "cache", "plugin", self.reports.name)):
+        for folder in (private / name for name in ("cache", "plugin", self.reports.name)):
             folder.mkdir()
 
     def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
@@ -3162,6 +3195,9 @@ class Gate:
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
+        for folder in (self.private / "tmp", self.private / "home"):  # what an earlier run left there is no fix
+            directory_remove(folder)
+            folder.mkdir()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
         if failed:
             result = GateResult(tree, [failed])
@@ -3180,6 +3216,14 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def remember(self, other: Gate) -> None:
+        """Take over which tests failed in another gate: they are checked first, no more depends on it."""
+        name = "cache/v/cache/lastfailed"
+        with contextlib.suppress(OSError):
+            failed = file_read(other.private / name, RUFF_LIMIT)
+            (self.private / name).parent.mkdir(parents=True)
+            (self.private / name).write_bytes(failed)
 
     def _lay(self, tree: str) -> CheckResult | None:
         """Lay a tree out; a red result where that cannot be done with a change (with the base it is a Stop)."""
@@ -3210,8 +3254,8 @@ class Gate:
             environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
-        reach = Reach(place, self.private / "tmp", [self.reports, self.private / "cache"], [self.private / "plugin"],
-                      GATE_VARIABLES)
+        write = [self.reports, *(self.private / name for name in ("cache", "home"))]
+        reach = Reach(place, self.private / "tmp", write, [self.private / "plugin"], GATE_VARIABLES)
         how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
         ran = self.job.sandbox.run(argv, reach, log=log, **how)
         result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place))
@@ -4193,11 +4237,10 @@ class Judge:
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
-        # Short names: a socket in what is their temporary directory has a path of some 100 characters.
-        self.change, self.base = Gate(run, private / "new"), Gate(run, private / "old")
+        self.change, self.base = self.gate_new(), self.gate_new()
         self.baseline: Future[GateResult] | None = None
         self.allow = run.job.allow + (run.job.issue.allow if run.job.issue else [])
-        self.places = [gate.checkout.place for gate in (self.change, self.base)]
+        self.places = [private / "gate"]
         self.tools = tools_state(run.job, self.places)
         self.user = user_state(run.job)
         paths = tree_paths(run.job.repo, run.base.tree)
@@ -4205,17 +4248,35 @@ class Judge:
         self.strict = {check.name for check in run.job.checks if must_be_green(check, run.job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed when the newest tree was judged
 
+    def gate_new(self) -> Gate:
+        """A gate in a directory that did not exist before."""
+        # A short name: a socket in what is its temporary directory has a path of some 100 characters.
+        names = iter(lambda: os.urandom(2).hex()[:3], "")
+        return Gate(self.run, self.private / next(name for name in names if not os.path.lexists(self.private / name)))
+
+    def gates_renew(self) -> None:
+        """Make new gates where the agent could reach those that there are."""
+        folder_check(self.private)
+        if self.run.job.sandbox.kind in ("bwrap", *ENGINES) or self.run.job.recorded:
+            if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
+                self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+            return
+        before, self.change, self.base = (self.change, self.base), self.gate_new(), self.gate_new()
+        self.change.remember(before[0])
+        if not self.baseline or self.baseline.done():
+            directory_remove(*(gate.private for gate in before))
+
     def must_pass(self, name: str) -> bool:
         """Whether a check must be green; the result of --setup always must."""
         return name in self.strict or name not in {check.name for check in self.run.job.checks}
 
     def baseline_start(self) -> None:
         """Let the gate check the base while the agent works."""
-        self.baseline = self.pool.submit(self._baseline)
+        self.baseline = self.pool.submit(self._baseline, self.base)
 
-    def _baseline(self) -> GateResult:
+    def _baseline(self, gate: Gate) -> GateResult:
         """The result on the base; a red one is named early."""
-        result = gate_step("baseline gate", self.base, self.run.base.tree, "0")
+        result = gate_step("baseline gate", gate, self.run.base.tree, "0")
         carry_hint(self.run.job.repo, result)
         if red := base_red(result):
             CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
@@ -4270,8 +4331,7 @@ class Judge:
     def judge_change(self, attempt: Attempt, sources: list[Source], nested: list[str]) -> Judgement:
         """What the guardrails, the gate and the recheck come to."""
         run, name = self.run, f"attempt {attempt.number}"
-        if self.baseline and self.baseline.done() and not self.change.checkout.index.exists():
-            self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+        self.gates_renew()
         if unreviewable := self.unreviewable(sources, nested):
             return refused(unreviewable)._replace(overrule=overrulable(unreviewable, []))
         if self.red:  # what was red is checked first, and alone: still red is enough to know
@@ -4867,11 +4927,11 @@ def proposal_commit(run: Run) -> None:
 def change_keep(run: Run, workspace: Workspace) -> None:
     """Keep what the agent did as diff.patch, however the run ends; a failure is told, and changes no outcome."""
     try:
-        run.tree = tree_last(run, workspace)
-    except (OSError, Stop):  # said before, where it happened
-        run.tree = run.base.tree
-        return files_keep(run, workspace)
-    try:
+        try:
+            run.tree = tree_last(run, workspace)
+        except (OSError, Stop):  # said before, where it happened
+            run.tree = run.base.tree
+            return files_keep(run, workspace)
         if run.tree != run.base.tree:
             patch_write(run.job.repo, run.base.tree, run.tree, workspace.private / "patch", run.folder / "diff.patch")
     except (OSError, Stop) as error:
@@ -4896,6 +4956,7 @@ FILES_SIZE = 100_000_000  # bytes that are kept of work that git cannot hold
 def files_keep(run: Run, workspace: Workspace) -> None:
     """Keep a copy of the files that the agent left, where git cannot make a change of them."""
     place, target, known = workspace.checkout.place, run.folder / "files", {}
+    folder_check(run.folder)
     if place.is_symlink() or not place.is_dir():
         return
     with contextlib.suppress(Stop):
@@ -4980,6 +5041,7 @@ def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
         run.folder.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
+        FOLDERS.update((place, (place.lstat().st_dev, place.lstat().st_ino)) for place in (run.folder, own, bench))
         run.lock = lock_make(run.folder / "running")
         record_write(run)  # from now on it is a record
     except OSError as error:
@@ -5052,8 +5114,14 @@ def run_close(folder: Path, place: Path | None) -> None:
 def event_write(run: Run, event: dict[str, Any]) -> None:
     """Add one line to events.jsonl, in one write."""
     line = MASK.text(json.dumps({"at": round(time.time() - event["seconds"], 3), **event})) + "\n"
-    with open(run.folder / "events.jsonl", "ab", buffering=0) as file:
-        file.write(line.encode())
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        folder_check(run.folder)
+        with open(os.open(run.folder / "events.jsonl", flags, 0o666), "ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError:
+        OBSERVERS.clear()  # once is enough: what winds the run up calls programs, too
+        raise
 
 
 def record_facts(run: Run) -> dict[str, Any]:
@@ -5105,7 +5173,9 @@ def record_finish(run: Run) -> None:
 
 def record_release(run: Run) -> None:
     """The record is closed: from now on nobody has to do that for us."""
-    (run.folder / "running").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder_check(run.folder)
+        (run.folder / "running").unlink(missing_ok=True)
     os.close(run.lock)
 
 
@@ -5420,6 +5490,9 @@ def options_check(args: argparse.Namespace) -> None:
     """Raise Stop where options contradict each other, or a file that one names cannot be read."""
     if not args.simulate and os.environ.get("AGENT_CONFIG"):
         text_read(Path(os.environ["AGENT_CONFIG"]), "AGENT_CONFIG")
+    home = os.environ.get("GATE_HOME", "")
+    if home and not (os.path.isabs(home) and os.path.isdir(home)):
+        raise Stop(EXIT_USAGE, f"GATE_HOME {home} is no absolute path of a directory; correct or unset it")
     if "auto" in args.scope and args.scope != ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto stands alone; give either auto or globs")
     names = [name for name, _ in args.check]

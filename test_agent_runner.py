@@ -2024,7 +2024,7 @@ def test_what_is_too_much_to_be_read() -> None:
 def test_a_process_apart_has_bounds() -> None:
     """Whatever happens in it: the answers so far count."""
     module = runner_module()
-    for bad in (lambda: bytearray(3_000_000_000), lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: 1 / 0):
+    for bad in (lambda: bytearray(3_000_000_000), lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 1 / 0):
         assert module.apart([lambda: 1, bad, lambda: 2]) == [1]
     assert module.apart([lambda: {"a": "b"}, lambda: 2]) == [{"a": "b"}, 2]
 
@@ -2771,6 +2771,72 @@ def test_nothing_that_an_agent_plants_is_run(scratch: Scratch, plant: str) -> No
         assert scratch.git("log", "-1", "--format=%an", ended.summary["branch"]) == "Bea"
     if outcome == "blocked":
         assert "tools: " in ended.findings, ended.findings
+
+
+PLANTED_CODE = "import sys\n\nimport calc\n\ncalc.add = lambda a, b: a + b\n"
+PLANTED = {  # a fix that is no part of the change
+    "in the cache of a home directory": (
+        "cache = Path(os.environ['HOME'], '.cache')\ncache.mkdir()\n(cache / 'answer').write_text('+')\n"
+        + replaces("calc.py", "    return a - b", (
+            "    from pathlib import Path\n\n    fixed = (Path.home() / '.cache/answer').exists()\n    return a + b if fixed else a - b"))),
+    "in the directories of the gate": (
+        f"CODE = {PLANTED_CODE!r}\nplaces = [place for place in Path(os.environ['TMPDIR']).rglob('plugin')]\nassert places\n"
+        "for place in places:\n    (place / 'sitecustomize.py').write_text(CODE.replace('import calc', \"sys.path.insert(0, '.')\\nimport calc\"))\n"
+        + replaces("calc.py", "return a - b", "return b - a")),
+}
+
+
+@pytest.mark.parametrize("where", PLANTED)
+def test_a_fix_that_is_no_part_of_the_change(tmp_path: Path, where: str) -> None:
+    """Without a sandbox an agent can write there; the gate's own directories and home are new after it has ended."""
+    scratch = Scratch(tmp_path, FILES | CALC)
+    ended = scratch.ended(scratch.start("issue-to-pr", scratch.issue(), "--strict", *checks_args(TESTS_ONLY), agent=PLANTED[where]), others=1)
+    assert (ended.code, ended.outcome) == (1, "gate_failed") and "test_add" in ended.findings, ended
+
+
+@pytest.mark.parametrize("place", ["Path.home()", "Path(tempfile.gettempdir())"])
+def test_what_one_run_of_the_gate_leaves_is_no_fix(scratch: Scratch, place: str) -> None:
+    """Neither for the next attempt nor for the second question."""
+    scratch.write({"app.py": APP_WRONG})
+    scratch.commit()
+    source = ("import tempfile\nfrom pathlib import Path\n\nMARK = {place} / 'mark'\nFACTOR = 2 if MARK.exists() else 3\nMARK.touch()\n\n\n"
+              "def double(x):\n    return x * FACTOR\n").replace("{place}", place)
+    agent = in_turn(writes("app.py", source), writes("app.py", source + "# again\n"))
+    ended = scratch.heal(agent, checks=TESTS_ONLY)
+    assert (ended.code, ended.outcome) == (2, "gave_up"), ended
+
+
+def test_a_home_for_the_gate(scratch: Scratch) -> None:
+    """Empty as a rule, and one that is named where checks need what lies there."""
+    (scratch.home / "toolchain").touch()
+    check = f'home={PYTHON} -c "from pathlib import Path; print(sorted(path.name for path in Path.home().iterdir()))"'
+    for env, listed in ({}, "[]"), ({"GATE_HOME": str(scratch.home)}, "['toolchain']"):
+        ended = scratch.propose(EDITS, checks=(check,), env=env)
+        assert ended.outcome == "proposed" and listed in ended.text("gate-1.log"), ended
+    ended = scratch.propose(CALLED, env={"GATE_HOME": "nowhere"})
+    assert ended.code == 64 and "GATE_HOME nowhere" in ended.err and not (scratch.out / "called").exists()
+
+
+def test_a_record_that_is_replaced_by_a_link(scratch: Scratch) -> None:
+    """Nothing is written through it; the work stays where it is, and the run says where."""
+    agent = (f"{EDITS}\n(OUT / 'target').mkdir()\nrecord, = Path({str(scratch.root)!r}, '.agent-runs').glob('2*')\n"
+             "record.rename(OUT / 'moved')\nrecord.symlink_to(OUT / 'target')\n")
+    ended = scratch.propose(agent, "--keep")
+    assert ended.code == 69 and "was replaced during the run" in ended.err and not scratch.proposals(), ended
+    assert not list((scratch.out / "target").iterdir())
+    left, = scratch.tmp.glob("*/files/repo/app.py")
+    assert "x + x" in left.read_text() and str(left.parent) in ended.err, ended
+
+
+def test_a_private_directory_that_is_replaced_by_a_link(red: Scratch) -> None:
+    """What it leads to is neither written nor, at the end, removed."""
+    agent = ("own, target = Path.cwd().parents[1], OUT / 'target'\ntarget.mkdir()\n(target / 'precious').write_text('mine')\n"
+             "bench, = [place for place in own.parent.glob('ar-*') if place != own]\n"
+             f"bench.rename(OUT / 'moved')\nbench.symlink_to(target)\n{writes('app.py', APP)}")
+    ended = red.heal(agent)
+    assert (ended.code, ended.outcome) == (4, "agent_failed") and "was changed during the run" in ended.findings, ended
+    assert [path.name for path in (red.out / "target").iterdir()] == ["precious"]
+    assert ended.folder and (ended.folder / "files/app.py").read_text() == APP
 
 
 # === Faults: a run survives what others do, and what is done to it ==========
@@ -3806,7 +3872,7 @@ def test_only_containers_of_ours_are_removed(scratch):
     assert len(scratch.said("calls").splitlines()) == 3
 
 
-SLOW_GIT = """case "$*" in *"/old/files"*read-tree*)
+SLOW_GIT = """case "$*" in */ar-????????/???/files/*read-tree*)
     while [ ! -e {out}/failed ]; do sleep 0.1; done
     for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do grep -q '"ps"' {out}/calls && break; sleep 0.1; done;; esac
 exec "$GIT" "$@"
