@@ -46,7 +46,7 @@ import time
 import tokenize
 import unicodedata
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -611,9 +611,9 @@ def json_read(path: Path, limit: int, kind: type) -> Any:
         value = json.loads(file_read(path, limit))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"it is no JSON {'object' if kind is dict else 'array'}")
-    return value
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"it is no JSON {'object' if kind is dict else 'array'}")
 
 
 def file_write(path: Path, text: str) -> None:
@@ -1096,7 +1096,8 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
     """What a git command printed; raises Stop with git's own last words where it fails."""
     ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
     if ran.exit:
-        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.M)  # the last may be advice
+        # The last line may be advice.
+        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.MULTILINE)
         reason = MASK.text(first[1]) if first else ran.last_line()
         raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {reason}")
     return os.fsdecode(ran.out)
@@ -3093,8 +3094,8 @@ def named_files(job: Job, paths: Collection[str]) -> set[str]:
     for argv in (job.setup, *(check.argv for check in job.checks)):
         words = [part for word in argv for part in (word, *word.split())]  # `sh -c "..."` has a command in one word
         named |= {os.path.normpath(word.partition("::")[0]) for word in words}
-        for before, word in zip(words, words[1:]):
-            module = word.replace(".", "/") if before == "-m" else ""
+        for at in [at for at, word in enumerate(words[:-1]) if word == "-m"]:
+            module = words[at + 1].replace(".", "/")
             named |= {f"{module}.py", f"{module}/__main__.py"}
     return named & {*paths}
 
@@ -3507,10 +3508,10 @@ def event_parse(line: bytes) -> dict[str, Any]:
     except (KeyError, TypeError, RecursionError):
         raise ValueError("a line of it is no event") from None
     texts = [event.get(key, "") for key in ("sub", "text", "printed")]
-    for key, kind in kinds.items():
-        if not isinstance(event.get(key), kind):
-            raise ValueError(f"{key!r} is wrong in a line of it")
-        texts += event[key] if kind is list else []
+    if wrong := [key for key, kind in kinds.items() if not isinstance(event.get(key), kind)]:
+        raise ValueError(f"{wrong[0]!r} is wrong in a line of it")
+    for key in [key for key, kind in kinds.items() if kind is list]:
+        texts += event[key]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a line of it holds what is no text")
     return event
@@ -3776,31 +3777,32 @@ def distill_progress(before: list[str], now: list[str]) -> str:
 
 
 # --- The blind twin ---------------------------------------------------------
-# Who tests the tests? Mutation testing breaks a program a little and expects a
-# test to fail. Here the program stays, and what each test expects is broken:
-# `assert area(2) == 4` becomes `== 5`. An honest run of the altered file is red
-# in every test. A test that stays green passes whatever it expects: it does not
-# look, or somebody made it blind. The twin has the same names, comments and line
-# numbers, so that little in the process can tell the two runs apart.
+# Who tests the tests? Mutation testing breaks a program a little and wants its
+# tests to fail. Here the program stays, and what each test expects is broken:
+# `assert area(2) == 4` becomes `== 5`. A test that is still green passes whatever
+# it expects: it does not look, or the program under test has made it blind.
 #
 # Two rules keep honest code from a false alarm: the altered statement is sure to
 # be reached (in no branch, no handler, no loop over what may be empty), and the
 # altered value is sure to differ. A test without such a place is inconclusive.
+# Nothing but the expectation changes: names, comments and line numbers stay.
 
-TWIN_RAISES = r"(?i)raises|warns|assert_?(raises|warns)_?(regex)?"  # their first argument is a class
-TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # a `with` over it may hide a failure
-TWIN_FATAL = r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$"  # may end the run
-TWIN_INEXACT = rb"(?i)approx|close|almost|toleran|delta"  # +1 may be within their tolerance
-TWIN_NEGATIVE = r"(?i)not|mis|no_|un|differ|never|without|reject|fail|rais|invalid"  # another value may suit them too
-TWIN_PAIRS = {
-    "True": "False", "Is": "IsNot", "IsNone": "IsNotNone", "In": "NotIn", "IsInstance": "NotIsInstance",
-    "Regex": "NotRegex", "Greater": "LessEqual", "GreaterEqual": "Less",
-    "_called": "_not_called", "_called_once": "_not_called"}
-TWIN_OPPOSITES = {
-    **{f"assert{word}": f"assert{other}" for other, word in TWIN_PAIRS.items()},
-    **{f"assert{word}": f"assert{other}" for word, other in TWIN_PAIRS.items()},
-    "assertNotEqual": "assertEqual", "assertNotAlmostEqual": "assertAlmostEqual"}
+TWIN_RAISES = r"raises|warns|assert_?([Rr]aises|[Ww]arns)(_?[Rr]egex)?"  # (E): expects a class
+TWIN_FATAL = (  # classes that end the run where nobody catches them, and what may stand for them
+    r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$")
+TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # `with` this, a failure may be lost
+TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a step of one
+TWIN_LOOSE = (  # a call of this name may hold for another value too
+    r"(?i)not|mis|no_|differ|never|without|reject|fail|rais|invalid|less|great|least|(?<!al)most")
+TWIN_RANGE = r"range\((-?\d+, )?[1-9]\d*\)"  # that is not empty
+TWIN_OPPOSITES = dict(re.findall(
+    r"(\w+)/(\w+)",
+    "True/False False/True Is/IsNot IsNot/Is In/NotIn NotIn/In IsNone/IsNotNone IsNotNone/IsNone "
+    "Less/GreaterEqual GreaterEqual/Less Greater/LessEqual LessEqual/Greater NotEqual/Equal "
+    "IsInstance/NotIsInstance NotIsInstance/IsInstance Regex/NotRegex NotRegex/Regex "
+    "NotAlmostEqual/AlmostEqual _called/_not_called _not_called/_called _called_once/_not_called"))
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -3814,7 +3816,7 @@ class Edit(NamedTuple):
 
 
 class Alteration(NamedTuple):
-    """What a test expected and what its twin expects, each as the line of the source that shows it."""
+    """What a test expects and what its twin expects, each as the line of source that shows it."""
 
     test: str  # "TestA::test_b"
     line: int  # of the statement
@@ -3822,258 +3824,252 @@ class Alteration(NamedTuple):
     new: str
 
 
-def twin_alter(source: bytes, tests: Collection[str] | None, rng: random.Random,
-               avoid: Collection[tuple[str, int]] = ()) -> tuple[bytes, list[Alteration], list[str]]:
-    """The source with one expectation of each test altered, what was altered, and the tests where nothing can be."""
+def twin_alter(
+        source: bytes, tests: Collection[str] | None, rng: random.Random,
+        avoid: Collection[tuple[str, int]] = ()) -> tuple[bytes, list[Alteration], list[str]]:
+    """The source with an expectation of each test altered; these; the tests where none can be."""
+    altered: list[Alteration] = []
+    names: dict[ast.AST | None, list[str]] = defaultdict(list)  # an inherited test has several
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
         text = source.decode(encoding)
-        functions = twin_functions(ast.parse(text))
+        functions = twin_functions(ast.parse(text).body)
+        every = [name for name in functions if re.match("test", name.rpartition(":")[2])]
+        for name in sorted(every if tests is None else tests):
+            names[functions.get(name)].append(name)
         before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
-        names = sorted(tests if tests is not None else (name for name in functions if re.search(r"\btest\w*$", name)))
-        draws: dict[ast.AST | None, tuple[int, list[Edit]]] = {None: (0, [])}
-        for function in (functions.get(name) for name in names):
-            if function not in draws:  # a test that is inherited has several names
-                lines = {line for test, line in avoid if functions.get(test) is function}
-                draws[function] = Twin(function, before, rng).draw(lines)
-        after = list(before)
-        for line, column, drop, new in sorted((edit for _, edits in draws.values() for edit in edits), reverse=True):
-            row = after[line - 1]
-            after[line - 1] = row[:column] + new.encode() + row[column + drop:]
-        altered = [twin_shown(name, *draws[functions.get(name)], before, after) for name in names]
+        after = before.copy()
+        for function in filter(None, list(names)):
+            lines = {line for name, line in avoid if name in names[function]}
+            line, edits = Twin(function, before, rng).draw(lines)
+            for row, column, drop, new in sorted(edits, reverse=True):
+                rest = after[row - 1][column + drop:]
+                after[row - 1] = after[row - 1][:column] + new.encode() + rest
+            if edits:
+                old, new = (rows[min(edits).line - 1].decode().strip() for rows in (before, after))
+                altered += [Alteration(name, line, old, new) for name in names.pop(function)]
         result = b"".join(after).decode().encode(encoding)
     except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return source, [], sorted(tests or ())
-    return result, [one for one in altered if one.line], [one.test for one in altered if not one.line]
+    return result, altered, sorted(name for group in names.values() for name in group)
 
 
-def twin_shown(test: str, line: int, edits: list[Edit], before: list[bytes], after: list[bytes]) -> Alteration:
-    """The alteration of one test for a message; line 0 where there is none."""
-    row = min(edits)[0] - 1 if edits else 0
-    old, new = (b"".join(lines[row:row + 1]).decode().strip() for lines in (before, after))
-    return Alteration(test, line if edits else 0, old, new)
-
-
-def twin_functions(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions of a module and of its classes, inherited ones too, by name: {"TestA::test_b": ...}."""
+def twin_functions(body: list[ast.stmt]) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file and its classes, inherited ones too: {"TestA::test_b": ...}."""
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
-
-    def collect(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, FUNCTIONS):
-                functions[prefix + node.name] = node
-            elif isinstance(node, ast.ClassDef):
-                for base in reversed(node.bases):
-                    start = f"{twin_name(base)}::"
-                    functions.update({f"{prefix}{node.name}::{name.removeprefix(start)}": function
-                                      for name, function in functions.items() if name.startswith(start)})
-                collect(node.body, f"{prefix}{node.name}::")
-
-    collect(tree.body, "")
+    for node in body:
+        marks = {twin_name(mark) for mark in getattr(node, "decorator_list", [])}
+        if isinstance(node, FUNCTIONS) and not marks & {"given", "fixture"}:
+            functions[node.name] = node  # hypothesis (`given`) would try an altered one for long
+        if isinstance(node, ast.ClassDef):
+            methods: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+            for start in (f"{twin_name(base)}::" for base in reversed(node.bases)):
+                methods |= {name.removeprefix(start): method
+                            for name, method in functions.items() if name.startswith(start)}
+            methods |= twin_functions(node.body)
+            functions |= {f"{node.name}::{name}": method for name, method in methods.items()}
     return functions
 
 
-def twin_name(node: ast.AST) -> str:
+def twin_name(node: ast.AST | None) -> str:
     """The last word of a name, or of what is called: `pytest.raises(E)` -> "raises"."""
     node = node.func if isinstance(node, ast.Call) else node
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def twin_call(node: ast.stmt) -> ast.Call | None:
-    """The call that a statement is, or whose result it keeps, also `await call()`."""
-    value = getattr(node, "value", None)
-    value = value.value if isinstance(value, ast.Await) else value
-    return value if isinstance(value, ast.Call) else None
-
-
-def twin_reached(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that every test which ended well has run."""
-    for node in body:
-        yield node
-        if isinstance(node, (ast.With, ast.AsyncWith)):
-            calls = [item.context_expr for item in node.items]
-            if all(isinstance(call, ast.Call) and not re.search(TWIN_CATCHES, twin_name(call)) for call in calls):
-                yield from twin_reached(node.body)
-        elif isinstance(node, ast.Try) and all(twin_ends(handler.body[-1]) for handler in node.handlers):
-            yield from twin_reached([*node.body, *node.finalbody])
-        elif isinstance(node, ast.For) and twin_rows(node.iter):
-            yield from twin_reached(node.body)
-        loop = isinstance(node, (ast.For, ast.AsyncFor, ast.While))
-        jumps = (ast.Return,) if loop else (ast.Return, ast.Break, ast.Continue)
-        own = isinstance(node, (*FUNCTIONS, ast.ClassDef))
-        if not own and any(isinstance(part, jumps) for part in ast.walk(node)):
-            return
-
-
-def twin_ends(node: ast.stmt) -> bool:
-    """Whether no test is green that has run this statement."""
-    return isinstance(node, ast.Raise) or twin_name(getattr(node, "value", node)) in ("skip", "skipTest", "fail")
-
-
 def twin_rows(node: ast.expr) -> list[ast.expr]:
-    """The rows of a table that is written out; [] where it is not, or may be empty."""
-    rows = node.elts if isinstance(node, (ast.List, ast.Tuple, ast.Set)) else []
+    """The values that a display writes out; [] where it is none, or has a star."""
+    rows = node.elts if isinstance(node, ast.List | ast.Tuple | ast.Set) else []
     return [] if any(isinstance(row, ast.Starred) for row in rows) else rows
 
 
-def twin_column(heads: list[str], name: str, rows: list[ast.expr]) -> list[ast.expr]:
-    """The values under one head of a table, as in parametrize or `for a, b in`; [] where a row does not fit."""
-    cells = []
-    for row in rows:
-        values = row.args if twin_name(row) == "param" and isinstance(row, ast.Call) else (
-            [row] if len(heads) == 1 else getattr(row, "elts", []))
-        cells += [values[heads.index(name)]] if len(values) == len(heads) else []
-    return cells if len(cells) == len(rows) else []
+def twin_values(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.expr]:
+    """The values that a function assigns to a name."""
+    return [node.value for node in ast.walk(function) if isinstance(node, ast.Assign)
+            and [getattr(target, "id", "") for target in node.targets] == [name]]
 
 
 def twin_origins(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.expr]:
-    """The expressions that a name stands for, where it is bound once and read once; else []."""
-    nodes = list(ast.walk(function))
-    uses = sorted(type(node.ctx).__name__ for node in nodes if isinstance(node, ast.Name) and node.id == name)
-    tables = []
-    if uses == ["Load"]:
-        for call in function.decorator_list:
-            if isinstance(call, ast.Call) and twin_name(call) == "parametrize" and len(call.args) == 2:
-                heads = [str(getattr(part, "value", "")) for part in twin_rows(call.args[0]) or [call.args[0]]]
-                heads = re.findall(r"\w+", ",".join(heads))
-                if not any(keyword.arg == "indirect" for keyword in call.keywords):
-                    tables.append((heads, call.args[1]))
-    for node in nodes if uses == ["Load", "Store"] else []:
-        if isinstance(node, ast.For):
-            heads = [getattr(part, "id", "") for part in twin_rows(node.target) or [node.target]]
-            tables.append((heads, node.iter))
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and getattr(node.targets[0], "id", "") == name:
-            return [node.value]
-    return next((twin_column(heads, name, twin_rows(table)) for heads, table in tables if name in heads), [])
+    """What a name stands for where it is read once: its one assignment, or its parameters."""
+    uses = [type(node.ctx) for node in ast.walk(function)
+            if isinstance(node, ast.Name) and node.id == name]
+    if uses.count(ast.Load) == 1 and uses.count(ast.Store) == 1:
+        return twin_values(function, name)
+    for mark in function.decorator_list if uses == [ast.Load] else []:
+        if not isinstance(mark, ast.Call) or twin_name(mark) != "parametrize" or not mark.args[1:]:
+            continue
+        heads = re.findall(r"\w+", ast.unparse(mark.args[0]))  # of "a, b", or of ("a", "b")
+        if name in heads and all(keyword.arg != "indirect" for keyword in mark.keywords):
+            rows = [getattr(row, "args", []) if twin_name(row) == "param"
+                    else twin_rows(row) if heads[1:] else [row] for row in twin_rows(mark.args[1])]
+            fits = all(len(row) == len(heads) for row in rows)
+            return [row[heads.index(name)] for row in rows] if fits else []
+    return []
+
+
+def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
+    """The edits that put something before and after an expression."""
+    return [Edit(node.lineno, node.col_offset, 0, before),
+            Edit(node.end_lineno, node.end_col_offset, 0, after)]
 
 
 class Twin:
-    """One test function, and what can be altered in it."""
+    """One test function, and the edits that alter what it expects; [] where there are none."""
 
     def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes],
                  rng: random.Random) -> None:
         self.function, self.lines, self.rng = function, lines, rng
         self.salt = "".join(rng.choices("ghjkmnpqrstvwxyz", k=8))  # nobody can expect it
-        self.inexact = False
+        self.inexact = bool(re.search(TWIN_INEXACT, ast.unparse(function)))
 
     def draw(self, avoid: Collection[int]) -> tuple[int, list[Edit]]:
-        """The line of a statement at random, and the edits that alter what it expects; (0, []) for none."""
-        statements = [node for node in twin_reached(self.function.body) if node.lineno not in avoid]
-        if any(twin_name(mark) in ("given", "fixture") for mark in self.function.decorator_list):
-            statements = []  # hypothesis would try again and again to find the smallest failure
+        """A statement at random: its line, and the edits; (0, []) where there is none."""
+        body = self.reached(self.function.body)
+        statements = [node for node in body if node.lineno not in avoid]
         self.rng.shuffle(statements)
         for alter in (self.assertion, self.helper):
             for node in statements:
-                text = b"".join(self.lines[node.lineno - 1:node.end_lineno])
-                self.inexact = bool(re.search(TWIN_INEXACT, text))
                 if edits := alter(node):
                     return node.lineno, edits
         return 0, []
 
+    def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        """The statements that every test which ended well has run."""
+        for node in body:
+            yield node
+            if isinstance(node, ast.With | ast.AsyncWith):
+                calls = [item.context_expr for item in node.items]
+                if all(isinstance(call, ast.Call) and not re.search(TWIN_CATCHES, twin_name(call))
+                       for call in calls):
+                    yield from self.reached(node.body)
+            elif isinstance(node, ast.For) and self.filled(node.iter):
+                yield from self.reached(node.body)
+            elif isinstance(node, ast.Try):
+                ends = [handler.body[-1] for handler in node.handlers]
+                if all(isinstance(end, ast.Raise)
+                       or "skip" in twin_name(getattr(end, "value", None)) for end in ends):
+                    yield from self.reached([*node.body, *node.orelse, *node.finalbody])
+            loop = isinstance(node, ast.For | ast.AsyncFor | ast.While)
+            leaves = ast.Return if loop else ast.Return | ast.Break | ast.Continue
+            inner = isinstance(node, (*FUNCTIONS, ast.ClassDef))
+            if not inner and any(isinstance(part, leaves) for part in ast.walk(node)):
+                return  # what follows may be left out
+
+    def filled(self, node: ast.expr) -> bool:
+        """Whether a loop over this is sure to run: a display, a range, a name for one, or several."""
+        if isinstance(node, ast.Call) and twin_name(node) in ("enumerate", "sorted", "zip"):
+            parts = node.args if twin_name(node) == "zip" else node.args[:1]
+            return bool(parts) and all(map(self.filled, parts))
+        values = twin_values(self.function, node.id) if isinstance(node, ast.Name) else []
+        return all(twin_rows(value) or re.fullmatch(TWIN_RANGE, ast.unparse(value))
+                   for value in values or [node])
+
     def assertion(self, node: ast.stmt) -> list[Edit]:
-        """The edits that alter what an assertion expects; [] where it is none."""
+        """For a statement: `assert`, or a call that is named like an assertion, also in `with`."""
         if isinstance(node, ast.Assert):
             return self.claim(node.test)
-        calls = [item.context_expr for item in getattr(node, "items", [])]  # of a `with`
-        for call in [call for call in [*calls, twin_call(node)] if isinstance(call, ast.Call)]:
-            if re.fullmatch(TWIN_RAISES, twin_name(call)):
-                return self.other_class(call)
-        return [] if calls else self.method(twin_call(node))
+        parts = [item.context_expr for item in getattr(node, "items", [])]
+        calls = [*parts, getattr(node, "value", None)]
+        return next((edits for call in calls if (edits := self.call(call))), [])
 
     def claim(self, test: ast.expr) -> list[Edit]:
-        """The edits that make a true expression false."""
+        """For an expression that is true: one that is false."""
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             return self.claim(self.rng.choice(test.values))
         if isinstance(test, ast.Compare) and [type(op) for op in test.ops] == [ast.Eq]:
             return self.equality(test.left, *test.comparators)
         return twin_wrap(test, " not (", ")")
 
-    def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
-        """The edits that make two equal values differ: by a literal of one, else by the salt beside the right one."""
-        made = [isinstance(side, ast.Call) and twin_name(side)[:1].isupper() for side in (left, right)]
-        for side in () if all(made) else (right, left):  # an object's equality may ignore some of its arguments
-            if edits := self.value(side):
-                return edits
-        return self.salted(right)
-
-    def salted(self, node: ast.expr) -> list[Edit]:
-        """The edits that put the salt in place of a value; a text, because long lists take long to compare."""
-        return twin_wrap(node, "(", f", '{self.salt}')[1]")
-
-    def other_class(self, call: ast.Call) -> list[Edit]:
-        """The edits after which an exception or warning is expected whose class nobody has."""
-        if not call.args or re.search(TWIN_FATAL, ast.unparse(call.args[0])):
+    def call(self, call: ast.expr | None) -> list[Edit]:
+        """For the call of raises, assertEqual, assertTrue, assert_called_with and the like."""
+        if not isinstance(call, ast.Call):
             return []
-        base = "Warning" if "arns" in twin_name(call) else "Exception"
-        return twin_wrap(call.args[0], f"(type('{self.salt}', ({base},), {{}}) or ", ")")
-
-    def method(self, call: ast.Call | None) -> list[Edit]:
-        """The edits for the call of an assertion by its name: assertEqual, assertTrue, assert_called_with."""
-        name = twin_name(call) if call else ""
-        if name in TWIN_OPPOSITES and isinstance(call.func, ast.Attribute):
-            return [Edit(call.func.end_lineno, call.func.end_col_offset - len(name), len(name), TWIN_OPPOSITES[name])]
-        if not name.lower().startswith("assert") or re.search(TWIN_NEGATIVE, name):
+        name, args, func = twin_name(call), call.args, call.func
+        if args and re.fullmatch(TWIN_RAISES, name):
+            fatal = re.search(TWIN_FATAL, ast.unparse(args[0]))
+            made = f"type('{self.salt}', ({'Warning' if 'arns' in name else 'Exception'},), {{}})"
+            return [] if fatal else twin_wrap(args[0], f"({made} or ", ")")  # a class of its own
+        start, _, kind = name.partition("assert")
+        if isinstance(func, ast.Attribute) and not start and kind in TWIN_OPPOSITES:
+            at = func.end_col_offset - len(kind)
+            return [Edit(func.end_lineno, at, len(kind), TWIN_OPPOSITES[kind])]
+        if not name.lower().startswith("assert") or re.search(TWIN_LOOSE, name):
             return []
-        if "equal" in name.lower() and len(call.args) > 1:
-            return self.equality(*call.args[:2])
-        edits = self.last(call)
-        salted = len(call.args) > 1 or (name.endswith("with") and call.args)
-        return self.salted(call.args[-1]) if salted and not edits else edits
+        if args[1:] and re.search("(?i)equal|close", name):
+            return self.equality(*args[:2])
+        return next((self.value(part) or self.salted(part) for part in self.last(call)), [])
 
     def helper(self, node: ast.stmt) -> list[Edit]:
-        """The edits for a test that leaves its assertions to a function of the module: `check(area, 2, 4)`."""
-        call = twin_call(node) if isinstance(node, ast.Expr) else None
-        name = getattr(call.func, "id", "") if call else ""
-        own = {getattr(part, "name", getattr(part, "arg", "")) for part in ast.walk(self.function)}
-        if not name.islower() or name in {*own, *dir(builtins)} or re.search(TWIN_NEGATIVE, name) or len(call.args) < 2:
+        """For a test whose assertions are in a function of its file: `check(area, 2, 4)`."""
+        call = getattr(node, "value", None)
+        if not isinstance(node, ast.Expr) or not isinstance(call, ast.Call) or not call.args[1:]:
             return []
-        return self.last(call)
+        name = twin_name(call)
+        own = {getattr(part, "name", getattr(part, "arg", "")) for part in ast.walk(self.function)}
+        far = (name in own or hasattr(builtins, name) or name[:1].isupper()
+               or ast.unparse(call.func) not in (name, f"self.{name}") or re.search(TWIN_LOOSE, name))
+        return [] if far else next((self.value(part) for part in self.last(call)), [])
 
-    def last(self, call: ast.Call) -> list[Edit]:
-        """The edits of the last argument that can be altered: what is expected comes last."""
+    def last(self, call: ast.Call) -> list[ast.expr]:
+        """What a call expects: a keyword that says so, else the last argument that is no message."""
         named = [word.value for word in call.keywords if "expect" in (word.arg or "")]
-        return next((edits for part in reversed([*call.args, *named]) if (edits := self.value(part))), [])
+        message = len(call.args) > 2 and re.match("f?['\"].* ", ast.unparse(call.args[-1]))
+        alone = len(call.args) == 1 and not re.search("_with|_call", twin_name(call))  # a result
+        return named[-1:] or ([] if alone else call.args[:-1 if message else None][-1:])
+
+    def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
+        """For two equal values: a literal of one of them, else the salt in place of the right."""
+        made = [any(isinstance(part, ast.Call) and twin_name(part)[:1].isupper()
+                    for part in self.origins(side)) for side in (left, right)]
+        if all(made):  # the equality of two objects may leave out what they were made of
+            return self.salted(right)
+        return self.value(right) or self.value(left) or self.salted(right)
+
+    def salted(self, node: ast.expr) -> list[Edit]:
+        """For any value: a text in its place (long lists that differ are compared for minutes)."""
+        return twin_wrap(node, "(", f", '{self.salt}')[1]")
 
     def value(self, node: ast.expr) -> list[Edit]:
-        """The edits that alter one literal of an expression, or of each that its name stands for."""
-        origins = twin_origins(self.function, node.id) if isinstance(node, ast.Name) else [node]
-        choices = [self.literals(origin) for origin in origins]
+        """For a value: one of its literals, or one of each that its name stands for."""
+        choices = [self.literals(origin) for origin in self.origins(node)]
         return [self.rng.choice(edits) for edits in choices] if all(choices) else []
 
+    def origins(self, node: ast.expr) -> list[ast.expr]:
+        """A value, or what its name stands for."""
+        return twin_origins(self.function, node.id) if isinstance(node, ast.Name) else [node]
+
     def literals(self, node: ast.expr | None) -> list[Edit]:
-        """An edit for each literal that a value depends on: through displays, signs and constructors."""
-        parts: list[ast.expr | None] = getattr(node, "elts", [])
+        """An edit for each literal in a value: through displays, signs, sums and constructors."""
+        parts = getattr(node, "elts", [])
         if isinstance(node, ast.Dict):
             parts = [*node.keys, *node.values]
         elif isinstance(node, ast.UnaryOp):
             parts = [node.operand]
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             parts = [node.left, node.right]
-        elif isinstance(node, ast.Call) and twin_name(node) == "approx":
-            parts = node.args[:1]
         elif isinstance(node, ast.Call) and twin_name(node)[:1].isupper():
             parts = [*node.args, *(keyword.value for keyword in node.keywords)]
-        return [edit for part in parts for edit in self.literals(part)] if parts else self.literal(node)
+        elif isinstance(node, ast.Call) and twin_name(node) == "approx":
+            parts = node.args[:1]
+        return [edit for part in parts for edit in self.literals(part)] or self.literal(node)
 
     def literal(self, node: ast.expr | None) -> list[Edit]:
-        """The edit that makes one literal another: 4 -> 5, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui"]."""
+        """For a literal: 4 -> 5, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui", ]."""
         value = getattr(node, "value", None)
-        empty = {ast.List: "", ast.Tuple: ",", ast.Dict: ": 0"}
-        if type(node) in empty:
-            return [Edit(node.lineno, node.col_offset + 1, 0, f"'{self.salt}'{empty[type(node)]}")]
-        if isinstance(node, ast.JoinedStr) or isinstance(value, (str, bytes)):
-            quotes = 3 if self.lines[node.end_lineno - 1][:node.end_col_offset].endswith((b'"' * 3, b"'" * 3)) else 1
-            return [Edit(node.end_lineno, node.end_col_offset - quotes, 0, self.salt)]
-        if not isinstance(node, ast.Constant) or value is ... or abs(value or 0) > 1e15:  # 1e16 + 1 is 1e16
-            return []
-        step = 2 * abs(value or 0) + 1009 if self.inexact else 1
-        new = value + step if type(value) in (int, float, complex) else not value
-        return [Edit(node.lineno, node.col_offset, node.end_col_offset - node.col_offset, repr(new))]
-
-
-def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
-    """The edits that put something before and after an expression."""
-    return [Edit(node.lineno, node.col_offset, 0, before), Edit(node.end_lineno, node.end_col_offset, 0, after)]
+        if isinstance(node, ast.List | ast.Tuple | ast.Dict):
+            bare = [(part.lineno, part.col_offset) for part in getattr(node, "elts", [])[:1]]
+            inside = bare != [(node.lineno, node.col_offset)]  # a tuple may have no brackets
+            new = f"'{self.salt}': 0, " if isinstance(node, ast.Dict) else f"'{self.salt}', "
+            return [Edit(node.lineno, node.col_offset + inside, 0, new)]
+        if isinstance(node, ast.JoinedStr) or isinstance(value, str | bytes):
+            text = self.lines[node.end_lineno - 1][:node.end_col_offset]
+            quote = 3 if text.endswith((b'"' * 3, b"'" * 3)) else 1
+            return [Edit(node.end_lineno, node.end_col_offset - quote, 0, self.salt)]
+        if not isinstance(node, ast.Constant) or value is ... or abs(value or 0) > 1e15:
+            return []  # 1e16 + 1 is 1e16
+        step = self.rng.choice((-1, 1)) * (2 * abs(value or 0) + 1009 if self.inexact else 1)
+        new = repr(value + step if type(value) in (int, float, complex) else not value)
+        return [Edit(node.lineno, node.col_offset, node.end_col_offset - node.col_offset, new)]
 
 
 # --- The comparison: what a change has made of the base's tests and findings. Nothing is run here.

@@ -2564,6 +2564,225 @@ def test_white_space_that_lint_asks_for(tmp_path):
     assert scratch.heal(replaces("app.py", "x * 2  ", "x * 2"), checks=REAL).outcome == "proposed"
 
 
+# --- the blind twin: what an expectation becomes, and where nothing is altered
+
+TWIN_SALT = "[g-z]{8}"
+
+
+def twin_draws(source, tests=None, avoid=(), seeds=range(40)):
+    """What twin_alter answers for many seeds."""
+    return [runner_module().twin_alter(source, tests, random.Random(seed), avoid) for seed in seeds]
+
+
+def twin_lines(source, tests=None, avoid=()):
+    """All altered lines that a source can get; salts are shown as ~."""
+    answers = twin_draws(source.encode(), tests, avoid)
+    return {re.sub(TWIN_SALT, "~", alteration.new) for _, found, _ in answers for alteration in found}
+
+
+# One test, in one line or more -> the lines that it may become.
+TWIN_ALTERED = {
+    # equality: a literal of one side
+    "assert f() == 4": {"assert f() == 5", "assert f() == 3"},
+    "assert 4 == f()": {"assert 5 == f()", "assert 3 == f()"},
+    "assert(f()==-4)": {"assert(f()==-5)", "assert(f()==-3)"},
+    "assert f() == 'a'": {"assert f() == 'a~'"},
+    'assert f() == b""': {'assert f() == b"~"'},
+    'assert f() == r"\\d" "a"': {'assert f() == r"\\d" "a~"'},
+    'assert f() == f"{x}"': {'assert f() == f"{x}~"'},
+    'assert f() == """a"""': {'assert f() == """a~"""'},
+    "assert f() == [1, 'a']": {"assert f() == [2, 'a']", "assert f() == [0, 'a']", "assert f() == [1, 'a~']"},
+    "assert f() == {'a': None}": {"assert f() == {'a~': None}", "assert f() == {'a': True}"},
+    "assert f() == (True, x)": {"assert f() == (False, x)"},
+    "assert f() == []": {"assert f() == ['~', ]"},
+    "assert f() == {}": {"assert f() == {'~': 0, }"},
+    "assert f() == ()": {"assert f() == ('~', )"},
+    "assert f() == (a, b)": {"assert f() == ('~', a, b)"},
+    "assert f() == 0x10, 'm 1'": {"assert f() == 17, 'm 1'", "assert f() == 15, 'm 1'"},
+    "assert f() == approx(2, 5)": {"assert f() == approx(1015, 5)", "assert f() == approx(-1011, 5)"},
+    "assert f() == Point('a')": {"assert f() == Point('a~')"},
+    # equality: no literal of its own
+    "assert f() == g()": {"assert f() == (g(), '~')[1]"},
+    "assert f() == 1e300": {"assert f() == (1e300, '~')[1]"},
+    "assert Point(1) == Point(1)": {"assert Point(1) == (Point(1), '~')[1]"},
+    "b = 4; assert f() == b": {"b = 5; assert f() == b", "b = 3; assert f() == b"},
+    "b = 4; g(b); assert f() == b": {"b = 4; g(b); assert f() == (b, '~')[1]"},
+    "b = 4; b = 5; assert f() == b": {"b = 4; b = 5; assert f() == (b, '~')[1]"},
+    # any other claim
+    "assert x": {"assert  not (x)"},
+    "assert(x)or y": {"assert not ((x)or y)"},
+    "assert 'a' in x": {"assert  not ('a' in x)"},
+    "assert a < b, 'm'": {"assert  not (a < b), 'm'"},
+    "assert a == b == c": {"assert  not (a == b == c)"},
+    "assert x and f() == 'a'": {"assert  not (x) and f() == 'a'", "assert x and f() == 'a~'"},
+    # expected exceptions and warnings
+    "with raises(E): f()": {"with raises((type('~', (Exception,), {}) or E)): f()"},
+    "with pytest.warns((A, B), match='x'): f()": {
+        "with pytest.warns((type('~', (Warning,), {}) or (A, B)), match='x'): f()"},
+    "with a(), self.assertRaises(E): f()": {"with a(), self.assertRaises((type('~', (Exception,), {}) or E)): f()"},
+    "e = pytest.raises(E, f)": {"e = pytest.raises((type('~', (Exception,), {}) or E), f)"},
+    # unittest and mock
+    "self.assertEqual(f(), 'a', 'm')": {"self.assertEqual(f(), 'a~', 'm')"},
+    "self.assertAlmostEqual(f(), 2, 5)": {
+        "self.assertAlmostEqual(f(), 1015, 5)", "self.assertAlmostEqual(f(), -1011, 5)"},
+    "self.assertCountEqual(f(), g())": {"self.assertCountEqual(f(), (g(), '~')[1])"},
+    "self.assertTrue(x)": {"self.assertFalse(x)"},
+    "self.assertIsNotNone(x)": {"self.assertIsNone(x)"},
+    "self.assertNotEqual(x, 'a')": {"self.assertEqual(x, 'a')"},
+    "m.assert_called_once()": {"m.assert_not_called()"},
+    "m.assert_called_with('a')": {"m.assert_called_with('a~')"},
+    # helpers
+    "self.assertRun(x, 'in', ['a'], 'a message')": {"self.assertRun(x, 'in', ['a~'], 'a message')"},
+    "assert_same(x, y)": {"assert_same(x, (y, '~')[1])"},
+    "check(f, 'a', 'b')": {"check(f, 'a', 'b~')"},
+    "self.check(f, [])": {"self.check(f, ['~', ])"},
+    # where an assertion is sure to be reached
+    "with open(x) as y: assert y": {"with open(x) as y: assert  not (y)"},
+    "with patch(x), p(y): assert y": {"with patch(x), p(y): assert  not (y)"},
+    "for x in 1, 2: assert x": {"for x in 1, 2: assert  not (x)"},
+    "for x in range(1, 3): assert x": {"for x in range(1, 3): assert  not (x)"},
+    "rows = [1]\nfor i, x in enumerate(rows): assert x": {"for i, x in enumerate(rows): assert  not (x)"},
+    "try:\n  assert x\nfinally:\n  f()": {"assert  not (x)"},
+    "try:\n  import y\n  assert y\nexcept ImportError:\n  pytest.skip()": {"assert  not (y)"},
+    "for a in b:\n  if a: break\nassert x": {"assert  not (x)"},
+    "def g():\n  return 1\nassert x": {"assert  not (x)"},
+    "if a:\n  f()\nassert x": {"assert  not (x)"},
+}
+
+
+@pytest.mark.parametrize("body", TWIN_ALTERED)
+def test_what_an_expectation_becomes(body):
+    source = "def test_a():\n" + re.sub("^", "  ", body, flags=re.M) + "\n"
+    assert twin_lines(source) == TWIN_ALTERED[body]
+
+
+@pytest.mark.parametrize("body", [
+    "f()",
+    "if a: assert x",
+    "while a: assert x",
+    "for a in b: assert x",
+    "for a in []: assert x",
+    "for a in [*b]: assert x",
+    "with raises(SystemExit): f()",
+    "with raises((E, KeyboardInterrupt)): f()",
+    "with raises(kind): f()",
+    "with raises(click.exceptions.Exit):\n  assert x",
+    "with suppress(E): assert x",
+    "with self.assertRaisesSomething(): assert x",
+    "with context: assert x",
+    "try:\n  assert x\nexcept E:\n  pass",
+    "try:\n  f()\nexcept E as e:\n  assert e",
+    "def inner():\n  assert x",
+    "if a: return\nassert x",
+    "for a in 1, 2:\n  if a: continue\n  assert x",
+    "assert_differs(x, 'a')",
+    "setattr(x, 'a', 'b')",
+    "def check(*a): pass\ncheck(f, 'a')",
+    "check('a')",
+    "other.check(f, 'a')",
+    "print('a', 'b')",
+])
+def test_an_inconclusive_test(body):
+    source = ("def test_a():\n" + re.sub("^", "  ", body, flags=re.M) + "\n").encode()
+    for answer in twin_draws(source):
+        assert answer == (source, [], ["test_a"])
+
+
+@pytest.mark.parametrize(("head", "test", "lines"), [
+    ("@mark.parametrize('a, b', [(1, 'c'), param(2, 'd', id='i')])", "assert f(a) == b",
+     {"@mark.parametrize('a, b', [(1, 'c~'), param(2, 'd~', id='i')])"}),
+    ("@mark.parametrize('b', ['c', ['d']])", "assert f() == b", {"@mark.parametrize('b', ['c~', ['d~']])"}),
+    ("@mark.parametrize(('a', 'b'), [(1, 'c')])", "assert f(a) == b", {"@mark.parametrize(('a', 'b'), [(1, 'c~')])"}),
+    ("@mark.parametrize('b', ['c', y])", "assert f() == b", {"assert f() == (b, '~')[1]"}),
+    ("@mark.parametrize('b', ROWS)", "assert f() == b", {"assert f() == (b, '~')[1]"}),
+    ("@mark.parametrize('b', ['c'], indirect=True)", "assert f() == b", {"assert f() == (b, '~')[1]"}),
+    ("@mark.parametrize('b', ['c'])", "g(b); assert f() == b", {"g(b); assert f() == (b, '~')[1]"}),
+    ("@given(x)", "assert x", set()),
+    ("@pytest.fixture", "assert x", set()),
+])
+def test_expectations_in_decorators(head, test, lines):
+    assert twin_lines(f"{head}\ndef test_a(a, b):\n  {test}\n") == lines
+
+
+TWIN_CLASSES = """
+class TestA(Base):
+    def test_b(self): assert x
+    class TestC:
+        async def test_d(self): assert await y
+class TestE(TestA):
+    def test_f(self): assert z
+def test_g():
+    assert x
+    def test_h(): assert y
+def helper(): assert x
+"""
+
+
+def test_the_names_of_altered_tests():
+    _, found, none = runner_module().twin_alter(TWIN_CLASSES.encode(), None, random.Random(1))
+    assert [one.test for one in found] == [
+        "TestA::TestC::test_d", "TestE::TestC::test_d", "TestA::test_b", "TestE::test_b", "TestE::test_f", "test_g"]
+    assert none == []
+    out, found, none = runner_module().twin_alter(TWIN_CLASSES.encode(), {"TestE::test_b", "test_x", "test_g"}, random.Random(1))
+    assert ({one.test for one in found}, none) == ({"TestE::test_b", "test_g"}, ["test_x"])
+    assert out.decode() == TWIN_CLASSES.replace("assert x", "assert  not (x)", 1).replace("g():\n    assert x", "g():\n    assert  not (x)")
+
+
+def test_a_second_draw_takes_another_statement():
+    source = b"def test_a():\n  assert x\n  assert y\n"
+    assert {found[0].line for _, found, _ in twin_draws(source)} == {2, 3}
+    assert {found[0].line for _, found, _ in twin_draws(source, avoid={("test_a", 2), ("test_b", 3)})} == {3}
+    assert {tuple(none) for *_, none in twin_draws(source, avoid={("test_a", 2), ("test_a", 3)})} == {("test_a",)}
+
+
+def test_the_same_seed_draws_the_same():
+    source = TWIN_CLASSES.encode()
+    assert runner_module().twin_alter(source, None, random.Random(7)) == runner_module().twin_alter(source, None, random.Random(7))
+
+
+def twin_shape(source):
+    """Where the comments and the statements of a source are."""
+    text = source.decode(errors="replace")
+    return [(number, re.findall("#.*", line)) for number, line in enumerate(re.split("\r\n|\r|\n", text))]
+
+
+@pytest.mark.parametrize("source", [
+    b"def test_a():\n  assert (  # one\n    f()  # two\n    ==\n    [1,  # three\n     2])  # four\n",
+    b"def test_a():\r\n  assert f() == 'a'  # one\r\n",
+    b"def test_a():\r  assert f() == 'a'  # one\r",
+    "def test_a():\n  assert 'äöü', 'ä' # é\n  assert 'ä' == f() == 'ü'  # ß\n  assert f('ä') == 'ü'".encode(),
+    b"\xef\xbb\xbfdef test_a(): assert x  # one\n",
+    "# -*- coding: latin-1 -*-\ndef test_a():\n  assert f('ä') == 'ö'  # ü\n".encode("latin-1"),
+    b"\x0cdef test_a():\n\tassert f() == '''a\n\\\nb''' 'c' \\\n  # one\n",
+    b"def test_a():\n  with raises(\n    (A,  # one\n     B)  # two\n  ): f()\n",
+])
+def test_line_numbers_and_comments_stay(source):
+    for out, found, none in twin_draws(source, {"test_a"}):
+        assert (len(found), none) == (1, [])
+        assert twin_shape(out) == twin_shape(source)
+        assert out != source
+        compile(out, "test_a.py", "exec", dont_inherit=True)
+
+
+@pytest.mark.parametrize("source", [
+    b"", b"\0", b"\xff\xfe", b"def", b"def test_a(): assert x\0", b"# coding: nonsense\n", b"# coding: rot13\n",
+    b"# coding: utf-16\n", b"\xef\xbb\xbf# coding: latin-1\n", b"x = " + b"(" * 20_000, b"x = " + b"[" * 90 + b"]" * 90,
+    b"def test_a():\n  assert x == " + b"-" * 20_000 + b"1", b"def test_a():\n  assert " + b"not " * 20_000 + b"x",
+    b"def test_a():\n  assert x == 1" + b"+1" * 20_000, b"def test_a():\n  assert x" + b".y" * 20_000 + b" == 1",
+    b"def test_a():\n  x" + b"()" * 20_000, b"def test_a():\n if x: pass\n" + b" elif x: assert y\n" * 5_000,
+    b"def test_a():\n  assert x == " + b"[" * 80 + b"1" + b"]" * 80, b"def test_a():\n  a = a\n  for x in a: assert a == a\n",
+    b"def test_a():\n  enumerate()\n  zip(*a)\n  for x in zip(): assert_x()\n  self.assertEqual()\n  raises()\n  assert_y(*a)\n",
+    b"def test_a():\n  self.assertEqual(*a, **b)\n", b"class A(A, *b): \n  def test_a(): assert ...\n",
+    b"@parametrize\n@parametrize()\n@parametrize(*a)\n@parametrize(a, b, c)\ndef test_a(a): assert f() == a\n",
+    b"def test_a():\n  assert x == 1e999\n  assert x == 10 ** 9\n  assert x == " + b"9" * 4000,
+])
+def test_no_input_stops_the_twin(source):
+    for tests in (None, {"test_a", "B::test_c"}):
+        out, found, none = runner_module().twin_alter(source, tests, random.Random(1))
+        assert out.count(b"\n") == source.count(b"\n")
+        assert {*none, *(one.test for one in found)} >= (tests or set())
+
+
 # --- rejudge: a recorded change, without the agent
 
 
