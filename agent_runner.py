@@ -3088,12 +3088,18 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
     return Check(name, [*found, *rest], kind)
 
 
+SCRIPT = r".*\.(py|sh|bash|zsh|fish|[mc]?[jt]s|rb|pl|php|lua|awk|jq|mk|toml|ini|cfg|json|ya?ml)|[^.]+|.*/[^.]+"
+
+
 def named_files(job: Job, paths: Collection[str]) -> set[str]:
-    """The files of a tree that the words of the checks and of --setup name, as a path or as `-m MODULE`."""
+    """The scripts and configuration of a tree that the checks and --setup name, as a path or as `-m MODULE`.
+
+    What a check looks at (`grep -q hello page.html`, `ruff check app.py`) is not what it goes by.
+    """
     named = set()
-    for argv in (job.setup, *(check.argv for check in job.checks)):
+    for argv in (job.setup, *(check.argv for check in job.checks if check.kind == "command")):
         words = [part for word in argv for part in (word, *word.split())]  # `sh -c "..."` has a command in one word
-        named |= {os.path.normpath(word.partition("::")[0]) for word in words}
+        named |= {os.path.normpath(word) for word in words if re.fullmatch(SCRIPT, word)}
         for at in [at for at, word in enumerate(words[:-1]) if word == "-m"]:
             module = words[at + 1].replace(".", "/")
             named |= {f"{module}.py", f"{module}/__main__.py"}
