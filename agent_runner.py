@@ -290,7 +290,7 @@ class Run:
     recheck: GateResult | None = None  # the same with the base's gate files, where the change touches any
     scope: dict[str, Any] = field(default_factory=dict)  # globs, why, source
     findings: list[str] = field(default_factory=list)
-    progress: str = ""  # which findings the newest attempt made, mended or left
+    progress: str = ""  # which findings the newest attempt made, fixed or left
     violations: list[dict[str, str]] = field(default_factory=list)
     look_first: list[str] = field(default_factory=list)  # what a reviewer should see before all else
     overrule: list[str] = field(default_factory=list)  # the paths with which --allow makes it a proposal
@@ -1986,7 +1986,7 @@ def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sa
     if asked in ("auto", "bwrap"):
         sandbox, why = sandbox_bwrap(repo)
         if why and asked == "bwrap":
-            raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; mend that, or use --sandbox none")
+            raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; fix that, or use --sandbox none")
         return Sandbox(why=why) if why else sandbox
     words = [] if asked == "none" else command_split(asked, "--sandbox")
     if words and not shutil.which(words[0]):
@@ -2039,7 +2039,7 @@ def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
             return sandbox
     said = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"), re.MULTILINE) or [ran.last_line()]
     raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {one_line(said[-1])}; "
-                             "mend that, or use --sandbox none")
+                             "fix that, or use --sandbox none")
 
 
 def sandbox_end(kind: str, name: str) -> None:
