@@ -188,6 +188,7 @@ class CheckResult:
     facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
     lint: list[Lint] = field(default_factory=list)
     hidden: list[Lint] = field(default_factory=list)  # what suppressions keep out of `lint`
+    view: set[str] | None = None  # the files that ruff looks at; None where it did not say
     broken: bool = False  # pytest was stopped, or died: there may be tests without a result
 
     def counts(self) -> dict[str, int]:
@@ -1430,6 +1431,13 @@ def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
     return changes
 
 
+def tree_moves(repo: Repo, old: str, new: str) -> dict[str, str]:
+    """The new files that hold most of what was in a file that is changed or gone: {new: old}."""
+    words = git(repo, "diff-tree", "-r", "-z", "-C", "--no-rename-empty", "--diff-filter=RC", "--name-status",
+                old, new, "--").split("\0")
+    return dict(zip(words[2::3], words[1::3]))
+
+
 def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
     """A tree with the new side of some changes put over it, made in an index: no file is written."""
     git(repo, "read-tree", tree, index=index)
@@ -2435,6 +2443,12 @@ def is_only_space(source: Source) -> bool:
     return apart([functools.partial(is_same_syntax, source.old, source.new)]) == [True]
 
 
+def is_mostly_gone(source: Source) -> bool:
+    """Whether a file has lost most of its lines."""
+    old, new = (set(data.splitlines()) for data in (source.old, source.new))
+    return 2 * len(old & new) < len(old)
+
+
 def is_same_syntax(old: bytes, new: bytes) -> bool:
     """Whether Python source means the same before and after."""
     try:
@@ -2659,15 +2673,18 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
     return hits
 
 
-def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, str]:
-    """The importable names that a change adds where imports begin, with a path of each: {"json": "src/json.py"}."""
-    found = {}
-    for root in roots:
-        there = {name for path in base_paths if (name := import_name(path, root))}
-        for change in changes:
-            name = import_name(change.path, root) if change.new_mode else ""
-            if name and name not in there and name not in ("test", "tests", "conftest"):
-                found[name] = change.path
+def new_imports(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
+    """The names of the files that a change adds where imports begin: {name: (path, what of the base has it)}.
+
+    What has the name on any of these roots counts: a conftest may decide which of them stands first.
+    """
+    pairs = [(change.path, name) for change in changes if change.new_mode and not change.old_mode
+             for root in roots if (name := import_name(change.path, root))]
+    found: dict[str, tuple[str, set[str]]] = {
+        name: (path, set()) for path, name in pairs if name not in ("test", "tests", "conftest")}
+    for path in base_paths if found else ():
+        for name in {import_name(path, root) for root in roots} & found.keys():
+            found[name][1].add(path)
     return found
 
 
@@ -2680,16 +2697,32 @@ def import_name(path: str, root: str) -> str:
     return name if re.search(r"(^|\.)(py|pyc|so|pyd)$", kind) else ""
 
 
-def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violation]:
-    """The new modules that would be imported in place of one of Python's own or of an installed one."""
-    ask = ("import importlib.util as u, json, sys\n"
-           "print(json.dumps({name: getattr(u.find_spec(name), 'origin', None) for name in sys.argv[1:]}))")
-    ran = program_call([python, "-I", "-c", ask, *names]) if names else None
+# One name that cannot be looked for ("__main__") must not hide the others.
+FIND_MODULES = """
+import importlib.util, json, sys
+def origin(name):
+    try:
+        return getattr(importlib.util.find_spec(name), "origin", None)
+    except (ImportError, ValueError):
+        return None
+print(json.dumps({name: origin(name) for name in sys.argv[1:]}))
+"""
+
+
+def guard_shadows(names: dict[str, tuple[str, set[str]]], gone: set[str], python: str, root: Path) -> list[Violation]:
+    """The new modules that would be imported in place of one of Python's own, an installed one or one of the base."""
+    ran = program_call([python, "-I", "-c", FIND_MODULES, *names]) if names else None
     known = json.loads(ran.out) if ran and not ran.exit else {}
-    installed = {name for name, origin in known.items() if origin and not Path(origin).is_relative_to(root)}
-    return [Violation("shadow", path, f"would be imported in place of the module {name!r}")
-            for name, path in names.items()
-            if name in installed or name in sys.stdlib_module_names or name in ("pytest", "_pytest", "pluggy")]
+    installed = {name for name, origin in known.items() if origin
+                 and ("-packages/" in origin or not Path(origin).is_relative_to(root))}
+    installed |= {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy"}
+    found = []
+    for name, (path, before) in names.items():
+        if still := sorted(before - gone):
+            found.append(Violation("shadow", path, f"would be imported in place of {still[0]}"))
+        elif name in installed and not before:  # a name that the base had already is only moved
+            found.append(Violation("shadow", path, f"would be imported in place of the module {name!r}"))
+    return found
 
 
 # --- What lies outside the change: the user's repository, and the tools that judge.
@@ -3267,12 +3300,17 @@ class Gate:
         ran = self.job.sandbox.run(argv, reach, log=log, **how)
         result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place))
         if check.kind == "ruff":
-            # The same once more without suppressions: what is reported only now is what they hide.
-            open_report = report.with_name(f"{report.name}-open")
-            argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
-            self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
+            def more(name: str, option: str) -> Path:
+                path = report.with_name(f"{report.name}-{name}")
+                argv = [*check.argv, *RUFF_ARGS, option, f"--output-file={path}"]
+                self.job.sandbox.run(argv, reach, log=log.with_suffix(f".{name}"), **how)
+                return path
             try:
-                result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+                # Once more without suppressions: what is reported only now is what they hide. It is counted, as
+                # equal places may be in two cells of a notebook.
+                hidden = Counter(ruff_report(more("open", "--ignore-noqa"), place)) - Counter(result.lint)
+                result.hidden = sorted(hidden.elements())
+                result.view = ruff_view(more("view", "--show-files"), place)
             except (OSError, ValueError, KeyError, TypeError):
                 if result.ok:
                     result.ok, result.reason = False, "no report of what suppressions hide"
@@ -3396,6 +3434,13 @@ def ruff_report(report: Path, place: Path) -> list[Lint]:
     return [Lint(os.path.relpath(entry["filename"], top), int(entry["location"]["row"]),
                  int(entry["location"]["column"]), str(entry["code"] or "syntax error"), str(entry["message"]))
             for entry in json_read(report, RUFF_LIMIT, list)]
+
+
+def ruff_view(report: Path, place: Path) -> set[str]:
+    """The source files that `ruff check --show-files` lists; raises OSError where there is no list."""
+    top = os.path.realpath(place) + os.sep
+    lines = os.fsdecode(file_read(report, RUFF_LIMIT)).split("\n")
+    return {line.removeprefix(top) for line in lines if line.startswith(top) and not line.endswith(".toml")}
 
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
@@ -4347,7 +4392,7 @@ class Judge:
             run.baseline = self.baseline.result()
         attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
         gate_files = self.gate_files(gate)
-        violations, allowed, notes = self.guard(sources, gate_files)
+        violations, allowed, notes = self.guard(sources, gate, gate_files)
         recheck = Recheck(self, attempt, sources, gate_files)
         judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
         if judgement.outcome == "green":
@@ -4355,15 +4400,19 @@ class Judge:
         look_first = [f"allowed: {violation.line()}" for violation in allowed]
         return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
-    def guard(self, sources: list[Source], gate_files: GateFiles) -> tuple[list[Violation], list[Violation], list[str]]:
+    def guard(self, sources: list[Source], gate: GateResult,
+              gate_files: GateFiles) -> tuple[list[Violation], list[Violation], list[str]]:
         """What stands against a change, what would but is allowed, and what a reviewer should know."""
-        run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, gate_files)]
+        run, changes = self.run, [source.change for source in sources]
         found, notes = guard_change(sources, gate_files, run.scope.get("globs", []), run.job.checks)
-        roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
-                                     for check in (run.baseline.checks if run.baseline else [])))
-        names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
+        there = tree_paths(run.job.repo, run.base.tree)
+        roots = {""} if "src/__init__.py" in there else {"", "src/"}
+        for check in (*gate.checks, *(run.baseline.checks if run.baseline else [])):
+            roots |= {f"{root}/" for root in check.facts.get("roots", [])}
+        names = new_imports(changes, there, roots)
+        gone = {change.path for change in changes if not change.new_mode}
         pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
-        found += guard_shadows(names, (pythons or [sys.executable])[0], run.job.repo.root)
+        found += guard_shadows(names, gone, (pythons or [sys.executable])[0], run.job.repo.root)
         violations = [violation for violation in found if not violation.allowed(self.allow)]
         return violations, [violation for violation in found if violation.allowed(self.allow)], notes
 
@@ -4390,6 +4439,8 @@ class Judge:
         lost = self.lost(gate, moved, recheck.result)
         problems = [*failing, *lost.values()]
         hidden = hidden_lint(base, gate)
+        unseen, notes = lint_unseen(base, gate, recheck)
+        hidden += unseen
         violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
         if not failing:
             violations += recheck.violations(gate)
@@ -4400,7 +4451,7 @@ class Judge:
             return Judgement("red", problems, overrule=overrule)
         look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
         look_first += [f"allowed: {violation.line()}" for violation in hidden]
-        return Judgement("green", look_first=look_first + skipped_tests(base, gate))
+        return Judgement("green", look_first=look_first + notes + skipped_tests(base, gate))
 
     def twin_judge(self, judgement: Judgement, attempt: Attempt, sources: list[Source], gate: GateResult) -> Judgement:
         """The judgement on a green change after its tests have run once more with altered expectations."""
@@ -4715,6 +4766,26 @@ def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
     return [Violation("suppression", f"{finding.path}:{finding.row}",
                       f"hides {finding.rule} at {finding.path}:{finding.row}: {finding.message}")
             for finding in hidden]
+
+
+def lint_unseen(base: GateResult, gate: GateResult, recheck: Recheck) -> tuple[list[Violation], list[str]]:
+    """The code that a change moves out of ruff's sight; and a line on new code that is there, as the base wants it."""
+    before, now, ruled = ({check.name: check.view for check in result.checks if check.view is not None}
+                          for result in (base, gate, recheck.result or gate))
+    repo, old, new = recheck.judge.run.job.repo, recheck.judge.run.base.tree, recheck.attempt.tree
+    unseen, others = {}, set()
+    for name in before.keys() & now.keys():
+        hidden = (before[name] | ruled.get(name, set())) & tree_paths(repo, new) - now[name]
+        unseen |= dict.fromkeys(hidden, "without this change ruff looks at it, and now it does not")
+        added = [s for s in recheck.sources if not s.change.old_mode and s.change.path not in now[name]]
+        gone = before[name] & {s.change.path for s in recheck.sources if added and is_mostly_gone(s)}
+        unseen |= {path: f"holds what was in {moved}, and ruff does not look at it"
+                   for path, moved in (tree_moves(repo, old, new) if gone else {}).items()
+                   if moved in gone and path not in now[name]}
+        others |= {s.change.path for s in added if s.change.path.endswith((".py", ".pyi", ".ipynb"))
+                   or re.match(rb"#!.*python", s.new)} - {*unseen}
+    line = f"adds Python code that ruff does not look at: {words_first(sorted(others))}"
+    return [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())], [line] if others else []
 
 
 def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
