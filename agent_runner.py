@@ -208,6 +208,7 @@ class GateResult:
     tree: str
     checks: list[CheckResult]
     rewritten: list[str] = field(default_factory=list)  # files of the tree that were written to while it was judged
+    prepared: set[str] = field(default_factory=set)  # those that --setup had already written to
 
     @property
     def green(self) -> bool:
@@ -2743,20 +2744,11 @@ def signature(path: Path) -> str:
 def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     """The files outside the repository that decide what the gate's tools do in some places, with their signatures."""
     checks = job.checks
-    pythons = {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
+    pythons = pythons_of(checks)
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])} | {Path(__file__)}
     files |= {Path(python).parent / "ruff" for python in pythons}
-    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
-    for python in pythons:
-        try:
-            ran = program_call([python, "-I", "-c", ask])
-        except Stop:
-            continue  # it is gone: its own signature tells
-        for place in map(Path, json.loads(ran.out) if not ran.exit else []):
-            files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
-                f for f in place.glob("*-info/entry_points.txt") if registers_plugins(f))}
-            files |= {file for name in ("_pytest", "pytest", "pluggy", "xdist", "pytest_cov", "coverage", "ruff")
-                      for file in (place / name).rglob("*.py")}
+    places_read = {place for python in pythons for place in python_places(python)}
+    files |= {place / name for place in places_read for name in ("sitecustomize.py", "usercustomize.py")}
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
              "ruff.toml", ".ruff.toml", "conftest.py")
     files |= {folder / name for place in places for folder in place.parents for name in names}
@@ -2764,15 +2756,56 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    return {str(file): mark for file in files if (mark := signature(file))}
+    state = {str(file): mark for file in files if (mark := signature(file))}
+    for place in places_read:
+        if place.name.endswith("-packages"):
+            state |= {str(place / name): mark for name, mark in packages_state(place).items()}
+    return state
 
 
-def registers_plugins(entry_points: Path) -> bool:
-    """Whether an installed package's entry points register plugins of pytest, as far as they can be read."""
-    try:
-        return b"pytest11" in file_read(entry_points, TEXT_LIMIT)
-    except OSError:
-        return True
+def pythons_of(checks: Iterable[Check]) -> set[str]:
+    """The interpreters that run the tools of some checks."""
+    return {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
+
+
+def python_places(python: str) -> list[Path]:
+    """Where an interpreter finds modules; nowhere if it is gone, which its own signature shows."""
+    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
+    with contextlib.suppress(Stop):
+        ran = program_call([python, "-I", "-c", ask])
+        return [Path(place) for place in (json.loads(ran.out) if not ran.exit else [])]
+    return []
+
+
+def packages_state(place: Path) -> dict[str, str]:
+    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry."""
+    import hashlib
+    facts: dict[str, list[str]] = {}
+    folders = [(str(place), "")]
+    while folders:
+        folder, top = folders.pop()
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                name = top or entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name != "__pycache__":
+                        folders.append((entry.path, name))
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                # One more link to a file (some installers link from a cache) also changes its time.
+                alone = status.st_ctime_ns if status.st_nlink == 1 else status.st_ino
+                facts.setdefault(name, []).append(
+                    f"{entry.path} {status.st_size} {status.st_mtime_ns} {alone}")
+    return {name: hashlib.sha256(os.fsencode("\n".join(sorted(lines)))).hexdigest() for name, lines in facts.items()}
+
+
+def tool_environments(checks: Iterable[Check]) -> list[Path]:
+    """The folders that hold the tools of some checks and what these import: virtual environments, else packages."""
+    checks = [check for check in checks if os.path.isabs(check.argv[0])]
+    folders = {Path(check.argv[0]).parent.parent for check in checks}
+    packages = {place for python in pythons_of(checks) for place in python_places(python)
+                if place.name.endswith("-packages")}
+    return sorted({folder for folder in folders if (folder / "pyvenv.cfg").exists()} | {*filter(Path.is_dir, packages)})
 
 
 def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violation]:
@@ -3239,6 +3272,7 @@ class Gate:
             directory_remove(folder)
             folder.mkdir()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
+        prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup and not failed else ""
         if failed:
             result = GateResult(tree, [failed])
         else:
@@ -3250,6 +3284,7 @@ class Gate:
             self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
             self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
+        result.prepared = {*prepared.split("\0")}
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
         parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
@@ -4411,8 +4446,8 @@ class Judge:
             roots |= {f"{root}/" for root in check.facts.get("roots", [])}
         names = new_imports(changes, there, roots)
         gone = {change.path for change in changes if not change.new_mode}
-        pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
-        found += guard_shadows(names, gone, (pythons or [sys.executable])[0], run.job.repo.root)
+        python = min(pythons_of(run.job.checks), default=sys.executable)
+        found += guard_shadows(names, gone, python, run.job.repo.root)
         violations = [violation for violation in found if not violation.allowed(self.allow)]
         return violations, [violation for violation in found if violation.allowed(self.allow)], notes
 
@@ -4433,9 +4468,8 @@ class Judge:
         failing = gate_problems(base, gate, self.strict)
         if not failing:
             recheck.start()
-        written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
-        if paths := [path for path in sorted(written) if gate_role(source_of(path), recheck.gate_files)]:
-            return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
+        if rewritten := self.rewritten(base, [gate, *filter(None, [recheck.result])], recheck.gate_files):
+            return refused(rewritten)
         lost = self.lost(gate, moved, recheck.result)
         problems = [*failing, *lost.values()]
         hidden = hidden_lint(base, gate)
@@ -4452,6 +4486,14 @@ class Judge:
         look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
         look_first += [f"allowed: {violation.line()}" for violation in hidden]
         return Judgement("green", look_first=look_first + notes + skipped_tests(base, gate))
+
+    def rewritten(self, base: GateResult, results: list[GateResult], gate_files: GateFiles) -> list[Violation]:
+        """The files that something wrote to after the change was laid out, so that others were judged than those."""
+        prepared = set().union(*(result.prepared for result in results))
+        written = {path for result in results for path in result.rewritten} - {*base.rewritten}
+        return [Violation("rewritten", path, "was written to by --setup" if path in prepared else
+                          "was modified while the tests ran") for path in sorted(written)
+                if path in prepared or gate_role(source_of(path), gate_files)]
 
     def twin_judge(self, judgement: Judgement, attempt: Attempt, sources: list[Source], gate: GateResult) -> Judgement:
         """The judgement on a green change after its tests have run once more with altered expectations."""
@@ -5599,6 +5641,9 @@ def job_build(args: argparse.Namespace) -> Job:
     called = [] if args.recorded else [agent_cmd]
     programs = [argv[0] for argv in (*called, setup, *(check.argv for check in checks)) if argv]
     sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
+    if sandbox.kind == "bwrap":  # there an agent may write where the user may, but not to what judges it
+        shown = [place.resolve() for place in tool_environments(checks)]
+        sandbox = sandbox._replace(shown=[*sandbox.shown, *shown])
     return Job(
         command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
         setup=setup, carried=carried_files(repo, args.carry), fix_attempts=args.fix_attempts,

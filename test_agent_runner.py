@@ -1029,6 +1029,20 @@ def test_a_setup_that(scratch, command, setup, said):
         assert [shlex.split(shlex.split(command)[0])[0] for command in advised] == ["uv", "sh"]
 
 
+@pytest.mark.parametrize(("path", "text", "reason"), [
+    ("calc.py", "def add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return 2 * a\n", "rewritten: calc.py: was written to by --setup"),
+    ("tests/conftest.py", "import calc\n\ncalc.add = lambda a, b: a + b\n", "rewritten: tests/conftest.py: was modified"),
+    ("lock.txt", "a\nb\nc\n", None)])
+def test_what_setup_does_to_the_files_that_are_judged(tmp_path: Path, path: str, text: str, reason: str | None) -> None:
+    """The change's own code may run there; what it writes on the base as well is no cheat."""
+    locks = "from pathlib import Path\n\nwith open('lock.txt', 'a') as file:\n    file.write('b\\n')\n"
+    scratch = Scratch(tmp_path, FILES | CALC | {"prepare.py": locks, "lock.txt": "a\n"})
+    agent = writes("prepare.py", f"{locks}Path({path!r}).write_text({text!r})\n") + (MENDS if path == "lock.txt" else "")
+    ended = scratch.propose(agent, "--strict", "--setup", f"{PYTHON} -c 'import prepare'", checks=TESTS_ONLY)
+    assert ended.outcome == ("blocked" if reason else "proposed"), ended
+    assert (reason or "") in ended.findings, ended.findings
+
+
 MAKES_VENV = f"""
 subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], check=True)
 Path('.venv/.gitignore').unlink(missing_ok=True)  # of newer Pythons
@@ -2989,16 +3003,44 @@ def test_in_bwrap_the_repository_is_the_users_alone(scratch: Scratch) -> None:
 
 @pytest.mark.parametrize("act", [
     "(site / 'evil.pth').write_text('import os\\n')", "(site / 'sitecustomize.py').write_text('')",
-    "(site.parents[2] / 'bin' / 'python').unlink()", "(site / 'tools.pth').unlink()"])
+    "(site.parents[2] / 'bin' / 'python').unlink()", "(site / 'tools.pth').unlink()", "(site / 'things/more.py').write_text('')",
+    "old = (site / 'things/deep.py').stat()\n(site / 'things/deep.py').write_text('A = 2\\n')\nos.utime(site / 'things/deep.py', ns=(old.st_atime_ns, old.st_mtime_ns))"])
 def test_the_tools_are_what_they_were(scratch: Scratch, act: str) -> None:
     """An agent that changes what the gate runs on is refused before the gate is asked."""
     site = venv_make(scratch.place / "venv")
     (site / "tools.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("-packages")))
+    (site / "things").mkdir()
+    (site / "things/deep.py").write_text("A = 1\n")
     runs_pytest = site.parents[2] / "bin" / "pytest"
     runs_pytest.write_text("the gate asks the Python beside it")
     ended = scratch.propose(f"{EDITS}\nsite = Path({str(site)!r})\n{act}", checks=TESTS_ONLY,
                             env={"VIRTUAL_ENV": str(scratch.place / "venv")})
     assert ended.outcome == "blocked" and "tools: " in ended.findings and not ended.has("gate-1.log"), ended
+
+
+def test_what_installers_and_python_do_is_no_change_of_the_tools(tmp_path: Path) -> None:
+    """Bytecode, and another link to a file that had some already."""
+    (tmp_path / "site-packages/things").mkdir(parents=True)
+    file = tmp_path / "site-packages/things/a.py"
+    file.write_text("A = 1\n")
+    os.link(file, tmp_path / "cached")
+    before = runner_module().packages_state(tmp_path / "site-packages")
+    os.link(file, tmp_path / "again")
+    (file.parent / "__pycache__").mkdir()
+    (file.parent / "__pycache__/a.pyc").write_text("")
+    assert runner_module().packages_state(tmp_path / "site-packages") == before and [*before] == ["things"]
+
+
+def test_the_tools_are_read_only_in_bwrap(scratch: Scratch) -> None:
+    if bwrap_why():
+        pytest.skip(bwrap_why())
+    site = venv_make(scratch.place / "venv")
+    (site / "tools.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("-packages")))
+    (site.parents[2] / "bin/pytest").write_text("the gate asks the Python beside it")
+    agent = f"{EDITS}\nfor path in (Path({str(site)!r}, 'evil.py'), Path({str(site.parents[2])!r}, 'bin/evil')):\n" + (
+        "    try:\n        path.write_text('')\n    except OSError as error:\n        print('no:', error.strerror)\n")
+    ended = scratch.propose(agent, "--sandbox", "bwrap", checks=TESTS_ONLY, env={"VIRTUAL_ENV": str(scratch.place / "venv")})
+    assert ended.outcome == "proposed" and ended.text("agent-1.log") == "no: Read-only file system\n" * 2, ended
 
 
 EVIL = "#!/bin/sh\ntouch {out}/evil\n"
