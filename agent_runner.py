@@ -985,7 +985,8 @@ GIT_SETTINGS = [word for setting in (
     f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "core.splitIndex=false", "core.untrackedCache=false",
     "core.sparseCheckout=false", "index.sparse=false", "core.trustctime=true", "core.checkStat=default",
     "core.safecrlf=false", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false",
-    "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always") for word in ("-c", setting)]
+    "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always",
+    "log.showSignature=false") for word in ("-c", setting)]
 GIT_KEPT = (
     r"GIT_(AUTHOR|COMMITTER)_(NAME|EMAIL)|GIT_CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|GIT_SSL_\w+"
     r"|GIT_EXEC_PATH")
@@ -1014,10 +1015,13 @@ class Frozen:
     def __init__(self) -> None:
         self.files: dict[Path, bytes] = {}  # the configuration first
         self.origins: set[Path] = set()  # the files that it came from
+        self.place: Path | None = None
 
     def freeze(self, repo: Repo, place: Path) -> None:
         """Write copies of the configuration, and of the files that it names, in a new directory."""
         place.mkdir()
+        self.place = place
+        git_treatment(repo)  # now, before any agent runs
         listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z").split("\0")
         entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3]) if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
@@ -1045,6 +1049,36 @@ class Frozen:
 
 
 FROZEN = Frozen()  # it holds nothing until a run begins
+
+
+@functools.cache
+def git_treatment(repo: Repo) -> dict[str, bytes]:
+    """The files of a git directory that say how git treats files, as they are when this is first called."""
+    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
+    elsewhere = r"include(if)?\.|core\.(worktree|bare)\n|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n"
+    lines = [git_setting(entry) for scope, entry in zip(listed[::2], listed[1::2])
+             if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
+    files = {"HEAD": b"ref: refs/heads/none\n", "config": "".join(lines).encode("utf-8", "surrogateescape")}
+    for name in ("info/exclude", "info/attributes"):
+        with contextlib.suppress(OSError):
+            files[name] = (git_common(repo) / name).read_bytes()
+    return files
+
+
+@contextlib.contextmanager
+def git_frozen(repo: Repo) -> Iterator[tuple[Repo, dict[str, str]]]:
+    """The repository as it treated files before an agent ran, and the variables that lend it the user's objects.
+
+    Its git directory is made for one command: into one that is there while an agent runs, that could put a filter.
+    """
+    FROZEN.environ()  # raises Stop where somebody has changed the place that it is made in
+    with tempfile.TemporaryDirectory(dir=FROZEN.place) as folder:
+        place = Path(folder)
+        for part in ("info", "refs"):
+            (place / part).mkdir()
+        for name, data in git_treatment(repo).items():
+            (place / name).write_bytes(data)
+        yield repo._replace(git_dir=place), {"GIT_OBJECT_DIRECTORY": str(git_common(repo) / "objects")}
 
 
 def git_setting(entry: str) -> str:
@@ -1194,8 +1228,9 @@ class Checkout:
         place.mkdir(parents=True, exist_ok=True)
 
     def git(self, *args: str, stdin: bytes = b"") -> str:
-        """What a git command on this directory printed, with the user's git directory."""
-        return git(self.repo, *args, index=self.index, work_tree=self.place, stdin=stdin)
+        """What a git command on this directory printed; no filter is run that is newer than the run."""
+        with git_frozen(self.repo) as (repo, env):
+            return git(repo, *args, index=self.index, work_tree=self.place, stdin=stdin, env=env)
 
     def lay(self, tree: str) -> None:
         """Make the directory hold the tree and nothing else; files that are right are left alone."""
@@ -1216,9 +1251,8 @@ class Checkout:
         user = self.repo.root / path
         if not (user / ".git").exists():
             return
-        ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=user, env=git_environ(os.environ))
-        sub = Repo(user, Path(os.fsdecode(ran.out.removesuffix(b"\n"))), self.repo.sealed)
-        if not ran.exit and not git_ran(sub, "cat-file", "-e", f"{commit}^{{commit}}").exit:
+        sub = Repo(user, git_dir_of(user), self.repo.sealed)
+        if not git_ran(sub, "cat-file", "-e", f"{commit}^{{commit}}").exit:
             Checkout(sub, self.place / path, self.index.with_name(f"{self.index.name}-{number}")).lay(commit)
 
     def snapshot(self) -> str:
@@ -1232,8 +1266,9 @@ class Checkout:
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # an agent that runs the tests leaves these everywhere
         wanted = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", stdin=os.fsencode(wanted))
-        ran = git_ran(self.repo, "check-ignore", "-z", "--stdin", index=self.index, work_tree=self.place,
-                      stdin=os.fsencode("\0".join(self.nested))) if self.nested else None
+        with git_frozen(self.repo) as (repo, env):
+            ran = git_ran(repo, "check-ignore", "-z", "--stdin", index=self.index, work_tree=self.place, env=env,
+                          stdin=os.fsencode("\0".join(self.nested))) if self.nested else None
         ignored = os.fsdecode(ran.out).split("\0") if ran else []
         self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
@@ -1251,6 +1286,13 @@ class Checkout:
             for aside, mark in moved:
                 aside.rename(mark)
         return tree
+
+
+@functools.cache
+def git_dir_of(place: Path) -> Path:
+    """The git directory of a checkout, as it is when this is first called; no directory where it has none."""
+    ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=place, env=git_environ(os.environ))
+    return Path(os.fsdecode(ran.out.removesuffix(b"\n")) or os.devnull)
 
 
 def ignored_files(repo: Repo) -> list[str]:
@@ -2863,7 +2905,10 @@ def repository_state(repo: Repo) -> dict[str, str]:
               if file.suffix != ".sample"}
     for name in ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates"):
         state[f"file {common / name}"] = signature(common / name)
-    listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+    index = repo.git_dir / "index"
+    with git_frozen(repo) as (frozen, env):  # to compare a file, git runs its filter
+        listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z", index=index,
+                     env=env).split("\0")
     state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
     return state
 

@@ -3077,6 +3077,31 @@ def test_nothing_that_an_agent_plants_is_run(scratch: Scratch, plant: str) -> No
         assert "tools: " in ended.findings, ended.findings
 
 
+FILTERS = {  # what an agent without a sandbox puts into the user's git directory, so that it is run
+    "clean": "git('config', 'filter.other.clean', f'touch {OUT}/evil; cat')",
+    "smudge": "git('config', 'filter.other.smudge', f'touch {OUT}/evil; cat')",
+    "clean of the user's own files": "git('config', 'filter.mine.clean', f'touch {OUT}/evil; cat')\n(repo / '.git/info/attributes').write_text('* filter=mine')\n"
+                                     "(repo / 'app.py').write_text((repo / 'app.py').read_text())",
+    "a signature": "git('config', 'log.showSignature', 'true')\ngit('config', 'gpg.program', str(OUT / 'gpg'))\n(OUT / 'gpg').write_text(f'#!/bin/sh\\ntouch {OUT}/evil\\n')\n"
+                   "(OUT / 'gpg').chmod(0o755)\ntext = subprocess.check_output(['git', '-C', str(repo), 'cat-file', 'commit', 'HEAD'], text=True)\n"
+                   "head, blank, rest = text.partition('\\n\\n')\nsigned = f'{head}\\ngpgsig -----BEGIN PGP SIGNATURE-----\\n \\n x\\n -----END PGP SIGNATURE-----\\n\\n{rest}'\n"
+                   "commit = subprocess.run(['git', '-C', str(repo), 'hash-object', '-t', 'commit', '-w', '--stdin'], input=signed, capture_output=True, text=True).stdout.strip()\n"
+                   "git('update-ref', 'refs/heads/agent/mine', commit)",
+}
+
+
+@pytest.mark.parametrize("act", FILTERS)
+def test_no_setting_that_an_agent_makes_is_obeyed(scratch: Scratch, act: str) -> None:
+    """Neither when its files are taken, nor when they are laid out for the gate, nor when the repository is compared."""
+    scratch.write({".gitattributes": "*.txt filter=other\n"})
+    ended = reach_out(scratch, f"{FILTERS[act]}\n{writes('a.txt', 'a')}")
+    assert not (scratch.out / "evil").exists(), ended
+    assert (ended.code, ended.outcome) == (3, "blocked") and "fingerprint: " in ended.findings, ended
+    (scratch.root / ".git/config").write_text("")
+    (scratch.root / ".git/info/attributes").unlink(missing_ok=True)
+    assert_patch_applies(scratch, ended)
+
+
 PLANTED_CODE = "import sys\n\nimport calc\n\ncalc.add = lambda a, b: a + b\n"
 PLANTED = {  # a fix that is no part of the change
     "in the cache of a home directory": (
