@@ -2876,8 +2876,14 @@ def user_state(job: Job) -> dict[str, str]:
     if job.sandbox.kind in ENGINES:
         return {}
     state = {f"home {place}": place_signature(place) for place in runs_later()}
+    state |= {f"store {place}": place for place in stores_borrowed(job.repo)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
+
+
+def stores_borrowed(repo: Repo) -> list[str]:
+    """The directories that a repository borrows objects from, and those that these borrow from."""
+    return re.findall(r"^alternate: (.*)$", git(repo, "count-objects", "-v"), re.MULTILINE)
 
 
 def place_signature(place: Path) -> str:
@@ -2947,6 +2953,9 @@ def user_refusal(kind: str, name: str, old: str, new: str) -> str:
     if kind == "hook" and new:
         undo = "restore it" if old else f"undo: rm {shlex.quote(name)}"
         return f"was changed during the run, and git runs it; {undo}"
+    if kind == "store" and new:
+        return ("lends objects to your repository since the run began, and takes the proposal's along when it goes; "
+                "undo: take it out of objects/info/alternates")
     entry = f"{name}={new}" if kind == "config" and new else ""
     for reason, pattern in GIT_ACTS.items():
         if re.match(pattern, entry, re.IGNORECASE | re.DOTALL):

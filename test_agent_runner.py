@@ -2931,6 +2931,8 @@ OUTSIDE = {  # what carries the agent's work, or would run programs later
     "a hook": ("(repo / '.git/hooks').mkdir(exist_ok=True)\n(repo / '.git/hooks/pre-push').write_text('#!/bin/sh\\n')", "pre-push: was changed"),
     "a hook where hooks are": ("(repo.parent / 'hooks').mkdir()\n(repo.parent / 'hooks/pre-push').write_text('#!/bin/sh\\n')", "hooks/pre-push: was changed"),
     "a remote": ("git('remote', 'add', 'evil', '/nowhere')", "remote.evil.url: was set"),
+    "a store of objects": ("(repo / '.git/objects/info').mkdir(exist_ok=True)\n(repo / '.git/objects/info/alternates').write_text(str(Path('.git/objects').resolve()))",
+                           ".git/objects: lends objects to your repository since the run began"),
     "its work on the user's branch": (COMMITS, "refs/heads/main: holds the agent's work"),
     "its work under a tag": (COMMITS + "git('tag', 'v9')\ngit('reset', '-q', '--hard', 'HEAD~1')", "refs/tags/v9: holds the agent's work"),
     "its work under no name": ("git('switch', '-q', '--detach')\n" + COMMITS, "HEAD: holds the agent's work; undo: git switch main"),
@@ -3100,6 +3102,20 @@ def test_no_setting_that_an_agent_makes_is_obeyed(scratch: Scratch, act: str) ->
     (scratch.root / ".git/config").write_text("")
     (scratch.root / ".git/info/attributes").unlink(missing_ok=True)
     assert_patch_applies(scratch, ended)
+
+
+@pytest.mark.parametrize(("sandbox", "lends"), [("none", True), ("bwrap", True), ("none", False)])
+def test_a_store_that_the_repository_borrows_from(scratch: Scratch, sandbox: str, lends: bool) -> None:
+    """One that was there is fine; through it the agent's own must not come in: that is gone after the run."""
+    if sandbox == "bwrap" and bwrap_why():
+        pytest.skip(bwrap_why())
+    mirror = scratch.place / "mirror"
+    scratch.git("clone", "--quiet", "--bare", str(scratch.root), str(mirror))
+    scratch.write({".git/objects/info/alternates": f"{mirror}/objects\n"})
+    chain = f"subprocess.run(['git', 'add', '-A'])\nPath({str(mirror)!r}, 'objects/info/alternates').write_text(str(Path('.git/objects').resolve()))"
+    ended = scratch.propose(f"{EDITS}\n{chain if lends else ''}", "--sandbox", sandbox)
+    assert ended.outcome == ("blocked" if lends else "proposed"), ended
+    assert not lends or "lends objects to your repository" in ended.findings
 
 
 PLANTED_CODE = "import sys\n\nimport calc\n\ncalc.add = lambda a, b: a + b\n"
