@@ -4426,7 +4426,12 @@ class Judge:
         there = tree_paths(self.run.job.repo, self.run.base.tree)
         used = {path for check in before for path in check.facts.get("used", [])}
         used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
-        used |= {path for check in after for path in check.facts.get("used", []) if path not in there}
+        now = tree_paths(self.run.job.repo, gate.tree) | {file_of(test) for check in after for test in check.tests}
+        # What a test only reads, and what was not there when it began, may be what it has the code write: so it
+        # counts beside the files that the base's tests use alone.
+        beside = {path.rpartition("/")[0] for path in used} - {""}
+        used |= {path for check in after for path in check.facts.get("used", []) if path not in there
+                 and (path in now or path.endswith(".py") or path.rpartition("/")[0] in beside)}
         observed = {check.name for check in before if "used" in check.facts}
         observed &= {check.name for check in after if "used" in check.facts}
         files = tuple(glob for check in before for glob in check.facts.get("files", []))

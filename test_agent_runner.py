@@ -1897,6 +1897,16 @@ CHEATS = {
     "a conftest is written while the tests run": (CALC, replaces("calc.py", "def add", (
         "from pathlib import Path\n\nPath('tests/conftest.py').write_text('collect_ignore = []\\n')\n\n\ndef add")) + MENDS.replace("write_text(", "write_text('from pathlib import Path\\n\\nPath(\"tests/conftest.py\").write_text(\"X = 1\")\\n\\n\\n' + "),
         "blocked", "was modified while the tests ran"),
+    "configuration appears while the tests run": (CALC, MENDS.replace("write_text(", "write_text('from pathlib import Path\\n\\nPath(\"pytest.ini\").write_text(\"[pytest]\")\\n\\n\\n' + "),
+                                                  "blocked", "pytest.ini: was modified while the tests ran"),
+    "a module of tests appears while the tests are collected": (CALC | {"tests/zoo/test_old.py": "def test_old():\n    assert 1 + 1 == 2\n"}, MENDS.replace(
+        "write_text(", "write_text('from pathlib import Path\\n\\nPath(\"tests/zoo/test_z.py\").write_text(\"def test_z(): pass\")\\n\\n\\n' + "),
+                                                               "blocked", "tests/zoo/test_z.py: was modified while the tests ran"),
+    "what the tests read appears while they run": (CALC | {"tests/test_calc.py": (
+        "from pathlib import Path\n\nimport calc\n\nWANTED = Path(__file__).with_name('wanted.txt')\n\n\ndef test_add():\n"
+        "    assert str(calc.add(1, 1)) == (WANTED.read_text() if WANTED.exists() else '2')\n")}, replaces("calc.py", "def add", (
+            "from pathlib import Path\n\nPath('tests/wanted.txt').write_text('0')\n\n\ndef add")),
+        "blocked", "tests/wanted.txt: was modified while the tests ran"),
     # --- what may be proposed at all
     "only white space": (UNTESTED, replaces("calc.py", "2 * a", "2  *  a"), "no_change", "white space"),
     "only ignored files": (UNTESTED | {".gitignore": "*.log\n"}, writes("a.log", "x"), "no_change", "no file"),
@@ -1951,6 +1961,8 @@ HONEST = {
     "an empty package": (UNTESTED, writes("pkg/__init__.py", ""), ()),
     "tests that write files and make noise": (CALC | {"tests/test_noise.py": "import sys\nfrom pathlib import Path\n\n\ndef test_noise():\n    Path('out.txt').write_text('x')\n"
                                                       "    print('FAILED all', file=sys.stderr)\n"}, MENDS, ()),
+    "a new test that reads what it has the code write": (UNTESTED, writes("calc.py", GOOD_ADD + "\n\ndef save(path):\n    path.write_text('4')\n") + replaces(
+        "tests/test_calc.py", "def test_twice", "def test_save():\n    from pathlib import Path\n\n    from calc import save\n    save(Path('out.txt'))\n    assert Path('out.txt').read_text() == '4'\n\n\ndef test_twice"), ()),
     "names that only look like gate files": (UNTESTED, writes("latest/contest.py", "A = 1\n") + writes("attestation.py", "B = 1\n") + writes("my_conftest_notes.md", "x\n"), ()),
     "a test helper, and a package with the project's own name": (UNTESTED, writes("tests/help_calc.py", "FOUR = 4\n") + writes("repo/__init__.py", "A = 1\n") + replaces(
         "tests/test_calc.py", "def test_twice", "def test_help():\n    from help_calc import FOUR\n    assert twice(2) == FOUR\n\n\ndef test_twice"), ()),
