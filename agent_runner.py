@@ -892,6 +892,17 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
         return results
 
 
+def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of them returns; None for one that is too much, and for all that are left when the time is up."""
+    results: list[Any] = []
+    limit = time.monotonic() + 2 * APART_SECONDS
+    while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
+        results += apart(readings[len(results):], left)
+        if len(results) < len(readings):
+            results.append(None)
+    return results + [None] * (len(readings) - len(results))
+
+
 def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], seconds: int) -> NoReturn:
     """The life of that process: one result after the other, until there are no more or it is at a bound."""
     with contextlib.suppress(BaseException):
@@ -1576,7 +1587,8 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 # An issue is a Markdown file: its first heading is the title, all of it is the
 # text. A line "Scope: GLOB, ..." limits what may change, "Allow: GLOB, ..." lets
 # something protected change: the file is the user's own. The rest is shown to
-# the agent, and obeyed by none. What stands in a code fence is only shown.
+# the agent, and obeyed by none. What stands in a code fence or a comment
+# is only shown.
 
 
 DOCUMENTS = {  # what people write in, and hand over in place of its text; known by its first bytes
@@ -1628,10 +1640,18 @@ def issue_parse(text: str, source: str) -> Issue:
 
 
 def lines_unfenced(text: str) -> list[str]:
-    """The lines of a Markdown text that stand in no code fence (CommonMark, "Fenced code blocks")."""
-    lines, fence = [], ""
-    for line in text.split("\n"):
-        found = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
+    """The lines of a Markdown text that stand in no code fence and no comment (CommonMark, "Fenced code blocks")."""
+    lines, fence, hidden = [], "", False
+    numbered = [*enumerate(text.split("\n"))]
+    last = max((number for number, line in numbered if "-->" in line), default=-1)
+    for number, line in numbered:
+        if hidden:
+            hidden = "-->" not in line
+            continue
+        if not fence:
+            line, opens = comments_removed(line)
+            hidden = opens and (number < last or not line.strip())  # in a line of text it must end somewhere
+        found = re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)", line)
         mark, rest = found.groups() if found else ("", "")
         if not fence and not mark:
             lines.append(line)
@@ -1640,6 +1660,13 @@ def lines_unfenced(text: str) -> list[str]:
         elif mark.startswith(fence) and not rest.strip():
             fence = ""
     return lines
+
+
+def comments_removed(line: str) -> tuple[str, bool]:
+    """A line without its comments (one in a code span is none), and whether the last one goes on in the next line."""
+    pattern = r"(?<!`)(`+)(?!`)[^`]*\1|<!--.*?(-->|$)"
+    opens = any(not hit[1] and not hit[2] for hit in re.finditer(pattern, line))
+    return re.sub(pattern, lambda hit: hit[0] if hit[1] else "", line), opens
 
 
 def lines_after(text: str, word: str) -> list[str]:
@@ -4769,9 +4796,9 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
         if source.change.path.endswith(".py"):
             changed |= {".".join(parts[start:]) for start in range(len(parts))}
     files = tree_files(repo, tree, paths) if changed else {}
-    names = apart([functools.partial(imports_read, data) for _, _, data in files.values()])
-    return [path for path, imported in zip(files, names)
-            if any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
+    names = apart_each([functools.partial(imports_read, data) for _, _, data in files.values()])
+    return [path for path, imported in zip(files, names) if imported
+            and any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
 
 
 def imports_read(source: bytes) -> set[str]:

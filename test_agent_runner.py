@@ -2098,6 +2098,17 @@ def test_a_process_apart_has_bounds() -> None:
     assert module.apart([lambda: {"a": "b"}, lambda: 2]) == [{"a": "b"}, 2]
 
 
+def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
+    """The blind twin draws from all others that import the change."""
+    module = runner_module()
+    paths = [f"tests/test_{letter}.py" for letter in "abcd"]
+    deep = "X = " + "-" * 20_000 + "1\n"
+    scratch.write({path: "import app\n" + (deep if path[11] in "ac" else "") for path in paths})
+    scratch.commit()
+    repo, change = module.Repo(scratch.root, scratch.root / ".git"), SimpleNamespace(path="app.py")
+    assert module.modules_importing(repo, "HEAD", paths, [SimpleNamespace(change=change)]) == paths[1::2]
+
+
 @pytest.mark.parametrize("source", [
     "x = 1  # noqa", "x = 1  #noqa:E501", "x = 1  # NOQA : E501,F401", "# flake8: noqa: F401", "x = 1  # pylint: disable=all",
     "x = 1  # type: ignore[assignment]", "x = 1  # pragma: no cover", "x = 1  # why not  # noqa", "# isort: skip_file", "# fmt: off",
@@ -2187,6 +2198,7 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
     ("Scope: everything is fine, take your time", "everything is fine, take your time"),
     ("Scope: app.py and tests/**", "and"), ("Scope:", ""), ("Scope: auto", "auto"), ("Allow: whatever helps", "whatever helps"),
     ("Scope: `app.py`, tests, *.", ""), ("Scope: app.py; new/** docs/a.md", ""), ("    Scope: as indented code", None),
+    ("Some words <!-- and\nScope: in a comment\nAllow: all -->", None),
     ("~~~~\nScope: in a fence\n~~~\nScope: still in it\n~~~~", None), ("  ```sh\nAllow: the same\n   ```", None),
 ])
 def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scratch, line: str, wrong: str | None) -> None:
@@ -2207,9 +2219,14 @@ def test_prose_after_scope_is_pointed_out_before_the_agent_starts(scratch: Scrat
     ("   ~~~~\n# a\n~~~\n# b\n~~~~\n   # The title\n", "The title"),
     ("```\n# a\n~~~\n# b\n`````\nThe title\n\n    # indented code\n", "The title"),
     ("``` inline ``` words\n", "``` inline ``` words"),
+    ("<!--\n# How to write an issue\n```\n-->\n# The title <!-- in short -->\n", "The title"),
+    ("<!-- a --> <!-- b\n# a\n-->\n```\n<!--\n```\n# The title\n", "The title"),
+    ("`<!--` opens a comment\n\n# The title\n\n-->\n", "The title"),
+    ("An arrow <!-- and no more\n\n# The title\n", "The title"),
+    ("<!-- never closed\n\n# a\n", "wish"),
     ("```\n# never closed\n\n# nor here\n", "wish"),
 ])
-def test_a_title_never_comes_from_a_code_fence(text: str, title: str) -> None:
+def test_a_title_never_comes_from_a_code_fence_or_a_comment(text: str, title: str) -> None:
     assert runner_module().issue_parse(text, "some/wish.md").title == title
 
 
