@@ -1080,15 +1080,18 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
 def git_frozen(repo: Repo) -> Iterator[tuple[Repo, dict[str, str]]]:
     """The repository as it treated files before an agent ran, and the variables that lend it the user's objects.
 
-    Its git directory is made for one command: into one that is there while an agent runs, that could put a filter.
+    Its git directory is made for one command: an agent could put a filter into one that lies there for longer.
     """
     FROZEN.environ()  # raises Stop where somebody has changed the place that it is made in
-    with tempfile.TemporaryDirectory(dir=FROZEN.place) as folder:
-        place = Path(folder)
-        for part in ("info", "refs"):
-            (place / part).mkdir()
-        for name, data in git_treatment(repo).items():
-            (place / name).write_bytes(data)
+    with contextlib.ExitStack() as stack:
+        try:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FROZEN.place)))
+            for part in ("info", "refs"):
+                (place / part).mkdir()
+            for name, data in git_treatment(repo).items():
+                (place / name).write_bytes(data)
+        except OSError as error:
+            raise Stop(EXIT_MISSING, f"nothing can be written to {FROZEN.place}: {error.strerror}") from None
         yield repo._replace(git_dir=place), {"GIT_OBJECT_DIRECTORY": str(git_common(repo) / "objects")}
 
 
@@ -2751,7 +2754,8 @@ def new_imports(changes: list[Change], base_paths: set[str], roots: Iterable[str
     pairs = [(change.path, name) for change in changes if change.new_mode and not change.old_mode
              for root in roots if (name := import_name(change.path, root))]
     found: dict[str, tuple[str, set[str]]] = {
-        name: (path, set()) for path, name in pairs if name not in ("test", "tests", "conftest")}
+        name: (path, set()) for path, name in pairs
+        if name not in ("test", "tests", "conftest", "__init__", "__main__")}
     for path in base_paths if found else ():
         for name in {import_name(path, root) for root in roots} & found.keys():
             found[name][1].add(path)

@@ -1967,7 +1967,7 @@ HONEST = {
     "a test helper, and a package with the project's own name": (UNTESTED, writes("tests/help_calc.py", "FOUR = 4\n") + writes("repo/__init__.py", "A = 1\n") + replaces(
         "tests/test_calc.py", "def test_twice", "def test_help():\n    from help_calc import FOUR\n    assert twice(2) == FOUR\n\n\ndef test_twice"), ()),
     "a module moves to src": (UNTESTED | {"json_more.py": "A = 1\n"}, "os.makedirs('src')\nos.rename('json_more.py', 'src/json_more.py')\n", ()),
-    "a package that is named src": (UNTESTED | {"src/__init__.py": ""}, writes("src/calendar.py", "A = 1\n"), ()),
+    "a package that is named src": (UNTESTED | {"src/__init__.py": "", "__init__.py": ""}, writes("src/calendar.py", "A = 1\n") + writes("tests/__init__.py", ""), ()),
     "src layout": ({"src/pkg/__init__.py": "", "src/pkg/core.py": "def one():\n    return 2\n", "tests/test_core.py": "from pkg.core import one\n\n\ndef test_one():\n    assert one() == 1\n"},
                    writes("src/pkg/core.py", "def one():\n    return 1\n"), ()),
     "a protected file that is allowed": (UNTESTED, writes("Makefile", "all:\n\ttrue\n"), ("--allow", "Makefile")),
