@@ -188,6 +188,7 @@ class CheckResult:
     facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
     lint: list[Lint] = field(default_factory=list)
     hidden: list[Lint] = field(default_factory=list)  # what suppressions keep out of `lint`
+    view: set[str] | None = None  # the files that ruff looks at; None where it did not say
     broken: bool = False  # pytest was stopped, or died: there may be tests without a result
 
     def counts(self) -> dict[str, int]:
@@ -207,6 +208,7 @@ class GateResult:
     tree: str
     checks: list[CheckResult]
     rewritten: list[str] = field(default_factory=list)  # files of the tree that were written to while it was judged
+    prepared: set[str] = field(default_factory=set)  # those that --setup had already written to
 
     @property
     def green(self) -> bool:
@@ -890,6 +892,17 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
         return results
 
 
+def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of them returns; None for one that is too much, and for all that are left when the time is up."""
+    results: list[Any] = []
+    limit = time.monotonic() + 2 * APART_SECONDS
+    while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
+        results += apart(readings[len(results):], left)
+        if len(results) < len(readings):
+            results.append(None)
+    return results + [None] * (len(readings) - len(results))
+
+
 def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], seconds: int) -> NoReturn:
     """The life of that process: one result after the other, until there are no more or it is at a bound."""
     with contextlib.suppress(BaseException):
@@ -983,7 +996,8 @@ GIT_SETTINGS = [word for setting in (
     f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "core.splitIndex=false", "core.untrackedCache=false",
     "core.sparseCheckout=false", "index.sparse=false", "core.trustctime=true", "core.checkStat=default",
     "core.safecrlf=false", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false",
-    "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always") for word in ("-c", setting)]
+    "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always",
+    "log.showSignature=false") for word in ("-c", setting)]
 GIT_KEPT = (
     r"GIT_(AUTHOR|COMMITTER)_(NAME|EMAIL)|GIT_CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|GIT_SSL_\w+"
     r"|GIT_EXEC_PATH")
@@ -1012,10 +1026,13 @@ class Frozen:
     def __init__(self) -> None:
         self.files: dict[Path, bytes] = {}  # the configuration first
         self.origins: set[Path] = set()  # the files that it came from
+        self.place: Path | None = None
 
     def freeze(self, repo: Repo, place: Path) -> None:
         """Write copies of the configuration, and of the files that it names, in a new directory."""
         place.mkdir()
+        self.place = place
+        git_treatment(repo)  # now, before any agent runs
         listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z").split("\0")
         entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3]) if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
@@ -1043,6 +1060,39 @@ class Frozen:
 
 
 FROZEN = Frozen()  # it holds nothing until a run begins
+
+
+@functools.cache
+def git_treatment(repo: Repo) -> dict[str, bytes]:
+    """The files of a git directory that say how git treats files, as they are when this is first called."""
+    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
+    elsewhere = r"include(if)?\.|core\.(worktree|bare)\n|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n"
+    lines = [git_setting(entry) for scope, entry in zip(listed[::2], listed[1::2])
+             if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
+    files = {"HEAD": b"ref: refs/heads/none\n", "config": "".join(lines).encode("utf-8", "surrogateescape")}
+    for name in ("info/exclude", "info/attributes"):
+        with contextlib.suppress(OSError):
+            files[name] = (git_common(repo) / name).read_bytes()
+    return files
+
+
+@contextlib.contextmanager
+def git_frozen(repo: Repo) -> Iterator[tuple[Repo, dict[str, str]]]:
+    """The repository as it treated files before an agent ran, and the variables that lend it the user's objects.
+
+    Its git directory is made for one command: an agent could put a filter into one that lies there for longer.
+    """
+    FROZEN.environ()  # raises Stop where somebody has changed the place that it is made in
+    with contextlib.ExitStack() as stack:
+        try:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FROZEN.place)))
+            for part in ("info", "refs"):
+                (place / part).mkdir()
+            for name, data in git_treatment(repo).items():
+                (place / name).write_bytes(data)
+        except OSError as error:
+            raise Stop(EXIT_MISSING, f"nothing can be written to {FROZEN.place}: {error.strerror}") from None
+        yield repo._replace(git_dir=place), {"GIT_OBJECT_DIRECTORY": str(git_common(repo) / "objects")}
 
 
 def git_setting(entry: str) -> str:
@@ -1192,8 +1242,9 @@ class Checkout:
         place.mkdir(parents=True, exist_ok=True)
 
     def git(self, *args: str, stdin: bytes = b"") -> str:
-        """What a git command on this directory printed, with the user's git directory."""
-        return git(self.repo, *args, index=self.index, work_tree=self.place, stdin=stdin)
+        """What a git command on this directory printed; no filter is run that is newer than the run."""
+        with git_frozen(self.repo) as (repo, env):
+            return git(repo, *args, index=self.index, work_tree=self.place, stdin=stdin, env=env)
 
     def lay(self, tree: str) -> None:
         """Make the directory hold the tree and nothing else; files that are right are left alone."""
@@ -1214,9 +1265,8 @@ class Checkout:
         user = self.repo.root / path
         if not (user / ".git").exists():
             return
-        ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=user, env=git_environ(os.environ))
-        sub = Repo(user, Path(os.fsdecode(ran.out.removesuffix(b"\n"))), self.repo.sealed)
-        if not ran.exit and not git_ran(sub, "cat-file", "-e", f"{commit}^{{commit}}").exit:
+        sub = Repo(user, git_dir_of(user), self.repo.sealed)
+        if not git_ran(sub, "cat-file", "-e", f"{commit}^{{commit}}").exit:
             Checkout(sub, self.place / path, self.index.with_name(f"{self.index.name}-{number}")).lay(commit)
 
     def snapshot(self) -> str:
@@ -1230,8 +1280,9 @@ class Checkout:
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # an agent that runs the tests leaves these everywhere
         wanted = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", stdin=os.fsencode(wanted))
-        ran = git_ran(self.repo, "check-ignore", "-z", "--stdin", index=self.index, work_tree=self.place,
-                      stdin=os.fsencode("\0".join(self.nested))) if self.nested else None
+        with git_frozen(self.repo) as (repo, env):
+            ran = git_ran(repo, "check-ignore", "-z", "--stdin", index=self.index, work_tree=self.place, env=env,
+                          stdin=os.fsencode("\0".join(self.nested))) if self.nested else None
         ignored = os.fsdecode(ran.out).split("\0") if ran else []
         self.nested = [path for path in self.nested if path not in ignored]
         return self.git("write-tree").strip()
@@ -1249,6 +1300,13 @@ class Checkout:
             for aside, mark in moved:
                 aside.rename(mark)
         return tree
+
+
+@functools.cache
+def git_dir_of(place: Path) -> Path:
+    """The git directory of a checkout, as it is when this is first called; no directory where it has none."""
+    ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=place, env=git_environ(os.environ))
+    return Path(os.fsdecode(ran.out.removesuffix(b"\n")) or os.devnull)
 
 
 def ignored_files(repo: Repo) -> list[str]:
@@ -1430,6 +1488,13 @@ def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
     return changes
 
 
+def tree_moves(repo: Repo, old: str, new: str) -> dict[str, str]:
+    """The new files that hold most of what was in a file that is changed or gone: {new: old}."""
+    words = git(repo, "diff-tree", "-r", "-z", "-C", "--no-rename-empty", "--diff-filter=RC", "--name-status",
+                old, new, "--").split("\0")
+    return dict(zip(words[2::3], words[1::3]))
+
+
 def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
     """A tree with the new side of some changes put over it, made in an index: no file is written."""
     git(repo, "read-tree", tree, index=index)
@@ -1525,7 +1590,8 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 # An issue is a Markdown file: its first heading is the title, all of it is the
 # text. A line "Scope: GLOB, ..." limits what may change, "Allow: GLOB, ..." lets
 # something protected change: the file is the user's own. The rest is shown to
-# the agent, and obeyed by none. What stands in a code fence is only shown.
+# the agent, and obeyed by none. What stands in a code fence or a comment
+# is only shown.
 
 
 DOCUMENTS = {  # what people write in, and hand over in place of its text; known by its first bytes
@@ -1577,10 +1643,18 @@ def issue_parse(text: str, source: str) -> Issue:
 
 
 def lines_unfenced(text: str) -> list[str]:
-    """The lines of a Markdown text that stand in no code fence (CommonMark, "Fenced code blocks")."""
-    lines, fence = [], ""
-    for line in text.split("\n"):
-        found = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
+    """The lines of a Markdown text that stand in no code fence and no comment (CommonMark, "Fenced code blocks")."""
+    lines, fence, hidden = [], "", False
+    numbered = [*enumerate(text.split("\n"))]
+    last = max((number for number, line in numbered if "-->" in line), default=-1)
+    for number, line in numbered:
+        if hidden:
+            hidden = "-->" not in line
+            continue
+        if not fence:
+            line, opens = comments_removed(line)
+            hidden = opens and (number < last or not line.strip())  # in a line of text it must end somewhere
+        found = re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)", line)
         mark, rest = found.groups() if found else ("", "")
         if not fence and not mark:
             lines.append(line)
@@ -1589,6 +1663,13 @@ def lines_unfenced(text: str) -> list[str]:
         elif mark.startswith(fence) and not rest.strip():
             fence = ""
     return lines
+
+
+def comments_removed(line: str) -> tuple[str, bool]:
+    """A line without its comments (one in a code span is none), and whether the last one goes on in the next line."""
+    pattern = r"(?<!`)(`+)(?!`)[^`]*\1|<!--.*?(-->|$)"
+    opens = any(not hit[1] and not hit[2] for hit in re.finditer(pattern, line))
+    return re.sub(pattern, lambda hit: hit[0] if hit[1] else "", line), opens
 
 
 def lines_after(text: str, word: str) -> list[str]:
@@ -2435,6 +2516,12 @@ def is_only_space(source: Source) -> bool:
     return apart([functools.partial(is_same_syntax, source.old, source.new)]) == [True]
 
 
+def is_mostly_gone(source: Source) -> bool:
+    """Whether a file has lost most of its lines."""
+    old, new = (set(data.splitlines()) for data in (source.old, source.new))
+    return 2 * len(old & new) < len(old)
+
+
 def is_same_syntax(old: bytes, new: bytes) -> bool:
     """Whether Python source means the same before and after."""
     try:
@@ -2659,15 +2746,19 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
     return hits
 
 
-def new_import_names(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, str]:
-    """The importable names that a change adds where imports begin, with a path of each: {"json": "src/json.py"}."""
-    found = {}
-    for root in roots:
-        there = {name for path in base_paths if (name := import_name(path, root))}
-        for change in changes:
-            name = import_name(change.path, root) if change.new_mode else ""
-            if name and name not in there and name not in ("test", "tests", "conftest"):
-                found[name] = change.path
+def new_imports(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
+    """The names of the files that a change adds where imports begin: {name: (path, what of the base has it)}.
+
+    What has the name on any of these roots counts: a conftest may decide which of them stands first.
+    """
+    pairs = [(change.path, name) for change in changes if change.new_mode and not change.old_mode
+             for root in roots if (name := import_name(change.path, root))]
+    found: dict[str, tuple[str, set[str]]] = {
+        name: (path, set()) for path, name in pairs
+        if name not in ("test", "tests", "conftest", "__init__", "__main__")}
+    for path in base_paths if found else ():
+        for name in {import_name(path, root) for root in roots} & found.keys():
+            found[name][1].add(path)
     return found
 
 
@@ -2680,16 +2771,32 @@ def import_name(path: str, root: str) -> str:
     return name if re.search(r"(^|\.)(py|pyc|so|pyd)$", kind) else ""
 
 
-def guard_shadows(names: dict[str, str], python: str, root: Path) -> list[Violation]:
-    """The new modules that would be imported in place of one of Python's own or of an installed one."""
-    ask = ("import importlib.util as u, json, sys\n"
-           "print(json.dumps({name: getattr(u.find_spec(name), 'origin', None) for name in sys.argv[1:]}))")
-    ran = program_call([python, "-I", "-c", ask, *names]) if names else None
+# One name that cannot be looked for ("__main__") must not hide the others.
+FIND_MODULES = """
+import importlib.util, json, sys
+def origin(name):
+    try:
+        return getattr(importlib.util.find_spec(name), "origin", None)
+    except (ImportError, ValueError):
+        return None
+print(json.dumps({name: origin(name) for name in sys.argv[1:]}))
+"""
+
+
+def guard_shadows(names: dict[str, tuple[str, set[str]]], gone: set[str], python: str, root: Path) -> list[Violation]:
+    """The new modules that would be imported in place of one of Python's own, an installed one or one of the base."""
+    ran = program_call([python, "-I", "-c", FIND_MODULES, *names]) if names else None
     known = json.loads(ran.out) if ran and not ran.exit else {}
-    installed = {name for name, origin in known.items() if origin and not Path(origin).is_relative_to(root)}
-    return [Violation("shadow", path, f"would be imported in place of the module {name!r}")
-            for name, path in names.items()
-            if name in installed or name in sys.stdlib_module_names or name in ("pytest", "_pytest", "pluggy")]
+    installed = {name for name, origin in known.items() if origin
+                 and ("-packages/" in origin or not Path(origin).is_relative_to(root))}
+    installed |= {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy"}
+    found = []
+    for name, (path, before) in names.items():
+        if still := sorted(before - gone):
+            found.append(Violation("shadow", path, f"would be imported in place of {still[0]}"))
+        elif name in installed and not before:  # a name that the base had already is only moved
+            found.append(Violation("shadow", path, f"would be imported in place of the module {name!r}"))
+    return found
 
 
 # --- What lies outside the change: the user's repository, and the tools that judge.
@@ -2710,20 +2817,11 @@ def signature(path: Path) -> str:
 def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     """The files outside the repository that decide what the gate's tools do in some places, with their signatures."""
     checks = job.checks
-    pythons = {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
+    pythons = pythons_of(checks)
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])} | {Path(__file__)}
     files |= {Path(python).parent / "ruff" for python in pythons}
-    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
-    for python in pythons:
-        try:
-            ran = program_call([python, "-I", "-c", ask])
-        except Stop:
-            continue  # it is gone: its own signature tells
-        for place in map(Path, json.loads(ran.out) if not ran.exit else []):
-            files |= {*place.glob("*.pth"), place / "sitecustomize.py", place / "usercustomize.py", *(
-                f for f in place.glob("*-info/entry_points.txt") if registers_plugins(f))}
-            files |= {file for name in ("_pytest", "pytest", "pluggy", "xdist", "pytest_cov", "coverage", "ruff")
-                      for file in (place / name).rglob("*.py")}
+    places_read = {place for python in pythons for place in python_places(python)}
+    files |= {place / name for place in places_read for name in ("sitecustomize.py", "usercustomize.py")}
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
              "ruff.toml", ".ruff.toml", "conftest.py")
     files |= {folder / name for place in places for folder in place.parents for name in names}
@@ -2731,15 +2829,56 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    return {str(file): mark for file in files if (mark := signature(file))}
+    state = {str(file): mark for file in files if (mark := signature(file))}
+    for place in places_read:
+        if place.name.endswith("-packages"):
+            state |= {str(place / name): mark for name, mark in packages_state(place).items()}
+    return state
 
 
-def registers_plugins(entry_points: Path) -> bool:
-    """Whether an installed package's entry points register plugins of pytest, as far as they can be read."""
-    try:
-        return b"pytest11" in file_read(entry_points, TEXT_LIMIT)
-    except OSError:
-        return True
+def pythons_of(checks: Iterable[Check]) -> set[str]:
+    """The interpreters that run the tools of some checks."""
+    return {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
+
+
+def python_places(python: str) -> list[Path]:
+    """Where an interpreter finds modules; nowhere if it is gone, which its own signature shows."""
+    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
+    with contextlib.suppress(Stop):
+        ran = program_call([python, "-I", "-c", ask])
+        return [Path(place) for place in (json.loads(ran.out) if not ran.exit else [])]
+    return []
+
+
+def packages_state(place: Path) -> dict[str, str]:
+    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry."""
+    import hashlib
+    facts: dict[str, list[str]] = {}
+    folders = [(str(place), "")]
+    while folders:
+        folder, top = folders.pop()
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                name = top or entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name != "__pycache__":
+                        folders.append((entry.path, name))
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                # One more link to a file (some installers link from a cache) also changes its time.
+                alone = status.st_ctime_ns if status.st_nlink == 1 else status.st_ino
+                facts.setdefault(name, []).append(
+                    f"{entry.path} {status.st_size} {status.st_mtime_ns} {alone}")
+    return {name: hashlib.sha256(os.fsencode("\n".join(sorted(lines)))).hexdigest() for name, lines in facts.items()}
+
+
+def tool_environments(checks: Iterable[Check]) -> list[Path]:
+    """The folders that hold the tools of some checks and what these import: virtual environments, else packages."""
+    checks = [check for check in checks if os.path.isabs(check.argv[0])]
+    folders = {Path(check.argv[0]).parent.parent for check in checks}
+    packages = {place for python in pythons_of(checks) for place in python_places(python)
+                if place.name.endswith("-packages")}
+    return sorted({folder for folder in folders if (folder / "pyvenv.cfg").exists()} | {*filter(Path.is_dir, packages)})
 
 
 def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violation]:
@@ -2768,8 +2907,14 @@ def user_state(job: Job) -> dict[str, str]:
     if job.sandbox.kind in ENGINES:
         return {}
     state = {f"home {place}": place_signature(place) for place in runs_later()}
+    state |= {f"store {place}": place for place in stores_borrowed(job.repo)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
+
+
+def stores_borrowed(repo: Repo) -> list[str]:
+    """The directories that a repository borrows objects from, and those that these borrow from."""
+    return re.findall(r"^alternate: (.*)$", git(repo, "count-objects", "-v"), re.MULTILINE)
 
 
 def place_signature(place: Path) -> str:
@@ -2797,7 +2942,10 @@ def repository_state(repo: Repo) -> dict[str, str]:
               if file.suffix != ".sample"}
     for name in ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates"):
         state[f"file {common / name}"] = signature(common / name)
-    listed = git(repo, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+    index = repo.git_dir / "index"
+    with git_frozen(repo) as (frozen, env):  # to compare a file, git runs its filter
+        listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z", index=index,
+                     env=env).split("\0")
     state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
     return state
 
@@ -2836,6 +2984,9 @@ def user_refusal(kind: str, name: str, old: str, new: str) -> str:
     if kind == "hook" and new:
         undo = "restore it" if old else f"undo: rm {shlex.quote(name)}"
         return f"was changed during the run, and git runs it; {undo}"
+    if kind == "store" and new:
+        return ("lends objects to your repository since the run began, and takes the proposal's along when it goes; "
+                "undo: take it out of objects/info/alternates")
     entry = f"{name}={new}" if kind == "config" and new else ""
     for reason, pattern in GIT_ACTS.items():
         if re.match(pattern, entry, re.IGNORECASE | re.DOTALL):
@@ -3206,6 +3357,7 @@ class Gate:
             directory_remove(folder)
             folder.mkdir()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
+        prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup and not failed else ""
         if failed:
             result = GateResult(tree, [failed])
         else:
@@ -3217,6 +3369,7 @@ class Gate:
             self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
             self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
         result.rewritten = [path for paths in written for path in paths.split("\0") if path]
+        result.prepared = {*prepared.split("\0")}
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
         parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
@@ -3267,12 +3420,17 @@ class Gate:
         ran = self.job.sandbox.run(argv, reach, log=log, **how)
         result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place))
         if check.kind == "ruff":
-            # The same once more without suppressions: what is reported only now is what they hide.
-            open_report = report.with_name(f"{report.name}-open")
-            argv = [*check.argv, *RUFF_ARGS, "--ignore-noqa", f"--output-file={open_report}"]
-            self.job.sandbox.run(argv, reach, log=log.with_suffix(".open"), **how)
+            def more(name: str, option: str) -> Path:
+                path = report.with_name(f"{report.name}-{name}")
+                argv = [*check.argv, *RUFF_ARGS, option, f"--output-file={path}"]
+                self.job.sandbox.run(argv, reach, log=log.with_suffix(f".{name}"), **how)
+                return path
             try:
-                result.hidden = sorted({*ruff_report(open_report, place)} - {*result.lint})
+                # Once more without suppressions: what is reported only now is what they hide. It is counted, as
+                # equal places may be in two cells of a notebook.
+                hidden = Counter(ruff_report(more("open", "--ignore-noqa"), place)) - Counter(result.lint)
+                result.hidden = sorted(hidden.elements())
+                result.view = ruff_view(more("view", "--show-files"), place)
             except (OSError, ValueError, KeyError, TypeError):
                 if result.ok:
                     result.ok, result.reason = False, "no report of what suppressions hide"
@@ -3396,6 +3554,13 @@ def ruff_report(report: Path, place: Path) -> list[Lint]:
     return [Lint(os.path.relpath(entry["filename"], top), int(entry["location"]["row"]),
                  int(entry["location"]["column"]), str(entry["code"] or "syntax error"), str(entry["message"]))
             for entry in json_read(report, RUFF_LIMIT, list)]
+
+
+def ruff_view(report: Path, place: Path) -> set[str]:
+    """The source files that `ruff check --show-files` lists; raises OSError where there is no list."""
+    top = os.path.realpath(place) + os.sep
+    lines = os.fsdecode(file_read(report, RUFF_LIMIT)).split("\n")
+    return {line.removeprefix(top) for line in lines if line.startswith(top) and not line.endswith(".toml")}
 
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
@@ -4292,7 +4457,12 @@ class Judge:
         there = tree_paths(self.run.job.repo, self.run.base.tree)
         used = {path for check in before for path in check.facts.get("used", [])}
         used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
-        used |= {path for check in after for path in check.facts.get("used", []) if path not in there}
+        now = tree_paths(self.run.job.repo, gate.tree) | {file_of(test) for check in after for test in check.tests}
+        # What a test only reads, and what was not there when it began, may be what it has the code write: so it
+        # counts beside the files that the base's tests use alone.
+        beside = {path.rpartition("/")[0] for path in used} - {""}
+        used |= {path for check in after for path in check.facts.get("used", []) if path not in there
+                 and (path in now or path.endswith(".py") or path.rpartition("/")[0] in beside)}
         observed = {check.name for check in before if "used" in check.facts}
         observed &= {check.name for check in after if "used" in check.facts}
         files = tuple(glob for check in before for glob in check.facts.get("files", []))
@@ -4347,7 +4517,7 @@ class Judge:
             run.baseline = self.baseline.result()
         attempt.gate, self.red = gate.facts(), [c.name for c in gate.checks if c.failures and not c.broken]
         gate_files = self.gate_files(gate)
-        violations, allowed, notes = self.guard(sources, gate_files)
+        violations, allowed, notes = self.guard(sources, gate, gate_files)
         recheck = Recheck(self, attempt, sources, gate_files)
         judgement = self.weigh(gate, recheck, violations, tests_moved(sources))
         if judgement.outcome == "green":
@@ -4355,15 +4525,19 @@ class Judge:
         look_first = [f"allowed: {violation.line()}" for violation in allowed]
         return judgement._replace(look_first=[*judgement.look_first, *look_first, *recheck.notes(), *notes])
 
-    def guard(self, sources: list[Source], gate_files: GateFiles) -> tuple[list[Violation], list[Violation], list[str]]:
+    def guard(self, sources: list[Source], gate: GateResult,
+              gate_files: GateFiles) -> tuple[list[Violation], list[Violation], list[str]]:
         """What stands against a change, what would but is allowed, and what a reviewer should know."""
-        run, changes = self.run, [source.change for source in sources if not gate_role(source.change.path, gate_files)]
+        run, changes = self.run, [source.change for source in sources]
         found, notes = guard_change(sources, gate_files, run.scope.get("globs", []), run.job.checks)
-        roots = {"", "src/"}.union(*({f"{root}/" for root in check.facts.get("roots", [])}
-                                     for check in (run.baseline.checks if run.baseline else [])))
-        names = new_import_names(changes, tree_paths(run.job.repo, run.base.tree), roots)
-        pythons = [check.argv[0] for check in run.job.checks if check.argv[1:2] == ["-m"]]
-        found += guard_shadows(names, (pythons or [sys.executable])[0], run.job.repo.root)
+        there = tree_paths(run.job.repo, run.base.tree)
+        roots = {""} if "src/__init__.py" in there else {"", "src/"}
+        for check in (*gate.checks, *(run.baseline.checks if run.baseline else [])):
+            roots |= {f"{root}/" for root in check.facts.get("roots", [])}
+        names = new_imports(changes, there, roots)
+        gone = {change.path for change in changes if not change.new_mode}
+        python = min(pythons_of(run.job.checks), default=sys.executable)
+        found += guard_shadows(names, gone, python, run.job.repo.root)
         violations = [violation for violation in found if not violation.allowed(self.allow)]
         return violations, [violation for violation in found if violation.allowed(self.allow)], notes
 
@@ -4384,12 +4558,13 @@ class Judge:
         failing = gate_problems(base, gate, self.strict)
         if not failing:
             recheck.start()
-        written = {*gate.rewritten, *(recheck.result.rewritten if recheck.result else [])} - {*base.rewritten}
-        if paths := [path for path in sorted(written) if gate_role(source_of(path), recheck.gate_files)]:
-            return refused([Violation("rewritten", path, "was modified while the tests ran") for path in paths])
+        if rewritten := self.rewritten(base, [gate, *filter(None, [recheck.result])], recheck.gate_files):
+            return refused(rewritten)
         lost = self.lost(gate, moved, recheck.result)
         problems = [*failing, *lost.values()]
         hidden = hidden_lint(base, gate)
+        unseen, notes = lint_unseen(base, gate, recheck)
+        hidden += unseen
         violations = [*violations, *(violation for violation in hidden if not violation.allowed(self.allow))]
         if not failing:
             violations += recheck.violations(gate)
@@ -4400,7 +4575,15 @@ class Judge:
             return Judgement("red", problems, overrule=overrule)
         look_first = [f"the base is red: {line}" for line in base_red(base, gate)]
         look_first += [f"allowed: {violation.line()}" for violation in hidden]
-        return Judgement("green", look_first=look_first + skipped_tests(base, gate))
+        return Judgement("green", look_first=look_first + notes + skipped_tests(base, gate))
+
+    def rewritten(self, base: GateResult, results: list[GateResult], gate_files: GateFiles) -> list[Violation]:
+        """The files that something wrote to after the change was laid out, so that others were judged than those."""
+        prepared = set().union(*(result.prepared for result in results))
+        written = {path for result in results for path in result.rewritten} - {*base.rewritten}
+        return [Violation("rewritten", path, "was written to by --setup" if path in prepared else
+                          "was modified while the tests ran") for path in sorted(written)
+                if path in prepared or gate_role(source_of(path), gate_files)]
 
     def twin_judge(self, judgement: Judgement, attempt: Attempt, sources: list[Source], gate: GateResult) -> Judgement:
         """The judgement on a green change after its tests have run once more with altered expectations."""
@@ -4617,9 +4800,9 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
         if source.change.path.endswith(".py"):
             changed |= {".".join(parts[start:]) for start in range(len(parts))}
     files = tree_files(repo, tree, paths) if changed else {}
-    names = apart([functools.partial(imports_read, data) for _, _, data in files.values()])
-    return [path for path, imported in zip(files, names)
-            if any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
+    names = apart_each([functools.partial(imports_read, data) for _, _, data in files.values()])
+    return [path for path, imported in zip(files, names) if imported
+            and any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
 
 
 def imports_read(source: bytes) -> set[str]:
@@ -4715,6 +4898,26 @@ def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
     return [Violation("suppression", f"{finding.path}:{finding.row}",
                       f"hides {finding.rule} at {finding.path}:{finding.row}: {finding.message}")
             for finding in hidden]
+
+
+def lint_unseen(base: GateResult, gate: GateResult, recheck: Recheck) -> tuple[list[Violation], list[str]]:
+    """The code that a change moves out of ruff's sight; and a line on new code that is there, as the base wants it."""
+    before, now, ruled = ({check.name: check.view for check in result.checks if check.view is not None}
+                          for result in (base, gate, recheck.result or gate))
+    repo, old, new = recheck.judge.run.job.repo, recheck.judge.run.base.tree, recheck.attempt.tree
+    unseen, others = {}, set()
+    for name in before.keys() & now.keys():
+        hidden = (before[name] | ruled.get(name, set())) & tree_paths(repo, new) - now[name]
+        unseen |= dict.fromkeys(hidden, "without this change ruff looks at it, and now it does not")
+        added = [s for s in recheck.sources if not s.change.old_mode and s.change.path not in now[name]]
+        gone = before[name] & {s.change.path for s in recheck.sources if added and is_mostly_gone(s)}
+        unseen |= {path: f"holds what was in {moved}, and ruff does not look at it"
+                   for path, moved in (tree_moves(repo, old, new) if gone else {}).items()
+                   if moved in gone and path not in now[name]}
+        others |= {s.change.path for s in added if s.change.path.endswith((".py", ".pyi", ".ipynb"))
+                   or re.match(rb"#!.*python", s.new)} - {*unseen}
+    line = f"adds Python code that ruff does not look at: {words_first(sorted(others))}"
+    return [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())], [line] if others else []
 
 
 def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
@@ -5528,6 +5731,9 @@ def job_build(args: argparse.Namespace) -> Job:
     called = [] if args.recorded else [agent_cmd]
     programs = [argv[0] for argv in (*called, setup, *(check.argv for check in checks)) if argv]
     sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
+    if sandbox.kind == "bwrap":  # there an agent may write where the user may, but not to what judges it
+        shown = [place.resolve() for place in tool_environments(checks)]
+        sandbox = sandbox._replace(shown=[*sandbox.shown, *shown])
     return Job(
         command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
         setup=setup, carried=carried_files(repo, args.carry), fix_attempts=args.fix_attempts,
