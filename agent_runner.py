@@ -3974,7 +3974,6 @@ TWIN_OPPOSITES = dict(re.findall(
     "NotAlmostEqual/AlmostEqual _called/_not_called _not_called/_called _called_once/_not_called"))
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Edit(NamedTuple):
