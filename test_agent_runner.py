@@ -1764,6 +1764,76 @@ def test_an_older_python_gets_one_line(scratch, version):
         rf"agent_runner needs Python 3\.10 or newer; this is {version}\.\d+: name a newer one, e\.g\. python3\.12 agent_runner\.py\n", ended.err), ended
 
 
+# --- Part One, which is read alone
+
+
+def part_one() -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """The definitions of Part One, and those after it."""
+    source = RUNNER.read_text(encoding="utf-8")
+    end = source[:source.index("# Part Two. ")].count("\n")
+    assert end <= 500, "a student reads it in 45 minutes"
+    defined = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
+    return [node for node in defined if node.lineno < end], [node for node in defined if node.lineno > end]
+
+
+def names_defined(nodes: list[ast.stmt]) -> set[str]:
+    """The names that some top-level definitions make."""
+    assigned = {name.id for node in nodes if isinstance(node, ast.Assign) for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
+    return assigned | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_part_one_can_be_read_alone():
+    """It says what happens: no pattern, no clever line, no function that does not fit on a screen."""
+    nodes, _ = part_one()
+    for node in [part for top in nodes for part in ast.walk(top)]:
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 30 and (ast.get_docstring(node) or node.name == "__init__"), node.name
+        assert not (isinstance(node, ast.Name) and node.id == "re"), f"line {node.lineno} has a pattern"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            raise AssertionError(f"line {node.lineno} multiplies")
+    lines = RUNNER.read_text(encoding="utf-8").splitlines()[:500]
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_map_leads_to_every_name_of_part_one():
+    """Each name that Part One uses and does not define stands in the map, with the chapter where it is."""
+    nodes, later = part_one()
+    used = {getattr(node, "id", "") for top in nodes for node in ast.walk(top)} & names_defined(later)
+    source = RUNNER.read_text(encoding="utf-8")
+    steps = re.findall(r"(?s)\n    [a-z][\w ]{10}  (.*?) chapter (\d+)", source.split('"""')[1])
+    leads = {name: other or chapter for names, chapter in steps for name, other in re.findall(r"([A-Za-z_]+)(?: \((\d+)\))?", names)}
+    assert leads.keys() == used
+    for name, chapter in leads.items():
+        text = re.split(r"(?m)^# === Chapter \d+\. ", source)[int(chapter)]
+        assert re.search(rf"(?m)^(def|class) {name}\b|^{name} = ", text), f"{name} is not in chapter {chapter}"
+
+
+# Called from tables, from many places, or beside what they belong to.
+BELOW = {"private_directory", "is_test_module", "named_files", "configured_files", "read", "tests_rewritten", "tests_moved", "expectations_changed",
+         "is_same_beside_tests", "source_of", "ruff_verdict", "pytest_verdict", "record_facts", "program_interrupted", "program_report", "git_check"}
+
+
+def test_callers_stand_above_what_they_call():
+    """So that a reader meets the story first; and nothing is left that nobody calls."""
+    source = RUNNER.read_text(encoding="utf-8")
+    four = source[:source.index("# Part Four. ")].count("\n")
+    nodes = [node for node in ast.parse(source).body if node.lineno < four]
+    for node in [node for node in nodes if isinstance(node, ast.FunctionDef)]:
+        callers = [other.lineno for other in nodes if other is not node
+                   and any(isinstance(part, ast.Name) and part.id == node.name for part in ast.walk(other))]
+        assert not callers or min(callers) < node.lineno or node.name in BELOW, f"{node.name} stands above all that call it"
+        assert len(re.findall(rf"\b{node.name}\b", source)) > 1, f"nobody calls {node.name}"
+
+
+@pytest.mark.parametrize(("judgement", "issue", "heal"), [
+    ("green", "proposed", "proposed"), ("red", "gate_failed", "gave_up"), ("", "gate_failed", "gave_up"), ("no_change", "no_change", "gave_up"),
+    *((word, word, word) for word in ("blocked", "scope_disagreement", "agent_failed", "agent_timed_out"))])
+def test_what_a_judgement_makes_of_a_run(judgement, issue, heal):
+    module = runner_module()
+    assert (module.outcome_of(False, judgement), module.outcome_of(True, judgement)) == (issue, heal)
+    assert {issue, heal} <= module.OUTCOMES.keys()
+
+
 def test_the_single_file_needs_the_standard_library_alone():
     source = RUNNER.read_text(encoding="utf-8")
     names = set()
@@ -2120,8 +2190,8 @@ def test_a_module_of_an_environment_in_the_repository_is_shadowed(tmp_path: Path
     for name in (site / "things.py", tmp_path / "own.py"):
         name.write_text("")
     (site / "own.pth").write_text(f"{tmp_path}\n")
-    names = {name: (f"src/{name}.py", set()) for name in ("things", "own")}
-    refused = runner_module().guard_shadows(names, set(), str(tmp_path / ".venv/bin/python"), tmp_path)
+    names = {name: (f"src/{name}.py", set(), []) for name in ("things", "own")}
+    refused = runner_module().guard_shadows(names, str(tmp_path / ".venv/bin/python"), tmp_path)
     assert [violation.path for violation in refused] == ["src/things.py"], refused
 
 
@@ -4534,17 +4604,6 @@ def test_findings_keep_within_their_bounds():
     assert 1000 < len("".join(runner.distill_fit(runner.distill_tests([wide]))).encode()) < 7000
 
 
-def test_what_an_attempt_did_to_the_findings():
-    before = ["pytest: a.py::test_x[1]: assert 1 == 2\na.py:4: in test_x", "pytest: a.py::test_y: KeyError: 'k'",
-              "ruff: a.py:3:1: F401 `os` imported but unused"]
-    now = ["pytest: a.py::test_x[2]: assert 1 == 2\na.py:9: in test_x", "ruff: a.py:8:1: F401 `os` imported but unused",
-           "pytest: a.py::test_z: NameError: name 'q'"]
-    assert runner_module().distill_progress(before, now).splitlines() == [
-        "new: 1", "  pytest: a.py::test_z: NameError: name 'q'", "gone: 1", "  pytest: a.py::test_y: KeyError: 'k'",
-        "unchanged: 2", "  pytest: a.py::test_x[2]: assert 1 == 2", "  ruff: a.py:8:1: F401 `os` imported but unused"]
-    assert runner_module().distill_progress(now, now).startswith("unchanged: 3")
-
-
 ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_000, "|" * 200_000, "::" * 100_000,
        "\ud800 error \ufffd\ufffd \x1b[31m\u2028\r", "E   " + "y" * 500_000,
        "Timeout (0:00:01)!\nThread 0x1 (most\n" * 900,
@@ -4558,7 +4617,7 @@ def test_no_output_is_too_odd(text):
     failures = [runner.Failure("t.py::t", "call", "", text, text), runner.Failure(text[:99], "setup", text[:99], "", text)]
     for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, [text[:99]])],
                   [runner.distill_broken("stopped", "", stack=text)], runner.distill_tests(failures),
-                  runner.distill_lint([text] * 21), [runner.distill_progress([text], [text + "!"])]):
+                  runner.distill_lint([text] * 21)):
         told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
         assert len(json.dumps(told)) and len(told.encode()) < 12_000  # encode() refuses what no brief can hold
     assert time.process_time() - began < 60, "linear, whatever comes"
