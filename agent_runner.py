@@ -167,7 +167,7 @@ class Job:
     keep: bool
     sandbox: Sandbox
     options: dict[str, Any]  # those that `rejudge` takes over: check, setup, carry, allow, strict
-    recorded: dict[str, Any]  # the summary of the run whose change is judged again; {} for a new one
+    recorded: dict[str, Any]  # the summary of a run whose change is judged again; else {}
 
     @property
     def heals(self) -> bool:
@@ -402,8 +402,9 @@ class Judge:
 
     def by_emptiness(self, attempt: Attempt, sources: list[Source]) -> Judgement | None:
         """No change where no file differs, or only in white space that nobody asked for."""
-        wanted = [s for s in sources if not is_only_space(s) or glob_match(s.change.path, self.allow)]
-        if wanted or attempt.nested or (sources and self.gates.lint_on_base()):
+        real = [source for source in sources
+                if not is_only_space(source) or glob_match(source.change.path, self.allow)]
+        if real or attempt.nested or (sources and self.gates.lint_on_base()):
             return None
         what = "nothing but white space" if sources else "no file"
         red = self.run.baseline.findings() if self.run.baseline else []
@@ -1560,7 +1561,7 @@ def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]
 MARKS = {  # what it looks like, and the tools that obey it
     "noqa": (r"#\s*(flake8\s*:\s*)?noqa\b", "flake8"),
     "pylint: disable": (r"#\s*pylint\s*:\s*(disable|skip)", "pylint"),
-    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort"),
+    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort|ruff"),  # no option of ruff undoes it
     "type: ignore": (r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)", "mypy|dmypy|pyright|ty|pyrefly"),
     "mypy: ignore": (r"#\s*mypy\s*:\s*(ignore|disable|allow)", "mypy|dmypy"),
     "pragma: no cover": (r"#\s*pragma\s*:\s*no\s*(cover|branch)", "coverage|--cov"),
@@ -4715,7 +4716,7 @@ def command_split(text: str, what: str) -> list[str]:
 
 # --- The supervisor. On Linux somebody else's program runs under a small parent of its own that adopts
 # orphans: what it puts in the background or in another session, or forks twice, is still found and
-# ended. It also ends everything when the runner itself is killed. The five functions after the next
+# ended. It also ends everything when the runner itself is killed. The four functions after the next
 # two are that parent's whole program: it is started from their source, without the rest of this file.
 
 
@@ -4729,7 +4730,7 @@ def supervised(argv: list[str]) -> list[str]:
 @functools.cache
 def supervisor_source() -> str:
     """The text of the supervisor's program."""
-    parts = (program_kin, supervisor_start, supervisor_reap, supervisor_end, supervisor_main)
+    parts = (program_kin, supervisor_reap, supervisor_signal, supervisor_main)
     main = "sys.exit(supervisor_main(int(sys.argv[1]), sys.argv[2:]))"
     return "\n".join(["import os, signal, sys, time", *map(inspect.getsource, parts), main])
 
@@ -4748,32 +4749,37 @@ def supervisor_main(runner: int, argv: list[str]) -> int:
     prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG: the runner's end is ours
     if os.getppid() != runner:
         return 143
-    child, codes = supervisor_start(argv), {}
+    try:  # with signals as a shell would leave them: Python ignores SIGPIPE
+        child = os.posix_spawnp(argv[0], argv, os.environ, setsid=True, setsigmask=(), setsigdef=[signal.SIGPIPE])
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+        return 127
     os.closerange(0, 3)  # the pipe must close when the program closes it
-    while child not in codes and (number := signal.sigwait(heard)) != signal.SIGTERM:
+    codes, limit = {}, 0.0
+    while child not in codes and not limit:
+        number = signal.sigwait(heard)
         if number == signal.SIGINT:
-            try:
-                os.killpg(child, signal.SIGINT)
-            except OSError:
-                pass
+            supervisor_signal(os.killpg, child, signal.SIGINT)
+        limit = time.monotonic() + 2.0 if number == signal.SIGTERM else 0.0
         supervisor_reap(codes)
-    supervisor_end(0.5 if child in codes else 2.0, codes)
+    asked, limit = set(), limit or time.monotonic() + 0.5
+    while kin := program_kin(os.getpid()):
+        late = time.monotonic() > limit
+        for pid in kin if late else set(kin) - asked:
+            supervisor_signal(os.kill, pid, signal.SIGKILL if late else signal.SIGTERM)
+        asked.update(kin)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.01)
+        supervisor_reap(codes)
     code = codes.get(child, -15)
     return code if code >= 0 else 128 - code
 
 
-def supervisor_start(argv: list[str]) -> int:
-    """Start a program in a session of its own, with signals as a shell would leave them; its pid."""
-    if child := os.fork():
-        return child
-    os.setsid()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+def supervisor_signal(send, pid, number):  # type: ignore[no-untyped-def]
+    """Send a signal to what may have ended meanwhile."""
     try:
-        os.execvp(argv[0], argv)
-    except OSError as error:
-        os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
-    os._exit(127)
+        send(pid, number)
+    except OSError:
+        pass
 
 
 def supervisor_reap(codes: dict[int, int]) -> None:
@@ -4783,22 +4789,6 @@ def supervisor_reap(codes: dict[int, int]) -> None:
             codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
     except ChildProcessError:
         pass
-
-
-def supervisor_end(seconds: float, codes: dict[int, int]) -> None:
-    """End all descendants: they are asked to, and killed after some seconds, until there are none."""
-    told, limit = set(), time.monotonic() + seconds
-    while kin := program_kin(os.getpid()):
-        late = time.monotonic() > limit
-        for pid in kin:
-            if late or pid not in told:
-                told.add(pid)
-                try:
-                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-                except OSError:
-                    pass
-        time.sleep(0.01)
-        supervisor_reap(codes)
 
 
 def program_kin(top: int, spare: set[int] = frozenset()) -> list[int]:  # type: ignore[assignment]
