@@ -4304,18 +4304,20 @@ SANDBOX_TRIES = 3
 
 def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sandbox:
     """The sandbox that was asked for, tried out; raises Stop where it does not work."""
-    if asked in ENGINES:
-        return sandbox_engine(asked, image, tools)
+    words = command_split(asked, "--sandbox")
+    if words[0] in ENGINES:
+        return sandbox_engine(words, image, tools)
     if asked in ("auto", "bwrap"):
         sandbox, why = sandbox_bwrap(repo)
         if why and asked == "bwrap":
             raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; fix that, or use --sandbox none")
         return Sandbox(why=why) if why else sandbox
-    words = [] if asked == "none" else command_split(asked, "--sandbox")
-    if words and not shutil.which(words[0]):
+    if asked == "none":
+        return Sandbox()
+    if not shutil.which(words[0]):
         raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, nor a command that can "
                                  "be run; correct --sandbox or AGENT_SANDBOX")
-    return Sandbox("prefix" if words else "none", [program_path(word) for word in words[:1]] + words[1:])
+    return Sandbox("prefix", [program_path(words[0]), *words[1:]])
 
 
 def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
@@ -4424,10 +4426,9 @@ try:
 except OSError as error:
     sys.exit(f"{sys.argv[2]}: {error.strerror}")
 """
-ENGINES = {  # with what is tried in turn, until a container can write to a directory of ours
-    # On old cgroups crun refuses, and the default limits are above what may be set there.
-    "podman": [[], ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]],
-    "docker": [[], ["--user=0:0"]],  # a daemon without root: the container's root is the user outside
+ENGINES = {  # with the words that some installations need besides
+    "podman": "--runtime=runc --ulimit=nofile=1024:1024 --ulimit=nproc=1000:1000",  # old cgroups
+    "docker": "--user=0:0",  # a daemon without root: its containers' root is the user outside
 }
 ENGINE_OPTIONS = [
     "--rm", "--interactive", "--pull=never", "--log-driver=none", "--entrypoint=", "--read-only", "--cap-drop=ALL",
@@ -4435,26 +4436,32 @@ ENGINE_OPTIONS = [
     f"--cpus={min(2, os.cpu_count() or 1)}", "--stop-timeout=0", "--tmpfs=/tmp:rw,exec,mode=1777", "--env=HOME=/tmp"]
 
 
-def sandbox_engine(engine: str, image: str, tools: Iterable[str]) -> Sandbox:
-    """The sandbox of a container engine, its image with the tools; raises Stop where it does not work."""
+def sandbox_engine(words: list[str], image: str, tools: Iterable[str]) -> Sandbox:
+    """The sandbox of a container engine, its image with the tools; raises Stop where it does not work.
+
+    `words` are the engine and further options of the user's own for its `run`.
+    """
+    engine = words[0]
     if not image:
         raise Stop(EXIT_USAGE, f"the sandbox {engine} needs an image that holds the agent and the gate's tools; "
                                "name it in AGENT_IMAGE")
-    user = [f"--user={os.getuid()}:{os.getgid()}", *["--userns=keep-id"] * (engine == "podman" and os.getuid() > 0)]
+    options = [*ENGINE_OPTIONS, f"--user={os.getuid()}:{os.getgid()}"]
+    if engine == "podman" and os.getuid():
+        options.append("--userns=keep-id")
     mark = f"agent-runner-{os.urandom(6).hex()}"
-    for extra in ENGINES[engine]:
-        sandbox = Sandbox(engine, [program_path(engine), "run", *ENGINE_OPTIONS, *user, *extra], image=image, mark=mark)
-        with private_directory() as place:
-            prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
-            ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
-            written = [file.stat().st_uid for file in place.glob("probe")]
-        if not ran.exit and written == [os.getuid()]:
-            if missing := ran.out.decode().split():
-                raise Stop(EXIT_MISSING, f"the image {image} has no {', '.join(missing)}; add that, or name another")
-            return sandbox
-    said = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"), re.MULTILINE) or [ran.last_line()]
-    raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {one_line(said[-1])}; "
-                             "fix that, or use --sandbox none")
+    sandbox = Sandbox(engine, [program_path(engine), "run", *options, *words[1:]], image=image, mark=mark)
+    with private_directory() as place:
+        prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
+        ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
+        written = [file.stat().st_uid for file in place.glob("probe")]
+    if ran.exit or written != [os.getuid()]:
+        lines = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"), re.MULTILINE)
+        reason = one_line((lines or [ran.last_line()])[-1])
+        raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {reason}; some installations need "
+                                 f"--sandbox '{engine} {ENGINES[engine]}'; or use --sandbox none")
+    if missing := ran.out.decode().split():
+        raise Stop(EXIT_MISSING, f"the image {image} has no {', '.join(missing)}; add that, or name another")
+    return sandbox
 
 
 # Writes to the workspace, and names the tools that the image does not have.
@@ -5991,7 +5998,7 @@ def job_build(args: argparse.Namespace) -> Job:
     seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
     gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
     box = args.sandbox or (not simulated and environ.get("AGENT_SANDBOX")) or "auto"
-    in_image = box in ENGINES
+    in_image = box.partition(" ")[0] in ENGINES
     if args.recorded:
         agent_cmd = shlex.split(args.recorded["agent_cmd"])
     elif simulated:

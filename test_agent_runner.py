@@ -3863,9 +3863,15 @@ def engine_try(engine: str) -> str:
         return f"{engine} is not installed"
     with tempfile.TemporaryDirectory() as place:
         made = ran(engine, "import", str(image_tar(Path(place))), IMAGE)
-    old = ["--runtime=runc", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000"]
-    tries = [made] if made.returncode else [ran(engine, "run", "--rm", *options, IMAGE, "true") for options in ([], old)]
-    return f"{engine}: {tries[-1].stderr.strip()[-200:]}" if all(one.returncode for one in tries) else ""
+    for words in (engine, f"{engine} {runner_module().ENGINES[engine]}"):
+        tried = made.returncode and made or ran(engine, "run", "--rm", *words.split()[1:], IMAGE, "true")
+        if not tried.returncode:
+            ENGINE_WORDS[engine] = words
+            return ""
+    return f"{engine}: {tried.stderr.strip()[-200:]}"
+
+
+ENGINE_WORDS: dict[str, str] = {}  # with what this machine needs besides
 
 
 @functools.lru_cache
@@ -3885,6 +3891,7 @@ class Box:
             pytest.skip(why)
         image = "" if kind == "bwrap" else IMAGE
         self.kind, self.scratch = kind, Scratch(place)
+        self.words = ENGINE_WORDS.get(kind, kind)
         self.mark = f"mark-{secrets.token_hex(8)}"  # in the command line of its agents, to find them by
         self.python = "python3" if image else sys.executable
         # An engine's own store is at the real home.
@@ -3903,10 +3910,10 @@ class Box:
                                                     f"from pathlib import Path\n{source}"])}
 
     def propose(self, source: str, *args: str, env: dict[str, str] | None = None, **how: object) -> Ended:
-        return self.scratch.propose("", "--sandbox", self.kind, *args, env=self.agent(source) | (env or {}), **how)
+        return self.scratch.propose("", "--sandbox", self.words, *args, env=self.agent(source) | (env or {}), **how)
 
     def start(self, source: str, check: str = "ok=true", **env: str) -> Going:
-        return self.scratch.start("issue-to-pr", self.scratch.issue(), "--sandbox", self.kind, "--check", check,
+        return self.scratch.start("issue-to-pr", self.scratch.issue(), "--sandbox", self.words, "--check", check,
                                   env=self.agent(source) | env)
 
     def working(self) -> bool:
@@ -3944,7 +3951,7 @@ def alive(mark: str) -> list[str]:
 
 @only(["bwrap"])
 def test_a_simulated_run_in_the_sandbox(box):
-    ended = box.scratch.run("issue-to-pr", "none.md", "--simulate", "good", "--sandbox", box.kind, env=box.env)
+    ended = box.scratch.run("issue-to-pr", "none.md", "--simulate", "good", "--sandbox", box.words, env=box.env)
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
     assert ended.summary["sandbox"]["kind"] == box.kind and f"sandbox {box.kind}" in ended.err
 
@@ -3976,7 +3983,7 @@ def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
     for words, door in (("sys.stdin", "sys.stdin"), ("Path(sys.argv[1])", "Path(sys.argv[1]).open()")):
         env = box.agent(f"assert 'double' in {door}.read()\n{EDITS}")
         env["AGENT_CMD"] += " {prompt_file}" * ("argv" in words)
-        ended = box.scratch.propose("", "--sandbox", box.kind, env=env)
+        ended = box.scratch.propose("", "--sandbox", box.words, env=env)
         assert_proposed(box.scratch, ended)
 
 
@@ -3984,7 +3991,7 @@ def test_the_brief_gets_into_the_sandbox_by_both_doors(box):
 def test_a_finding_can_be_followed_to_its_log_in_the_sandbox(box):
     box.scratch.write({"app.py": APP_WRONG})
     box.scratch.commit()
-    ended = box.scratch.run("self-heal", "--sandbox", box.kind, "--check", "pytest=pytest", env=box.agent(READS_LOG))
+    ended = box.scratch.run("self-heal", "--sandbox", box.words, "--check", "pytest=pytest", env=box.agent(READS_LOG))
     assert_proposed(box.scratch, ended)
 
 
