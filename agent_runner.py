@@ -17,10 +17,9 @@ Part One (500 lines) says what happens. Each step that it names is done in a cha
     the brief    Issue, brief_text, scope_settle                                    chapter 5
     agent        agent_call                                                         chapter 6
     guardrails   Source, sources_read, Violation, guard_file, guard_size,
-                 guard_change, is_only_space, glob_match (18)                       chapter 7
+                 guard_change, is_only_space, overrulable, glob_match (18)          chapter 7
     gate         Check, Gates, gates_open, GateResult, CheckResult, must_be_green   chapter 8
-    comparison   gate_problems, lost_tests, files_rewritten, base_red_lines,
-                 file_of                                                            chapter 9
+    comparison   gate_problems, lost_tests, files_rewritten, base_red_lines         chapter 9
     recheck      Recheck                                                            chapter 10
     blind twin   BlindTwin                                                          chapter 11
     outside      tools_state, tools_touched, user_state, user_verdict               chapter 13
@@ -91,8 +90,9 @@ __version__ = "0.1.0"
 # ##############################################################################
 
 # === Chapter 1. Words =======================================================
-# Everything later is said in these words, and each has one name: in the code,
-# on the screen, in the record and in the README.
+# Called by: everything.
+# Promises: one thing has one name, in the code, on the screen, in the record and in the README.
+# At first: read it; come back to the types.
 #
 #   base        the recorded commit that a run starts from
 #   workspace   a private repository with the base's files; the agent works here
@@ -250,8 +250,10 @@ class Run:
 
 
 # === Chapter 2. The blueprint ===============================================
-# The whole supervision, in one look. The agent is called at one place, and no
-# step before or after it is the agent's to skip.
+# Called by: run_whole (chapter 21).
+# Promises: the agent is called at one place, and no step before or after it is the agent's to
+#   skip.
+# At first: read it.
 
 
 def blueprint(run: Run) -> str:
@@ -356,12 +358,13 @@ def outcome_of(heals: bool, judgement: str) -> str:
 
 
 # === Chapter 3. The judgement ===============================================
-# What green means. A change is green when nothing that was looked for stands
-# against it, and each thing that is looked for is something that was observed:
-# a file, a report, a test that ran. The order is from cheap to costly, and from
-# what would make the rest worthless to what rests on it.
+# Called by: snapshot_judge (chapter 2).
+# Promises: a change is green when nothing that was looked for stands against it.
+# At first: read it: what green means.
+#
+# Each thing that is looked for is something that was observed: a file, a report,
+# a test that ran. The order is from cheap to costly.
 
-NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets none of these pass
 UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
 
 
@@ -488,19 +491,14 @@ def refused(violations: list[Violation], findings: Sequence[str] = (),
     return Judgement(outcome, [*lines, *findings], violations, overrule=overrule, final=final)
 
 
-def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:
-    """The paths that --allow must name for a proposal; [] where a human cannot decide that."""
-    if any(violation.rule in NOT_ALLOWED for violation in violations):
-        return []
-    paths = {violation.file() for violation in violations if violation.rule != "scope"}
-    return sorted(paths | {file_of(test) for test in lost})
-
-
 # ##############################################################################
 # Part Two. How each step is done, in the order in which the blueprint meets it.
 # ##############################################################################
 
 # === Chapter 4. The workspace ===============================================
+# Called by: blueprint, and run_close (chapter 20).
+# Promises: what the agent changes is its own; what it leaves is kept, however a run ends.
+# At first: skip all but Workspace.
 
 
 @contextlib.contextmanager
@@ -905,6 +903,10 @@ def lock_take(path: Path) -> Iterator[bool]:
 
 
 # === Chapter 5. The issue and the brief =====================================
+# Called by: blueprint and agent_step.
+# Promises: the text of an issue is data: it limits what may change, and obeys nobody.
+# At first: read BRIEF_RULES, skip the rest.
+#
 # An issue is a Markdown file: its first heading is the title, all of it is the
 # text. A line "Scope: GLOB, ..." limits what may change, "Allow: GLOB, ..." lets
 # something protected change: the file is the user's own. The rest is shown to
@@ -1178,8 +1180,10 @@ def scope_read(place: Path) -> dict[str, Any]:
 
 
 # === Chapter 6. The agent ===================================================
-# Any headless coding agent: a command that reads a brief and edits files. We
-# know no vendor, and believe nothing it says: only the files it leaves count.
+# Called by: agent_step and scope_ask.
+# Promises: any command that reads a brief and edits files is an agent; its words count for
+#   nothing.
+# At first: read agent_call.
 
 AGENTS = {  # headless, and with the permissions that they need when nobody answers
     "claude": "claude -p --permission-mode acceptEdits --allowedTools Bash,Edit,Write",
@@ -1256,6 +1260,10 @@ def call_reason(job: Job, exit_code: int | None, seconds: float) -> str:
 
 
 # === Chapter 7. The guardrails ==============================================
+# Called by: Judge (chapter 3).
+# Promises: nothing of a change is run here; what was there before is nobody's fault.
+# At first: read PROTECTED and guard_file, skip the rest.
+#
 # May this change be proposed at all? Nothing of it is run here: paths, modes,
 # tokens and syntax are looked at, base against change, so that what was there
 # before is nobody's fault. Every refusal is a line that a reviewer understands.
@@ -1323,6 +1331,17 @@ def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
     marks, notes = guard_marks(python, checks)
     tests = [source for source in python if gate_role(source.change.path, gate_files) == "test"]
     return found + marks + guard_assertions(tests), notes
+
+
+def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:
+    """The paths that --allow must name for a proposal; [] where a human cannot decide that."""
+    if any(violation.rule in NOT_ALLOWED for violation in violations):
+        return []
+    paths = {violation.file() for violation in violations if violation.rule != "scope"}
+    return sorted(paths | {file_of(test) for test in lost})
+
+
+NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets none of these pass
 
 
 def guard_file(source: Source) -> list[Violation]:
@@ -1871,6 +1890,10 @@ def import_name(path: str, root: str) -> str:
 
 
 # === Chapter 8. The gate ====================================================
+# Called by: blueprint and Judge.
+# Promises: the result rests on a report that names every test, from tools that are the user's.
+# At first: read Gates and CheckResult; the plugin is a lesson of its own.
+#
 # An agent that says "done" has told us nothing yet. The gate has the last
 # word, on a clean checkout of its own, and it wants evidence: a report that
 # names every test, from tools that are the user's and never the checkout's.
@@ -2765,7 +2788,9 @@ def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tu
 
 
 # === Chapter 9. The comparison ==============================================
-# What a change has made of the base's tests and findings. Nothing is run here.
+# Called by: Judge.
+# Promises: the base against the change, test by test and finding by finding; nothing is run.
+# At first: read tests_worse and tests_lost.
 
 
 def gate_problems(before: GateResult | None, after: GateResult, strict: Iterable[str]) -> list[str]:
@@ -2923,7 +2948,10 @@ def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
 
 
 # === Chapter 10. The recheck ================================================
-# The gate once more, with the base's gate files laid over the change.
+# Called by: Judge.by_evidence.
+# Promises: what the agent did to tests, their data or configuration cannot make its change
+#   green.
+# At first: read Recheck.start and violations.
 
 
 class Recheck:
@@ -3051,6 +3079,10 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 
 # === Chapter 11. The blind twin =============================================
+# Called by: Judge.by_evidence.
+# Promises: a test that passes whatever it expects is found, without a false alarm.
+# At first: read these lines and BlindTwin; the rules are for a lesson on mutation testing.
+#
 # Who tests the tests? Mutation testing breaks a program a little and wants its
 # tests to fail. Here the program stays, and what each test expects is broken:
 # `assert area(2) == 4` becomes `== 5`. A test that is still green passes whatever
@@ -3459,6 +3491,10 @@ def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
 
 
 # === Chapter 12. Findings ===================================================
+# Called by: the gate's verdicts (chapter 8) and the record.
+# Promises: some hundred bytes of maybe 20 MB; no input makes it fail.
+# At first: skip it.
+#
 # What the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
 # are told, not tests: the same exception at the same place is one finding, with examples
 # and a count. Nothing here runs or reads anything, and no input makes it fail: text comes
@@ -3702,7 +3738,10 @@ def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
 
 
 # === Chapter 13. Outside the change =========================================
-# The user's repository, and the tools that judge.
+# Called by: Judge.
+# Promises: what an agent did beside its change is refused or noted; what may be the user's own
+#   is not undone.
+# At first: skip it.
 
 
 def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
@@ -3928,6 +3967,10 @@ def signature(path: Path) -> str:
 
 
 # === Chapter 14. The record =================================================
+# Called by: blueprint, run_whole.
+# Promises: what people and programs need after a run, without the value of a secret.
+# At first: read proposal_text and handoff_text.
+#
 # What a run leaves behind for the people after it: facts for programs, a
 # proposal or a handoff for a reviewer. Secrets' values are masked in all of it.
 
@@ -4242,6 +4285,10 @@ def result_text(run: Run) -> str:
 # ##############################################################################
 
 # === Chapter 15. The sandbox ================================================
+# Called by: agent_call (6), the gate (8).
+# Promises: what a sandbox puts out of reach, nobody has to look for afterwards.
+# At first: skip it; bwrap_words is for a lesson on containers.
+#
 # One prefix before what somebody else wrote (the agent, and the gate's tests,
 # which the agent wrote). What it puts out of reach, nobody has to look for afterwards.
 
@@ -4490,6 +4537,10 @@ CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a contain
 
 
 # === Chapter 16. Programs ===================================================
+# Called by: everything that starts a program.
+# Promises: bounded in time and output, and its whole process tree ends with it.
+# At first: skip it; the supervisor is for a lesson on processes.
+#
 # One door to everything that is not Python: bounded in time and output, and
 # its whole process tree ends with it. A failing program is an answer, not an
 # exception. Signals only set a flag, which is looked at where a program is
@@ -4874,6 +4925,11 @@ def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], secon
 
 
 # === Chapter 17. Git ========================================================
+# Called by: everything that stores or compares files.
+# Promises: no command here reads a configuration that an agent could have written, or moves what
+#   is the user's.
+# At first: skip it.
+#
 # What was tested is what is proposed: both are the same tree, hash for hash.
 # The user's git directory is used through plumbing and private indexes alone;
 # their index, HEAD, refs and files stay as they are, and no git command here
@@ -5218,6 +5274,10 @@ def branch_create(repo: Repo, slug: str, commit: str) -> str:
 
 
 # === Chapter 18. Files, text and screen =====================================
+# Called by: everything.
+# Promises: no reader sees half a file, no screen a secret or a control character.
+# At first: skip it.
+#
 # The story goes to stderr, one line a step; the result goes to stdout. A step
 # is named before it starts, so that a hang has a name on the screen.
 
@@ -5561,8 +5621,9 @@ def glob_step(word: str, path: str, ends: set[int]) -> set[int]:
 # ##############################################################################
 
 # === Chapter 19. The simulator ==============================================
-# A workshop without an agent. The runner starts itself as AGENT_CMD on a demo
-# repository, so that everything else is the same path as on a real run.
+# Called by: the command line.
+# Promises: a workshop needs no agent: all but the agent is the same path as on a real run.
+# At first: read simulator_main.
 
 SIMULATIONS = {
     "good": "does the job at the first try",
@@ -5665,7 +5726,10 @@ DEMO_FILES = {
 
 
 # === Chapter 20. Past runs ==================================================
-# Listed, pruned, judged again; those that were killed are closed.
+# Called by: the command line.
+# Promises: a run that was killed loses nothing, and no record keeps a branch from being made
+#   again.
+# At first: skip it.
 
 
 def cmd_runs(args: argparse.Namespace) -> int:
@@ -5781,7 +5845,9 @@ def run_close(folder: Path, place: Path | None) -> None:
 
 
 # === Chapter 21. The command line ===========================================
-# Arguments become plain values here, and nothing is decided.
+# Called by: people and CI.
+# Promises: arguments become plain values; wrong usage is one line and exit 64.
+# At first: read run_whole.
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1808,6 +1808,13 @@ def test_the_map_leads_to_every_name_of_part_one():
         assert re.search(rf"(?m)^(def|class) {name}\b|^{name} = ", text), f"{name} is not in chapter {chapter}"
 
 
+def test_a_chapter_opens_with_who_calls_it_what_it_promises_and_what_to_skip():
+    chapters = re.split(r"(?m)^# === Chapter (\d+)\. .* =+$", RUNNER.read_text(encoding="utf-8"))
+    assert [int(number) for number in chapters[1::2]] == [*range(1, len(chapters) // 2 + 1)]
+    for text in chapters[2::2]:
+        assert re.match(r"\n# Called by: .*(\n#   .*)*\n# Promises: .*(\n#   .*)*\n# At first: ", text), text[:200]
+
+
 # Called from tables, from many places, or beside what they belong to.
 BELOW = {"private_directory", "is_test_module", "named_files", "configured_files", "read", "tests_rewritten", "tests_moved", "expectations_changed",
          "is_same_beside_tests", "source_of", "ruff_verdict", "pytest_verdict", "record_facts", "program_interrupted", "program_report", "git_check"}
