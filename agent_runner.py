@@ -545,6 +545,7 @@ class Judge:
         beside = {path.rpartition("/")[0] for path in used} - {""}
         used |= {path for check in after for path in check.facts.get("used", []) if path not in there
                  and (path in now or path.endswith(".py") or path.rpartition("/")[0] in beside)}
+        used |= tests_company(there | now, [test for check in before for test in check.tests])
         observed = {check.name for check in before if "used" in check.facts}
         observed &= {check.name for check in after if "used" in check.facts}
         files = tuple(glob for check in before for glob in check.facts.get("files", []))
@@ -1588,6 +1589,20 @@ def gate_role(path: str, gate_files: GateFiles) -> str:
     in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, gate_files.folders)
     named = any(fnmatchcase(name, glob) for glob in (*gate_files.files, *TEST_FILES))
     return "test" if gate_files.by_name and (in_tests or named) else ""
+
+
+def tests_company(paths: Iterable[str], tests: Iterable[str]) -> set[str]:
+    """The paths that lie with some tests: below the topmost folder around one of them that has a test folder's name."""
+    folders = {tests_folder(os.path.dirname(file_of(test))) for test in tests} - {""}
+    return {path for path in paths if tests_folder(os.path.dirname(path)) in folders}
+
+
+@functools.lru_cache(100_000)
+def tests_folder(folder: str) -> str:
+    """The topmost folder with a test folder's name on the way to a folder: "a/tests/b" -> "a/tests"; "" for none."""
+    parts = folder.split("/")
+    depths = (depth for depth, part in enumerate(parts, 1) if re.fullmatch(TEST_FOLDER, part))
+    return "/".join(parts[:next(depths, 0)])
 
 
 def is_test_module(change: Change, gate_files: GateFiles) -> bool:

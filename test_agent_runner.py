@@ -1928,6 +1928,16 @@ CHEATS = {
     "a plugin that the base loads": (CALC | {"helpers.py": "X = 1\n", "conftest.py": "pytest_plugins = ['helpers']\n"}, writes("helpers.py", (
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n    report.outcome = 'passed'\n    return report\n")),
         "blocked", "helpers.py"),
+    "what tests import is bent": ({"calc.py": CALC["calc.py"], "tests/more.py": "TWO = 2\n", "tests/test_calc.py": (
+        "from calc import add\nfrom more import TWO\n\n\ndef test_add():\n    assert add(1, 1) == TWO\n")}, writes("tests/more.py", "TWO = 0\n"), "blocked", "weakened: tests/more.py"),
+    "data that the code opens for a test is bent": ({
+        "calc.py": "from pathlib import Path\n\n\ndef total(path):\n    return sum(map(int, Path(path).read_text().split()))\n", "tests/data/calc.txt": "1 2 3", "tests/test_calc.py": (
+            "from calc import total\n\n\ndef test_total():\n    assert total('tests/data/calc.txt') == 7\n")}, writes("tests/data/calc.txt", "7"), "blocked", "weakened: tests/data/calc.txt"),
+    "data that another program reads is bent": ({"calc.py": "def answer():\n    return '1'\n", "tests/data/calc.txt": "2", "tests/test_calc.py": (
+        "import subprocess\n\nfrom calc import answer\n\n\ndef test_answer():\n    assert answer() == subprocess.run(['cat', 'tests/data/calc.txt'], capture_output=True, text=True).stdout\n")},
+        writes("tests/data/calc.txt", "1"), "blocked", "weakened: tests/data/calc.txt"),
+    "a new __init__ beside the tests patches the code": ({"calc.py": CALC["calc.py"], "tests/pkg/test_calc.py": CALC["tests/test_calc.py"]}, writes(
+        "tests/pkg/__init__.py", "import calc\n\ncalc.add = lambda a, b: a + b\n"), "blocked", "weakened: tests/pkg/__init__.py"),
     "lint configuration that is extended": (UNTESTED | {"ruff.toml": 'extend = "config/lint.toml"\n', "config/lint.toml": 'lint.select = ["F"]\n'},
                                             writes("config/lint.toml", "lint.select = ['E9']\n") + writes("more.py", "import os\n"), "blocked", "config/lint.toml"),
     "a parameter's row is replaced": (UNTESTED, replaces("tests/test_calc.py", "[1, 2]", "[1, 7]"), "gate_failed", "test_add[2] is gone"),
@@ -2049,6 +2059,8 @@ SHARED = (
     ("lint is silenced by noqa", "lint is silenced in another spelling", "lint is silenced for a file", "lint is silenced by flake8's spelling"),
     ("a result is equal to everything", "ANY is equal to everything", "ANY by its module", "a test that passes whatever it expects",
      "the expected value is read from the test's file"),
+    ("what tests import is bent", "data that the code opens for a test is bent", "data that another program reads is bent",
+     "a new __init__ beside the tests patches the code"),
     ("a fix of the source", "a test and a parameter are added", "a new module with docs", "an internal function is renamed with its callers",
      "a script with its main", "an honest __eq__", "unicode names", "an empty package", "the mode of a script", "names that only look like gate files",
      "documents of .github", "an indentation that matters", "white space where it has meaning", "a file with CRLF"),
