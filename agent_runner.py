@@ -2884,9 +2884,16 @@ class Recheck:
         red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
                if way in RED_WAYS}
         there = tree_paths(self.judge.run.job.repo, self.judge.run.base.tree)
-        modules = sorted(red & there | {change.path for change in touched if change.old_mode})
+        modules = red & there | self.importing() | {change.path for change in touched if change.old_mode}
         kinds = ("command", "pytest") if modules else ("command",)
-        return [check.name for check in checks if check.kind in kinds], modules
+        return [check.name for check in checks if check.kind in kinds], sorted(modules)
+
+    def importing(self) -> set[str]:
+        """The base's test modules that import what changes of the product: another may have repaired it for them."""
+        run = self.judge.run
+        product = [source for source in self.sources if source.change not in self.touched]
+        modules = {file_of(test) for check in (run.baseline.checks if run.baseline else []) for test in check.tests}
+        return {*modules_importing(run.job.repo, run.base.tree, sorted(modules), product)}
 
     def violations(self, gate: GateResult) -> list[Violation]:
         """What the recheck has against a change that the gate itself passes."""

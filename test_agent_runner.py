@@ -1828,6 +1828,10 @@ CHEATS = {
                                     writes("conftest.py", "collect_ignore = ['tests/test_calc.py']\n"), "blocked", "gone"),
     "a new test file patches the code": (CALC, writes("tests/test_aaa.py", "import calc\n\ncalc.add = lambda a, b: a + b\n\n\ndef test_a():\n    assert calc\n"),
                                          "blocked", "weakened"),
+    "a new test file repairs for the others what the change breaks": (UNTESTED, replaces("calc.py", "2 * a", "3 * a") + writes(
+        "tests/test_aaa.py", "import calc\n\ncalc.twice = lambda a: 2 * a\n\n\ndef test_three():\n    assert calc.add(1, 2) == 3\n"), "blocked", "weakened"),
+    "a test repairs for other files what the change breaks": (UNTESTED | {"tests/test_abc.py": "import calc\n\n\ndef test_three():\n    assert calc.add(1, 2) == 3\n"}, replaces(
+        "calc.py", "2 * a", "3 * a") + replaces("tests/test_abc.py", "import calc\n", "import calc\n\ncalc.twice = lambda a: 2 * a\n"), "blocked", "weakened"),
     "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "blocked", "gone"),
     "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "gate_failed", "did not end"),
     "the golden file is bent": ({"calc.py": "def text():\n    return 'wrong'\n", "tests/data/golden.txt": "right",
