@@ -2088,17 +2088,16 @@ class Gate:
         if self.job.sandbox.kind not in ENGINES:  # a container has a home of its own, and the engine needs ours
             self.environ = gate_home(self.environ, self.home)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("cache", "plugin", self.reports.name)):
-            folder.mkdir()
+        self.folders = [place, *(private / name for name in ("cache", "plugin", self.reports.name))]
+        self._tidy()
+        self.above = configuration_above(place)
 
     def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
         """The result on a tree, its output in gate-LABEL.log.
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
-        for folder in (self.private / "tmp", self.private / "home"):  # what an earlier run left there is no fix
-            directory_remove(folder)
-            folder.mkdir()
+        self._tidy()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
         prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup and not failed else ""
         if failed:
@@ -2108,10 +2107,7 @@ class Gate:
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
-        written = () if failed else (
-            self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-            self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
-        result.rewritten = [path for paths in written for path in paths.split("\0") if path]
+            result.rewritten = self._written(result)
         result.prepared = {*prepared.split("\0")}
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2119,6 +2115,28 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def _tidy(self) -> None:
+        """Make the gate's directories hold what is its own: what an earlier run left there is no fix."""
+        around = (self.private, self.checkout.place.parent)
+        own = {path for path in (*around, *self.folders) if path.is_dir()} | {*self.private.glob("index*")}
+        directory_remove(*(path for folder in around for path in folder.glob("*")
+                           if path not in own or path.is_symlink()))
+        for folder in (*self.folders, self.private / "tmp", self.private / "home"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _written(self, result: GateResult) -> list[str]:
+        """The files of the checkout, and configuration above it, that were written to; if it is gone, all is red."""
+        place, above = self.checkout.place, configuration_above(self.checkout.place)
+        changed = sorted(path for path, _ in above.items() ^ self.above.items())
+        if place.is_symlink() or not place.is_dir():
+            for check in result.checks:
+                check.ok, check.broken, check.reason = False, True, "the tests removed the gate's checkout"
+                check.findings = [check.reason]
+            return changed
+        listed = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+                  self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
+        return [*changed, *(path for paths in listed for path in paths.split("\0") if path)]
 
     def remember(self, other: Gate) -> None:
         """Take over which tests failed in another gate: they are checked first, no more depends on it."""
@@ -3658,18 +3676,25 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     files |= {Path(python).parent / "ruff" for python in pythons}
     places_read = {place for python in pythons for place in python_places(python)}
     files |= {place / name for place in places_read for name in ("sitecustomize.py", "usercustomize.py")}
-    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
-             "ruff.toml", ".ruff.toml", "conftest.py")
-    files |= {folder / name for place in places for folder in place.parents for name in names}
     files |= {HOME / ".config/ruff" / name for name in ("ruff.toml", ".ruff.toml", "pyproject.toml")}
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
     state = {str(file): mark for file in files if (mark := signature(file))}
+    for place in places:
+        state |= configuration_above(place)
     for place in places_read:
         if place.name.endswith("-packages"):
             state |= {str(place / name): mark for name, mark in packages_state(place).items()}
     return state
+
+
+def configuration_above(place: Path) -> dict[str, str]:
+    """The files above a place that ruff and pytest take for their configuration there, with their signatures."""
+    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
+             "ruff.toml", ".ruff.toml", "conftest.py")
+    files = (folder / name for folder in place.parents for name in names)
+    return {str(file): mark for file in files if (mark := signature(file))}
 
 
 def pythons_of(checks: Iterable[Check]) -> set[str]:

@@ -1950,6 +1950,8 @@ CHEATS = {
         "blocked", "was modified while the tests ran"),
     "configuration appears while the tests run": (CALC, MENDS.replace("write_text(", "write_text('from pathlib import Path\\n\\nPath(\"pytest.ini\").write_text(\"[pytest]\")\\n\\n\\n' + "),
                                                   "blocked", "pytest.ini: was modified while the tests ran"),
+    "configuration appears above the checkout": (CALC, MENDS.replace("write_text(", "write_text('from pathlib import Path\\n\\nPath(\"../ruff.toml\").write_text(\"\")\\n\\n\\n' + "),
+                                                 "blocked", "/files/ruff.toml: was modified while the tests ran"),
     "a module of tests appears while the tests are collected": (CALC | {"tests/zoo/test_old.py": "def test_old():\n    assert 1 + 1 == 2\n"}, MENDS.replace(
         "write_text(", "write_text('from pathlib import Path\\n\\nPath(\"tests/zoo/test_z.py\").write_text(\"def test_z(): pass\")\\n\\n\\n' + "),
                                                                "blocked", "tests/zoo/test_z.py: was modified while the tests ran"),
@@ -2065,6 +2067,7 @@ SHARED = (
      "the expected value is read from the test's file"),
     ("what tests import is bent", "data that the code opens for a test is bent", "data that another program reads is bent",
      "a new __init__ beside the tests patches the code"),
+    ("configuration appears while the tests run", "configuration appears above the checkout"),
     ("a fix of the source", "a test and a parameter are added", "a new module with docs", "an internal function is renamed with its callers",
      "a script with its main", "an honest __eq__", "unicode names", "an empty package", "the mode of a script", "names that only look like gate files",
      "documents of .github", "an indentation that matters", "white space where it has meaning", "a file with CRLF"),
@@ -3262,16 +3265,23 @@ def test_a_fix_that_is_no_part_of_the_change(tmp_path: Path, where: str) -> None
     assert (ended.code, ended.outcome) == (1, "gate_failed") and "test_add" in ended.findings, ended
 
 
-@pytest.mark.parametrize("place", ["Path.home()", "Path(tempfile.gettempdir())"])
-def test_what_one_run_of_the_gate_leaves_is_no_fix(scratch: Scratch, place: str) -> None:
-    """Neither for the next attempt nor for the second question."""
-    scratch.write({"app.py": APP_WRONG})
-    scratch.commit()
-    source = ("import tempfile\nfrom pathlib import Path\n\nMARK = {place} / 'mark'\nFACTOR = 2 if MARK.exists() else 3\nMARK.touch()\n\n\n"
-              "def double(x):\n    return x * FACTOR\n").replace("{place}", place)
-    agent = in_turn(writes("app.py", source), writes("app.py", source + "# again\n"))
-    ended = scratch.heal(agent, checks=TESTS_ONLY)
+def test_what_one_run_of_the_gate_leaves_is_no_fix(tmp_path: Path) -> None:
+    """Neither at home, nor in the temporary directory, nor beside the checkout: red once would be green the next time."""
+    source = ("import tempfile\nfrom pathlib import Path\n\nPLACES = [Path.home(), Path(tempfile.gettempdir()), *Path(__file__).parents[1:3]]\n"
+              "FACTOR = 2 if any((place / 'mark').exists() for place in PLACES) else 3\n"
+              "for place in PLACES:\n    (place / 'mark').touch()\n\n\ndef double(x):\n    return x * FACTOR\n")
+    ended = Scratch(tmp_path, FILES | {"app.py": source}).heal(NOTHING)
     assert (ended.code, ended.outcome) == (2, "gave_up"), ended
+
+
+@pytest.mark.parametrize("act", ['rm -rf "$PWD"', 'mv "$PWD" ../aside', 'mv "$PWD" ../aside; ln -s aside "$PWD"'])
+def test_tests_that_remove_the_checkout(scratch: Scratch, act: str) -> None:
+    """Then nobody can know what was tested; the next attempt has a checkout again."""
+    check = f"unit=sh -c {shlex.quote(f'grep -q double app.py; grep -q 3 app.py || exit 0; {act}')}"
+    ended = scratch.propose(in_turn(writes("app.py", APP_WRONG), writes("app.py", APP_WRONG + "# again")), "--fix-attempts", "1", checks=(check,))
+    assert (ended.code, ended.outcome, ended.results) == (1, "gate_failed", ["red", "red"]), ended
+    assert "unit: the tests removed the gate's checkout" in ended.findings
+    assert_patch_applies(scratch, ended)
 
 
 def test_a_home_for_the_gate(scratch: Scratch) -> None:
