@@ -1053,7 +1053,8 @@ def files_left(place: Path) -> tuple[list[Path], int]:
     for folder, folders, names in os.walk(place, onerror=errors.append):
         found += [Path(folder, name) for name in names + folders]
         folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
-    files = [(path.lstat().st_size, path) for path in found if path.is_symlink() or path.is_file()]
+    files = [(path.lstat().st_size, path) for path in found
+             if os.path.islink(path) or os.path.isfile(path)]  # Path's own methods raise for a path that is too long
     return [path for _, path in sorted(files)], len(errors)
 
 
@@ -4838,12 +4839,17 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
         stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """What a git command printed; raises Stop with git's own last words where it fails."""
     ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
-    if ran.exit:
+    left_out = args[0] == "add" and UNREADABLE.encode() in ran.err  # a warning alone: its exit code is 0
+    if ran.exit or left_out:
         # The last line may be advice.
-        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.MULTILINE)
-        reason = MASK.text(first[1]) if first else ran.last_line()
+        pattern = rf"^(?:error: |fatal: |warning: (?={UNREADABLE}))(.*)"
+        first = re.search(pattern, ran.err.decode("utf-8", "replace"), re.MULTILINE)
+        reason = distill_cut(MASK.text(first[1])) if first else ran.last_line()
         raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {reason}")
     return os.fsdecode(ran.out)
+
+
+UNREADABLE = "could not open directory"  # git's words, also where a path is too long
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,

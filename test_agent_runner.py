@@ -3411,7 +3411,6 @@ LEAVES = {
     "no permissions": (f"{EDITS}\nos.mkdir('shut')\nPath('shut/a.txt').write_text('a')\nos.chmod('shut/a.txt', 0)\nos.chmod('shut', 0)", "proposed"),
     "FIFOs and sockets": (f"{EDITS}\nimport socket\nos.mkfifo('fifo')\nos.unlink('ruff.toml')\nos.mkfifo('ruff.toml')\n"
                           "os.chdir('tests')\nsocket.socket(socket.AF_UNIX).bind('sock')", "proposed"),
-    "a deep tree": (f"{EDITS}\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w').close()", None),
     "5,000 new files": ("for n in range(5000):\n    Path(f'f{n}').write_text('')", "blocked"),
     "a name that git refuses": (f"{EDITS}\nos.mkdir('.GIT')\nPath('.GIT/config').write_text('x')", None),
 }
@@ -3446,10 +3445,14 @@ def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> 
     assert f"copies of its {len(copies) + 2} files are in" in ended.summary["error"] and ended.err.count(ended.summary["error"]) == 1
 
 
-def test_work_that_is_too_large_to_be_copied_stays(scratch: Scratch) -> None:
-    """Whatever git thinks of it: the small files are in the record, the others where they were."""
-    ended = scratch.propose("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "--keep")
+@pytest.mark.parametrize(("left", "said"), [
+    ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "git~1"),
+    (f"{EDITS}\nfor _ in range(25):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\nopen('f', 'w').close()", "could not open directory 'ddd")])
+def test_work_that_cannot_be_copied_stays(scratch: Scratch, left: str, said: str) -> None:
+    """Whatever git thinks of it: the other files are in the record, what is too large or too deep where it was."""
+    ended = scratch.propose(left, "--keep")
     assert ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err and "; 1 could not be copied and stay in" in ended.err, ended
+    assert said in ended.findings and len(ended.findings) < 500
 
 
 def test_a_change_that_cannot_be_laid_out(scratch: Scratch) -> None:
