@@ -3712,12 +3712,15 @@ def python_places(python: str) -> list[Path]:
     return []
 
 
-def packages_state(place: Path) -> dict[str, str]:
-    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry."""
+def packages_state(place: Path, most: float = float("inf")) -> dict[str, str]:
+    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry.
+
+    That is of all files below it, or of `most` and few more.
+    """
     import hashlib
     facts: dict[str, list[str]] = {}
-    folders = [(str(place), "")]
-    while folders:
+    folders, count = [(str(place), "")], 0
+    while folders and count < most:
         folder, top = folders.pop()
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
@@ -3726,7 +3729,7 @@ def packages_state(place: Path) -> dict[str, str]:
                     if entry.name != "__pycache__":
                         folders.append((entry.path, name))
                     continue
-                status = entry.stat(follow_symlinks=False)
+                status, count = entry.stat(follow_symlinks=False), count + 1
                 # One more link to a file (some installers link from a cache) also changes its time.
                 alone = status.st_ctime_ns if status.st_nlink == 1 else status.st_ino
                 facts.setdefault(name, []).append(
@@ -3754,7 +3757,9 @@ def user_state(job: Job) -> dict[str, str]:
     """The state of what an agent could have changed outside of its workspace, by kind and name."""
     if job.sandbox.kind in ENGINES:
         return {}
-    state = {f"home {place}": place_signature(place) for place in runs_later()}
+    state = {}
+    for place in runs_later():
+        state |= place_state(place)
     state |= {f"store {place}": place for place in stores_borrowed(job.repo)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
@@ -3765,10 +3770,16 @@ def stores_borrowed(repo: Repo) -> list[str]:
     return re.findall(r"^alternate: (.*)$", git(repo, "count-objects", "-v"), re.MULTILINE)
 
 
-def place_signature(place: Path) -> str:
-    """What tells one state of a place from another, also where it is a link; "" where there is nothing."""
+def place_state(place: Path) -> dict[str, str]:
+    """What tells one state of a place from another, also where it is a link: of a folder, each of its entries."""
     link = os.readlink(place) if place.is_symlink() else ""
-    return f"{link} {signature(place)}".strip()
+    if not place.is_dir():
+        return {f"home {place}": f"{link} {signature(place)}".strip()}
+    inside = packages_state(place, PLACE_FILES)
+    return {f"home {place}": f"{link}/"} | {f"home {place / name}": mark for name, mark in inside.items()}
+
+
+PLACE_FILES = 5000  # of one place are compared: an editor's plugins may be many
 
 
 def repository_state(repo: Repo) -> dict[str, str]:
@@ -3779,7 +3790,7 @@ def repository_state(repo: Repo) -> dict[str, str]:
     stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
     state |= {f"stash {commit}": commit for commit in stashed}
     state["ref HEAD"] = os.fsdecode((repo.git_dir / "HEAD").read_bytes()).strip().removeprefix("ref: ")
-    state["index"] = git(repo, "ls-files", "--stage", "-z")
+    state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # also which files are assumed to be unchanged
     hooks = {common / "hooks"}
     for scope, name, value in settings_listed(repo):
         if name == "core.hookspath":
@@ -3795,6 +3806,18 @@ def repository_state(repo: Repo) -> dict[str, str]:
         listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z", index=index,
                      env=env).split("\0")
     state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
+    return state | unfinished_state(repo)
+
+
+def unfinished_state(repo: Repo) -> dict[str, str]:
+    """The state of what the user's git would go on with, of what it has done, and of what other runs have."""
+    folder, log = repo.git_dir, repo.git_dir / "logs/HEAD"
+    # A rebase, a series of patches or of picks: git runs what these name.
+    hooks = [folder / name for name in ("rebase-merge/git-rebase-todo", "rebase-apply/next", "sequencer/todo")]
+    files = [folder / name for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD")]
+    state = {f"hook {file}": signature(file) for file in hooks} | {f"file {file}": signature(file) for file in files}
+    state |= {f"record {record}": "is there" for record in (repo.root / ".agent-runs").glob("*")}
+    state[f"log {log}"] = os.fsdecode(log.read_bytes()) if log.is_file() else ""
     return state
 
 
@@ -3813,15 +3836,17 @@ def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
         kind, _, name = key.partition(" ")
         old, new = before.get(key, ""), after.get(key, "")
         shown = "refs/stash" if kind == "stash" else name or key
-        if is_runs_own(repo, key, new):
-            continue
+        if is_runs_own(repo, key, new) or kind in ("log", "record") and new.startswith(old):
+            continue  # a log grows, and other runs have records, too
         if reason := user_refusal(kind, name, old, new):
             refused.append(Violation("fingerprint", shown, reason))
         elif kind in ("ref", "stash") and new and commits_hold(repo, new, before, blobs):
             undo = ref_undone(kind, name, old)
             refused.append(Violation("fingerprint", shown, f"holds the agent's work; undo: {undo}"))
         elif kind == "home":
-            noted.append(f"{shown} was changed during the run: {runs_later().get(Path(name), 'look at it')}")
+            around = (name, *map(str, Path(name).parents))
+            reasons = [reason for place, reason in runs_later().items() if str(place) in around]
+            noted.append(f"{shown} was changed during the run: {reasons[0] if reasons else 'look at it'}")
         else:
             noted.append(f"{shown} of your repository was changed during the run")
     return refused, list(dict.fromkeys(noted))
@@ -4321,6 +4346,13 @@ RUNS_LATER = {  # places of a home directory that are read-only for the agent in
         ".config/systemd .config/autostart .config/environment.d .xprofile .xsession .xsessionrc .pam_environment "
         "Library/LaunchAgents"),
     "programs are found there": ".local/bin bin",
+    "editors run it": ".vimrc .vim .config/nvim .emacs .emacs.d",
+    "debuggers and shells of Python run it": ".pdbrc .ipython",
+    "direnv and tmux run it": ".config/direnv .tmux.conf",
+    "each new shell takes from it what a key does": ".inputrc",
+    "package managers take from it what they run, and where from": (
+        ".cargo/config.toml .npmrc .config/pip .pip .pypirc"),
+    "coding agents run what it names": ".claude/settings.json .codex/config.toml .gemini/settings.json",
     "cron runs it": "/var/spool/cron /etc/cron.d /etc/crontab",
 }
 

@@ -3049,6 +3049,10 @@ OUTSIDE = {  # what carries the agent's work, or would run programs later
     "a branch's remote": ("git('config', 'branch.main.remote', 'https://evil')", "branch.main.remote: was set"),
     "a hook": ("(repo / '.git/hooks').mkdir(exist_ok=True)\n(repo / '.git/hooks/pre-push').write_text('#!/bin/sh\\n')", "pre-push: was changed"),
     "a hook where hooks are": ("(repo.parent / 'hooks').mkdir()\n(repo.parent / 'hooks/pre-push').write_text('#!/bin/sh\\n')", "hooks/pre-push: was changed"),
+    "a rebase that goes on": ("(repo / '.git/rebase-merge').mkdir()\n(repo / '.git/rebase-merge/git-rebase-todo').write_text('exec evil\\n')",
+                              "git-rebase-todo: was changed during the run, and git runs it; undo: rm"),
+    "patches that go on": ("(repo / '.git/rebase-apply').mkdir()\n(repo / '.git/rebase-apply/next').write_text('1\\n')", "rebase-apply/next: was changed"),
+    "picks that go on": ("(repo / '.git/sequencer').mkdir()\n(repo / '.git/sequencer/todo').write_text('pick HEAD~1\\n')", "sequencer/todo: was changed"),
     "a remote": ("git('remote', 'add', 'evil', '/nowhere')", "remote.evil.url: was set"),
     "a store of objects": ("(repo / '.git/objects/info').mkdir(exist_ok=True)\n(repo / '.git/objects/info/alternates').write_text(str(Path('.git/objects').resolve()))",
                            ".git/objects: lends objects to your repository since the run began"),
@@ -3068,6 +3072,15 @@ NOTED = {  # what may as well be the user's own
     "a harmless setting": ("git('config', 'branch.main.vscode-merge-base', 'origin/main')", "branch.main.vscode-merge-base of your repository"),
     "a setting that is gone": ("git('config', '--unset', 'core.hooksPath')", "core.hookspath of your repository"),
     "the stash": ("(repo / 'app.py').write_text('A = 1\\n')\ngit('stash')", "refs/stash of your repository"),
+    "a merge that goes on": ("(repo / '.git/MERGE_HEAD').write_text('')", "/.git/MERGE_HEAD of your repository"),
+    "a pick that goes on": ("(repo / '.git/CHERRY_PICK_HEAD').write_text('')", "/.git/CHERRY_PICK_HEAD of your repository"),
+    "a log that is emptied": ("(repo / '.git/logs/HEAD').write_text('')", "/.git/logs/HEAD of your repository"),
+    "a file that git no longer looks at": ("git('update-index', '--assume-unchanged', 'app.py')", "index of your repository"),
+    "the record of another run": ("shutil.rmtree(repo / '.agent-runs/20200101-another')", "/.agent-runs/20200101-another of your repository"),
+    "who may come in": ("(repo.parent / 'home/.ssh/authorized_keys').write_text('evil')", "/home/.ssh/authorized_keys"),
+    "deep in a folder": ("(repo.parent / 'home/.config/systemd/user/a.service').write_text('evil')", "/home/.config/systemd/user"),
+    "what a debugger runs": ("(repo.parent / 'home/.pdbrc').write_text('evil')", "/home/.pdbrc"),
+    "what an agent runs": ("(repo.parent / 'home/.claude').mkdir()\n(repo.parent / 'home/.claude/settings.json').write_text('{}')", "/home/.claude/settings.json"),
 }
 REACHES_OUT = "repo = Path({repo!r})\n\n\ndef git(*words):\n    subprocess.run(['git', '-C', str(repo), *words], check=True)\n\n\n"
 
@@ -3078,6 +3091,8 @@ def reach_out(scratch: Scratch, act: str, **how: Any) -> Ended:
     scratch.git("branch", "other")
     for name, value in (("include.path", scratch.place / "more"), ("core.hooksPath", scratch.place / "hooks"), ("remote.origin.url", "..")):
         scratch.git("config", name, str(value))
+    scratch.write({f"../home/{name}": "" for name in (".ssh/authorized_keys", ".config/systemd/user/a.service")})
+    scratch.write({".agent-runs/20200101-another/notes.txt": ""})
     agent = EDITS + "\n" + REACHES_OUT.format(repo=str(scratch.root)) + act
     going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), "--fix-attempts", "1", agent=agent, **how)
     return scratch.ended(going, others=1)
@@ -3086,7 +3101,10 @@ def reach_out(scratch: Scratch, act: str, **how: Any) -> Ended:
 SETTINGS = tuple(act for act in OUTSIDE if act not in ("a second value", "a worktree's setting") and "git('config'" in OUTSIDE[act][0])
 
 
-@pytest.mark.parametrize("acts", [SETTINGS, *((act,) for act in OUTSIDE if act not in SETTINGS)], ids=lambda acts: acts[0])
+GOES_ON = tuple(act for act in OUTSIDE if "go on" in act or "goes on" in act)
+
+
+@pytest.mark.parametrize("acts", [SETTINGS, GOES_ON, *((act,) for act in OUTSIDE if act not in SETTINGS + GOES_ON)], ids=lambda acts: acts[0])
 def test_what_carries_the_agents_work_or_runs_later_is_refused(scratch: Scratch, acts: tuple[str, ...]) -> None:
     """No repair mends it: the run ends, and says how to undo it."""
     ended = reach_out(scratch, "\n".join(OUTSIDE[act][0] for act in acts))
@@ -3106,7 +3124,8 @@ def test_what_may_be_the_users_own_is_noted(scratch: Scratch, acts: tuple[str, .
     ended = reach_out(scratch, "\n".join(NOTED[act][0] for act in acts), env={"CI": "true"} if "progress" in acts[0] else None)
     assert (ended.code, ended.outcome) == (0, "proposed"), ended
     for act in acts:
-        assert f"- {NOTED[act][1]} was changed during the run" in ended.text("proposal.md"), ended.text("proposal.md")
+        assert f"{NOTED[act][1]} was changed during the run" in ended.text("proposal.md"), ended.text("proposal.md")
+    assert ("logs/HEAD" in ended.text("proposal.md")) == ("a log that is emptied" in acts)  # one that grows is no news
 
 
 def test_in_bwrap_the_repository_is_the_users_alone(scratch: Scratch) -> None:
@@ -3157,6 +3176,7 @@ def test_what_installers_and_python_do_is_no_change_of_the_tools(tmp_path: Path)
     (file.parent / "__pycache__").mkdir()
     (file.parent / "__pycache__/a.pyc").write_text("")
     assert runner_module().packages_state(tmp_path / "site-packages") == before and [*before] == ["things"]
+    assert runner_module().packages_state(tmp_path, most=1).keys() < runner_module().packages_state(tmp_path).keys()
 
 
 def test_the_tools_are_read_only_in_bwrap(scratch: Scratch) -> None:
@@ -4065,7 +4085,7 @@ def test_what_runs_later_is_read_only_in_bwrap(box):
     home = box.scratch.home
     later = [name for names in runner_module().RUNS_LATER.values() for name in names.split() if name[0] != "/" and name != ".zshrc"]
     for name in later:
-        is_folder = name in (".ssh", "bin", ".local/bin") or name.startswith((".config/", "Library"))
+        is_folder = name in (".ssh", "bin", ".local/bin", ".vim", ".emacs.d", ".ipython", ".pip") or name.startswith((".config/", "Library"))
         file = home / name / "f" if is_folder else home / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
