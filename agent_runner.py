@@ -811,7 +811,8 @@ def files_left(place: Path) -> tuple[list[Path], int]:
     for folder, folders, names in os.walk(place, onerror=errors.append):
         found += [Path(folder, name) for name in names + folders]
         folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
-    files = [(path.lstat().st_size, path) for path in found if path.is_symlink() or path.is_file()]
+    files = [(path.lstat().st_size, path) for path in found
+             if os.path.islink(path) or os.path.isfile(path)]  # Path's own methods raise for a path that is too long
     return [path for _, path in sorted(files)], len(errors)
 
 
@@ -2003,6 +2004,7 @@ class Gates:
         beside = {path.rpartition("/")[0] for path in used} - {""}
         used |= {path for check in after for path in check.facts.get("used", []) if path not in there
                  and (path in now or path.endswith(".py") or path.rpartition("/")[0] in beside)}
+        used |= tests_company(there | now, [test for check in before for test in check.tests])
         observed = {check.name for check in before if "used" in check.facts}
         observed &= {check.name for check in after if "used" in check.facts}
         files = tuple(glob for check in before for glob in check.facts.get("files", []))
@@ -2010,6 +2012,20 @@ class Gates:
                    if folder.strip("./") not in ("", "src", "lib")]
         by_name = any(check.kind != "ruff" and check.name not in observed for check in self.run.job.checks)
         return GateFiles(files or GateFiles().files, tuple(folders), self.named, frozenset(used), by_name)
+
+
+def tests_company(paths: Iterable[str], tests: Iterable[str]) -> set[str]:
+    """The paths that lie with some tests: below the topmost folder around one of them that has a test folder's name."""
+    folders = {tests_folder(os.path.dirname(file_of(test))) for test in tests} - {""}
+    return {path for path in paths if tests_folder(os.path.dirname(path)) in folders}
+
+
+@functools.lru_cache(100_000)
+def tests_folder(folder: str) -> str:
+    """The topmost folder with a test folder's name on the way to a folder: "a/tests/b" -> "a/tests"; "" for none."""
+    parts = folder.split("/")
+    depths = (depth for depth, part in enumerate(parts, 1) if re.fullmatch(TEST_FOLDER, part))
+    return "/".join(parts[:next(depths, 0)])
 
 
 def gate_step(name: str, gate: Gate, tree: str, label: str, only: Sequence[str] = (),
@@ -2048,17 +2064,16 @@ class Gate:
         if self.job.sandbox.kind not in ENGINES:  # a container has a home of its own, and the engine needs ours
             self.environ = gate_home(self.environ, self.home)
         self.reports = private / os.urandom(8).hex()
-        for folder in (private / name for name in ("cache", "plugin", self.reports.name)):
-            folder.mkdir()
+        self.folders = [place, *(private / name for name in ("cache", "plugin", self.reports.name))]
+        self._tidy()
+        self.above = configuration_above(place)
 
     def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
         """The result on a tree, its output in gate-LABEL.log.
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
-        for folder in (self.private / "tmp", self.private / "home"):  # what an earlier run left there is no fix
-            directory_remove(folder)
-            folder.mkdir()
+        self._tidy()
         failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
         prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup and not failed else ""
         if failed:
@@ -2068,10 +2083,7 @@ class Gate:
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
                 result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
-        written = () if failed else (
-            self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-            self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
-        result.rewritten = [path for paths in written for path in paths.split("\0") if path]
+            result.rewritten = self._written(result)
         result.prepared = {*prepared.split("\0")}
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
@@ -2079,6 +2091,28 @@ class Gate:
                  for c in result.checks]
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
+
+    def _tidy(self) -> None:
+        """Make the gate's directories hold what is its own: what an earlier run left there is no fix."""
+        around = (self.private, self.checkout.place.parent)
+        own = {path for path in (*around, *self.folders) if path.is_dir()} | {*self.private.glob("index*")}
+        directory_remove(*(path for folder in around for path in folder.glob("*")
+                           if path not in own or path.is_symlink()))
+        for folder in (*self.folders, self.private / "tmp", self.private / "home"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _written(self, result: GateResult) -> list[str]:
+        """The files of the checkout, and configuration above it, that were written to; if it is gone, all is red."""
+        place, above = self.checkout.place, configuration_above(self.checkout.place)
+        changed = sorted(path for path, _ in above.items() ^ self.above.items())
+        if place.is_symlink() or not place.is_dir():
+            for check in result.checks:
+                check.ok, check.broken, check.reason = False, True, "the tests removed the gate's checkout"
+                check.findings = [check.reason]
+            return changed
+        listed = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
+                  self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
+        return [*changed, *(path for paths in listed for path in paths.split("\0") if path)]
 
     def remember(self, other: Gate) -> None:
         """Take over which tests failed in another gate: they are checked first, no more depends on it."""
@@ -2988,9 +3022,16 @@ class Recheck:
         red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
                if way in RED_WAYS}
         there = tree_paths(self.judge.run.job.repo, self.judge.run.base.tree)
-        modules = sorted(red & there | {change.path for change in touched if change.old_mode})
+        modules = red & there | self.importing() | {change.path for change in touched if change.old_mode}
         kinds = ("command", "pytest") if modules else ("command",)
-        return [check.name for check in checks if check.kind in kinds], modules
+        return [check.name for check in checks if check.kind in kinds], sorted(modules)
+
+    def importing(self) -> set[str]:
+        """The base's test modules that import what changes of the product: another may have repaired it for them."""
+        run = self.judge.run
+        product = [source for source in self.sources if source.change not in self.touched]
+        modules = {file_of(test) for check in (run.baseline.checks if run.baseline else []) for test in check.tests}
+        return {*modules_importing(run.job.repo, run.base.tree, sorted(modules), product)}
 
     def violations(self, gate: GateResult) -> list[Violation]:
         """What the recheck has against a change that the gate itself passes."""
@@ -3752,18 +3793,25 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     files |= {Path(python).parent / "ruff" for python in pythons}
     places_read = {place for python in pythons for place in python_places(python)}
     files |= {place / name for place in places_read for name in ("sitecustomize.py", "usercustomize.py")}
-    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
-             "ruff.toml", ".ruff.toml", "conftest.py")
-    files |= {folder / name for place in places for folder in place.parents for name in names}
     files |= {HOME / ".config/ruff" / name for name in ("ruff.toml", ".ruff.toml", "pyproject.toml")}
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
     state = {str(file): mark for file in files if (mark := signature(file))}
+    for place in places:
+        state |= configuration_above(place)
     for place in places_read:
         if place.name.endswith("-packages"):
             state |= {str(place / name): mark for name, mark in packages_state(place).items()}
     return state
+
+
+def configuration_above(place: Path) -> dict[str, str]:
+    """The files above a place that ruff and pytest take for their configuration there, with their signatures."""
+    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
+             "ruff.toml", ".ruff.toml", "conftest.py")
+    files = (folder / name for folder in place.parents for name in names)
+    return {str(file): mark for file in files if (mark := signature(file))}
 
 
 def pythons_of(checks: Iterable[Check]) -> set[str]:
@@ -3780,12 +3828,15 @@ def python_places(python: str) -> list[Path]:
     return []
 
 
-def packages_state(place: Path) -> dict[str, str]:
-    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry."""
+def packages_state(place: Path, most: float = float("inf")) -> dict[str, str]:
+    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry.
+
+    That is of all files below it, or of `most` and few more.
+    """
     import hashlib
     facts: dict[str, list[str]] = {}
-    folders = [(str(place), "")]
-    while folders:
+    folders, count = [(str(place), "")], 0
+    while folders and count < most:
         folder, top = folders.pop()
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
@@ -3794,7 +3845,7 @@ def packages_state(place: Path) -> dict[str, str]:
                     if entry.name != "__pycache__":
                         folders.append((entry.path, name))
                     continue
-                status = entry.stat(follow_symlinks=False)
+                status, count = entry.stat(follow_symlinks=False), count + 1
                 # One more link to a file (some installers link from a cache) also changes its time.
                 alone = status.st_ctime_ns if status.st_nlink == 1 else status.st_ino
                 facts.setdefault(name, []).append(
@@ -3822,7 +3873,9 @@ def user_state(job: Job) -> dict[str, str]:
     """The state of what an agent could have changed outside of its workspace, by kind and name."""
     if job.sandbox.kind in ENGINES:
         return {}
-    state = {f"home {place}": place_signature(place) for place in runs_later()}
+    state = {}
+    for place in runs_later():
+        state |= place_state(place)
     state |= {f"store {place}": place for place in stores_borrowed(job.repo)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
@@ -3833,10 +3886,16 @@ def stores_borrowed(repo: Repo) -> list[str]:
     return re.findall(r"^alternate: (.*)$", git(repo, "count-objects", "-v"), re.MULTILINE)
 
 
-def place_signature(place: Path) -> str:
-    """What tells one state of a place from another, also where it is a link; "" where there is nothing."""
+def place_state(place: Path) -> dict[str, str]:
+    """What tells one state of a place from another, also where it is a link: of a folder, each of its entries."""
     link = os.readlink(place) if place.is_symlink() else ""
-    return f"{link} {signature(place)}".strip()
+    if not place.is_dir():
+        return {f"home {place}": f"{link} {signature(place)}".strip()}
+    inside = packages_state(place, PLACE_FILES)
+    return {f"home {place}": f"{link}/"} | {f"home {place / name}": mark for name, mark in inside.items()}
+
+
+PLACE_FILES = 5000  # of one place are compared: an editor's plugins may be many
 
 
 def repository_state(repo: Repo) -> dict[str, str]:
@@ -3847,7 +3906,7 @@ def repository_state(repo: Repo) -> dict[str, str]:
     stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
     state |= {f"stash {commit}": commit for commit in stashed}
     state["ref HEAD"] = os.fsdecode((repo.git_dir / "HEAD").read_bytes()).strip().removeprefix("ref: ")
-    state["index"] = git(repo, "ls-files", "--stage", "-z")
+    state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # also which files are assumed to be unchanged
     hooks = {common / "hooks"}
     for scope, name, value in settings_listed(repo):
         if name == "core.hookspath":
@@ -3863,6 +3922,18 @@ def repository_state(repo: Repo) -> dict[str, str]:
         listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z", index=index,
                      env=env).split("\0")
     state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
+    return state | unfinished_state(repo)
+
+
+def unfinished_state(repo: Repo) -> dict[str, str]:
+    """The state of what the user's git would go on with, of what it has done, and of what other runs have."""
+    folder, log = repo.git_dir, repo.git_dir / "logs/HEAD"
+    # A rebase, a series of patches or of picks: git runs what these name.
+    hooks = [folder / name for name in ("rebase-merge/git-rebase-todo", "rebase-apply/next", "sequencer/todo")]
+    files = [folder / name for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD")]
+    state = {f"hook {file}": signature(file) for file in hooks} | {f"file {file}": signature(file) for file in files}
+    state |= {f"record {record}": "is there" for record in (repo.root / ".agent-runs").glob("*")}
+    state[f"log {log}"] = os.fsdecode(log.read_bytes()) if log.is_file() else ""
     return state
 
 
@@ -3881,15 +3952,17 @@ def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
         kind, _, name = key.partition(" ")
         old, new = before.get(key, ""), after.get(key, "")
         shown = "refs/stash" if kind == "stash" else name or key
-        if is_runs_own(repo, key, new):
-            continue
+        if is_runs_own(repo, key, new) or kind in ("log", "record") and new.startswith(old):
+            continue  # a log grows, and other runs have records, too
         if reason := user_refusal(kind, name, old, new):
             refused.append(Violation("fingerprint", shown, reason))
         elif kind in ("ref", "stash") and new and commits_hold(repo, new, before, blobs):
             undo = ref_undone(kind, name, old)
             refused.append(Violation("fingerprint", shown, f"holds the agent's work; undo: {undo}"))
         elif kind == "home":
-            noted.append(f"{shown} was changed during the run: {runs_later().get(Path(name), 'look at it')}")
+            around = (name, *map(str, Path(name).parents))
+            reasons = [reason for place, reason in runs_later().items() if str(place) in around]
+            noted.append(f"{shown} was changed during the run: {reasons[0] if reasons else 'look at it'}")
         else:
             noted.append(f"{shown} of your repository was changed during the run")
     return refused, list(dict.fromkeys(noted))
@@ -4430,6 +4503,13 @@ RUNS_LATER = {  # places of a home directory that are read-only for the agent in
         ".config/systemd .config/autostart .config/environment.d .xprofile .xsession .xsessionrc .pam_environment "
         "Library/LaunchAgents"),
     "programs are found there": ".local/bin bin",
+    "editors run it": ".vimrc .vim .config/nvim .emacs .emacs.d",
+    "debuggers and shells of Python run it": ".pdbrc .ipython",
+    "direnv and tmux run it": ".config/direnv .tmux.conf",
+    "each new shell takes from it what a key does": ".inputrc",
+    "package managers take from it what they run, and where from": (
+        ".cargo/config.toml .npmrc .config/pip .pip .pypirc"),
+    "coding agents run what it names": ".claude/settings.json .codex/config.toml .gemini/settings.json",
     "cron runs it": "/var/spool/cron /etc/cron.d /etc/crontab",
 }
 
@@ -4959,12 +5039,17 @@ def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | Non
         stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """What a git command printed; raises Stop with git's own last words where it fails."""
     ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
-    if ran.exit:
+    left_out = args[0] == "add" and UNREADABLE.encode() in ran.err  # a warning alone: its exit code is 0
+    if ran.exit or left_out:
         # The last line may be advice.
-        first = re.search(r"^(?:error|fatal): (.*)", ran.err.decode("utf-8", "replace"), re.MULTILINE)
-        reason = MASK.text(first[1]) if first else ran.last_line()
+        pattern = rf"^(?:error: |fatal: |warning: (?={UNREADABLE}))(.*)"
+        first = re.search(pattern, ran.err.decode("utf-8", "replace"), re.MULTILINE)
+        reason = distill_cut(MASK.text(first[1])) if first else ran.last_line()
         raise Stop(EXIT_MISSING, f"git {args[0]} failed in {repo.root}: {reason}")
     return os.fsdecode(ran.out)
+
+
+UNREADABLE = "could not open directory"  # git's words, also where a path is too long
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
