@@ -1825,9 +1825,9 @@ def test_callers_stand_above_what_they_call():
     source = RUNNER.read_text(encoding="utf-8")
     four = source[:source.index("# Part Four. ")].count("\n")
     nodes = [node for node in ast.parse(source).body if node.lineno < four]
+    names = {node: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} for node in nodes}
     for node in [node for node in nodes if isinstance(node, ast.FunctionDef)]:
-        callers = [other.lineno for other in nodes if other is not node
-                   and any(isinstance(part, ast.Name) and part.id == node.name for part in ast.walk(other))]
+        callers = [other.lineno for other in nodes if other is not node and node.name in names[other]]
         assert not callers or min(callers) < node.lineno or node.name in BELOW, f"{node.name} stands above all that call it"
         assert len(re.findall(rf"\b{node.name}\b", source)) > 1, f"nobody calls {node.name}"
 
