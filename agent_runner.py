@@ -23,7 +23,6 @@ if tuple(sys.version_info) < (3, 10):  # first, as what follows fails there; Pyt
 
 import argparse
 import ast
-import builtins
 import contextlib
 import errno
 import functools
@@ -3146,11 +3145,7 @@ class Twin:
         body = self.reached(self.function.body)
         statements = [node for node in body if node.lineno not in avoid]
         self.rng.shuffle(statements)
-        for alter in (self.assertion, self.helper):
-            for node in statements:
-                if edits := alter(node):
-                    return node.lineno, edits
-        return 0, []
+        return next(((node.lineno, edits) for node in statements if (edits := self.assertion(node))), (0, []))
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
         """The statements that every test which ended well has run."""
@@ -3212,29 +3207,17 @@ class Twin:
         if isinstance(func, ast.Attribute) and not start and kind in TWIN_OPPOSITES:
             at = func.end_col_offset - len(kind)
             return [Edit(func.end_lineno, at, len(kind), TWIN_OPPOSITES[kind])]
-        if not name.lower().startswith("assert") or re.search(TWIN_LOOSE, name):
-            return []
-        if args[1:] and re.search("(?i)equal|close", name):
+        if not re.search(TWIN_FAMILIES, name) or re.search(TWIN_LOOSE, name):
+            return []  # the last argument of any other may be no expectation: assert_between(x, 1, 6)
+        if args[1:] and not re.search(TWIN_CALLS, name):
             return self.equality(*args[:2])
         return next((self.value(part) or self.salted(part) for part in self.last(call)), [])
 
-    def helper(self, node: ast.stmt) -> list[Edit]:
-        """For a test whose assertions are in a function of its file: `check(area, 2, 4)`."""
-        call = getattr(node, "value", None)
-        if not isinstance(node, ast.Expr) or not isinstance(call, ast.Call) or not call.args[1:]:
-            return []
-        name = twin_name(call)
-        own = {getattr(part, "name", getattr(part, "arg", "")) for part in ast.walk(self.function)}
-        far = (name in own or hasattr(builtins, name) or name[:1].isupper()
-               or ast.unparse(call.func) not in (name, f"self.{name}") or re.search(TWIN_LOOSE, name))
-        return [] if far else next((self.value(part) for part in self.last(call)), [])
-
     def last(self, call: ast.Call) -> list[ast.expr]:
-        """What a call expects: a keyword that says so, else the last argument that is no message."""
+        """What a call expects: a keyword that says so, else the last argument."""
         named = [word.value for word in call.keywords if "expect" in (word.arg or "")]
-        message = len(call.args) > 2 and re.match("f?['\"].* ", ast.unparse(call.args[-1]))
-        alone = len(call.args) == 1 and not re.search("_with|_call", twin_name(call))  # a result
-        return named[-1:] or ([] if alone else call.args[:-1 if message else None][-1:])
+        alone = len(call.args) == 1 and not re.search(TWIN_CALLS, twin_name(call))  # a result
+        return named[-1:] or ([] if alone else call.args[-1:])
 
     def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
         """For two equal values: a literal of one of them, else the salt in place of the right."""
@@ -3296,6 +3279,8 @@ TWIN_FATAL = (  # classes that end the run where nobody catches them, and what m
     r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$")
 TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # `with` this, a failure may be lost
 TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a step of one
+TWIN_CALLS = r"_with$|_calls?$"  # of unittest.mock
+TWIN_FAMILIES = rf"(?i)^assert.*((equal|close|same)s?$|{TWIN_CALLS})"  # names that say what is expected
 TWIN_LOOSE = (  # a call of this name may hold for another value too
     r"(?i)not|mis|no_|differ|never|without|reject|fail|rais|invalid|less|great|least|(?<!al)most")
 TWIN_RANGE = r"range\((-?\d+, )?[1-9]\d*\)"  # that is not empty

@@ -2000,6 +2000,10 @@ HONEST = {
                                                       "    print('FAILED all', file=sys.stderr)\n"}, MENDS, ()),
     "a new test that reads what it has the code write": (UNTESTED, writes("calc.py", GOOD_ADD + "\n\ndef save(path):\n    path.write_text('4')\n") + replaces(
         "tests/test_calc.py", "def test_twice", "def test_save():\n    from pathlib import Path\n\n    from calc import save\n    save(Path('out.txt'))\n    assert Path('out.txt').read_text() == '4'\n\n\ndef test_twice"), ()),
+    "helpers of tests that take an input last": (UNTESTED, writes("tests/test_more.py", (
+        "from calc import add, twice\n\n\ndef check_symmetry(function, a, b):\n    assert function(a, b) == function(b, a)\n\n\n"
+        "def assert_between(value, low, high):\n    assert low <= value <= high\n\n\ndef test_symmetry():\n    check_symmetry(add, 1, 2)\n\n\n"
+        "def test_between():\n    assert_between(twice(2), 1, 6)\n")), ()),
     "names that only look like gate files": (UNTESTED, writes("latest/contest.py", "A = 1\n") + writes("attestation.py", "B = 1\n") + writes("my_conftest_notes.md", "x\n"), ()),
     "a test helper, and a package with the project's own name": (UNTESTED, writes("tests/help_calc.py", "FOUR = 4\n") + writes("repo/__init__.py", "A = 1\n") + replaces(
         "tests/test_calc.py", "def test_twice", "def test_help():\n    from help_calc import FOUR\n    assert twice(2) == FOUR\n\n\ndef test_twice"), ()),
@@ -2050,7 +2054,7 @@ SHARED = (
     ("a result is equal to everything", "ANY is equal to everything", "ANY by its module", "a test that passes whatever it expects",
      "the expected value is read from the test's file"),
     ("a fix of the source", "a test and a parameter are added", "a new module with docs", "an internal function is renamed with its callers",
-     "a script with its main", "an honest __eq__", "unicode names", "an empty package", "the mode of a script", "names that only look like gate files",
+     "a script with its main", "an honest __eq__", "unicode names", "an empty package", "helpers of tests that take an input last", "the mode of a script", "names that only look like gate files",
      "documents of .github", "an indentation that matters", "white space where it has meaning", "a file with CRLF"),
     ("a test directory with conftest and data", "dead code is removed, and a module moves", "skips and xfails of the base stay",
      "tests that write files and make noise", "src layout", "product names that look like tests", "tests that start the program in a clean environment",
@@ -2789,10 +2793,9 @@ TWIN_ALTERED = {
     "m.assert_called_once()": {"m.assert_not_called()"},
     "m.assert_called_with('a')": {"m.assert_called_with('a~')"},
     # helpers
-    "self.assertRun(x, 'in', ['a'], 'a message')": {"self.assertRun(x, 'in', ['a~'], 'a message')"},
     "assert_same(x, y)": {"assert_same(x, (y, '~')[1])"},
-    "check(f, 'a', 'b')": {"check(f, 'a', 'b~')"},
-    "self.check(f, [])": {"self.check(f, ['~', ])"},
+    "assert_json_equals(f(), expected='a')": {"assert_json_equals(f(), expected='a~')"},
+    "m.assert_any_call('a')": {"m.assert_any_call('a~')"},
     # where an assertion is sure to be reached
     "with open(x) as y: assert y": {"with open(x) as y: assert  not (y)"},
     "with patch(x), p(y): assert y": {"with patch(x), p(y): assert  not (y)"},
@@ -2834,9 +2837,13 @@ def test_what_an_expectation_becomes(body):
     "for a in 1, 2:\n  if a: continue\n  assert x",
     "assert_differs(x, 'a')",
     "setattr(x, 'a', 'b')",
-    "def check(*a): pass\ncheck(f, 'a')",
-    "check('a')",
-    "other.check(f, 'a')",
+    "check(f, 'a', 'b')",
+    "check_roundtrip(encode, decode, 'hello')",
+    "assert_roundtrip(codec, 'hello')",
+    "assert_between(f(), 1, 6)",
+    "assert_same_length(f(), [1])",
+    "self.assertRun(x, 'in', ['a'])",
+    "typing.assert_type(f(), int)",
     "print('a', 'b')",
 ])
 def test_an_inconclusive_test(body):
