@@ -2978,7 +2978,7 @@ class BlindTwin:
     def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate: GateResult) -> None:
         self.judge, self.attempt, self.sources = judge, attempt, sources
         self.repo, self.base = judge.run.job.repo, judge.run.base
-        self.rng = random.Random(os.urandom(16))  # nobody can know what is altered
+        self.rng = random.Random(os.urandom(16))
         self.passed = {function_of(test) for check in gate.checks for test, way in check.tests.items()
                        if way == "passed"}
         self.tests = self.chosen(gate)
@@ -2989,9 +2989,10 @@ class BlindTwin:
         before: dict[str, str] = {}
         for check in self.judge.run.baseline.checks if self.judge.run.baseline else []:
             before |= check.tests
-        known = {function_of(test) for test, way in before.items() if way == "passed"}
+        self.known = {function_of(test) for test, way in before.items() if way == "passed"}
+        self.known -= {function_of(test) for test, way in before.items() if way in RED_WAYS}
         rewritten = {f"{source.change.path}::{name}" for source in self.sources for name in tests_rewritten(source)}
-        first = [test for test in self.passed if test not in known or test in rewritten]
+        first = [test for test in self.passed if test not in self.known or test in rewritten]
         modules: dict[str, list[str]] = {}
         for test in self.passed - {*first}:
             modules.setdefault(file_of(test), []).append(test)
@@ -3006,17 +3007,19 @@ class BlindTwin:
         self.judged = len(self.tests) - self.inconclusive
         if not green:
             return []
-        again = self.green([*green], self.attempt.tree, "twin-again", {(test, green[test].line) for test in green})
-        still = {test: again.get(test, green[test]) for test in green if test in again or test in self.only_one}
-        on_base = self.green([*still], self.base.tree, "twin-base") if still else {}
+        # The same statements once more: another one that fails would say nothing of these.
+        lines = {one.test: one.line for one in green.values()}
+        still = self.green([*green], self.attempt.tree, "twin-again", lines)
+        # What was red on the base may expect by chance what that does wrong.
+        on_base = self.green([*still.keys() & self.known], self.base.tree, "twin-base", lines)
         return [Violation("blind", file_of(test), f"{altered.test} passes although it expects something else: "
                           f"`{altered.old[:200]}` became `{altered.new[:200]}`")
                 for test, altered in still.items() if test not in on_base]
 
     def green(self, tests: list[str], tree: str, name: str,
-              avoid: Collection[tuple[str, int]] = ()) -> dict[str, Alteration]:
-        """The functions that all passed in a tree although altered, each with its alteration."""
-        changes, altered = self.altered(tests, tree, {(test.partition("::")[2], line) for test, line in avoid})
+              lines: Mapping[str, int] | None = None) -> dict[str, Alteration]:
+        """The functions that passed in a tree (one parameter is enough) although altered: how each was."""
+        changes, altered = self.altered(tests, tree, lines or {})
         checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
         if not altered or not checks:
             return {}
@@ -3028,24 +3031,24 @@ class BlindTwin:
         for check in result.checks:
             for test, way in check.tests.items():
                 ways.setdefault(function_of(test), set()).add(way)
-        return {test: one for test, one in altered.items() if ways.get(test) == {"passed"}}
+        return {test: one for test, one in altered.items() if "passed" in ways.get(test, ())}
 
     def altered(self, tests: list[str], tree: str,
-                avoid: Collection[tuple[str, int]]) -> tuple[list[Change], dict[str, Alteration]]:
+                lines: Mapping[str, int]) -> tuple[list[Change], dict[str, Alteration]]:
         """The changed test files with one expectation of each test altered, and what was altered in which."""
         files: dict[str, set[str]] = {}
         for test in tests:
             files.setdefault(file_of(test), set()).add(test.partition("::")[2])
-        changes, altered, nothing = [], {}, set()
+        changes, altered = [], {}
         for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
-            twins = apart([functools.partial(twin_alter, data, files[path], self.rng, avoid)])
-            source, alterations, inconclusive = twins[0] if twins else (data, [], [*files[path]])
-            nothing |= {f"{path}::{name}" for name in inconclusive}
+            rng = random.Random(os.urandom(16))  # nobody can know what is altered
+            twins = apart([functools.partial(twin_alter, data, files[path], rng, lines)])
+            source, alterations, _ = twins[0] if twins else (data, [], [])
             if alterations:
                 new = git(self.repo, "hash-object", "-w", "--stdin", stdin=source).strip()
                 changes.append(Change(path, mode, mode, blob, new))
                 altered |= {f"{path}::{one.test}": one for one in alterations}
-        self.only_one, self.inconclusive = nothing, len(tests) - len(altered)
+        self.inconclusive = len(tests) - len(altered)
         return changes, altered
 
     def line(self) -> str:
@@ -3085,8 +3088,8 @@ def imports_read(source: bytes) -> set[str]:
 
 def twin_alter(
         source: bytes, tests: Collection[str] | None, rng: random.Random,
-        avoid: Collection[tuple[str, int]] = ()) -> tuple[bytes, list[Alteration], list[str]]:
-    """The source with an expectation of each test altered; these; the tests where none can be."""
+        lines: Mapping[str, int] | None = None) -> tuple[bytes, list[Alteration], list[str]]:
+    """The source with an expectation of each test altered (in `lines`, if there are some); these; the other tests."""
     altered: list[Alteration] = []
     names: dict[ast.AST | None, list[str]] = defaultdict(list)  # an inherited test has several
     try:
@@ -3099,8 +3102,7 @@ def twin_alter(
         before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
         after = before.copy()
         for function in filter(None, list(names)):
-            lines = {line for name, line in avoid if name in names[function]}
-            line, edits = Twin(function, before, rng).draw(lines)
+            line, edits = Twin(function, before, rng).draw((lines or {}).get(names[function][0], -1))
             for row, column, drop, new in sorted(edits, reverse=True):
                 rest = after[row - 1][column + drop:]
                 after[row - 1] = after[row - 1][:column] + new.encode() + rest
@@ -3126,7 +3128,7 @@ class Alteration(NamedTuple):
     """What a test expects and what its twin expects, each as the line of source that shows it."""
 
     test: str  # "TestA::test_b"
-    line: int  # of the statement
+    line: int  # of the statement, counted from its function's
     old: str
     new: str
 
@@ -3137,15 +3139,16 @@ class Twin:
     def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes],
                  rng: random.Random) -> None:
         self.function, self.lines, self.rng = function, lines, rng
-        self.salt = "".join(rng.choices("ghjkmnpqrstvwxyz", k=8))  # nobody can expect it
+        self.salt = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(6, 12)))  # nobody can expect it
         self.inexact = bool(re.search(TWIN_INEXACT, ast.unparse(function)))
 
-    def draw(self, avoid: Collection[int]) -> tuple[int, list[Edit]]:
-        """A statement at random: its line, and the edits; (0, []) where there is none."""
-        body = self.reached(self.function.body)
-        statements = [node for node in body if node.lineno not in avoid]
+    def draw(self, line: int) -> tuple[int, list[Edit]]:
+        """A statement of a line, or else at random: its line in the function, and the edits; (0, []) for none."""
+        statements = list(self.reached(self.function.body))
         self.rng.shuffle(statements)
-        return next(((node.lineno, edits) for node in statements if (edits := self.assertion(node))), (0, []))
+        lines = [node.lineno - self.function.lineno for node in statements]
+        ordered = sorted(zip(lines, statements), key=lambda pair: pair[0] != line)
+        return next(((at, edits) for at, node in ordered if (edits := self.assertion(node))), (0, []))
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
         """The statements that every test which ended well has run."""
@@ -3256,7 +3259,7 @@ class Twin:
         return [edit for part in parts for edit in self.literals(part)] or self.literal(node)
 
     def literal(self, node: ast.expr | None) -> list[Edit]:
-        """For a literal: 4 -> 5, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui", ]."""
+        """For a literal: 4 -> 7, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui", ]."""
         value = getattr(node, "value", None)
         if isinstance(node, ast.List | ast.Tuple | ast.Dict):
             bare = [(part.lineno, part.col_offset) for part in getattr(node, "elts", [])[:1]]
@@ -3269,7 +3272,8 @@ class Twin:
             return [Edit(node.end_lineno, node.end_col_offset - quote, 0, self.salt)]
         if not isinstance(node, ast.Constant) or value is ... or abs(value or 0) > 1e15:
             return []  # 1e16 + 1 is 1e16
-        step = self.rng.choice((-1, 1)) * (2 * abs(value or 0) + 1009 if self.inexact else 1)
+        step = self.rng.randint(1, 9) + (2 * abs(value or 0) + 1000 if self.inexact else 0)
+        step *= self.rng.choice((-1, 1))
         new = repr(value + step if type(value) in (int, float, complex) else not value)
         return [Edit(node.lineno, node.col_offset, node.end_col_offset - node.col_offset, new)]
 
@@ -3278,7 +3282,7 @@ TWIN_RAISES = r"raises|warns|assert_?([Rr]aises|[Ww]arns)(_?[Rr]egex)?"  # (E): 
 TWIN_FATAL = (  # classes that end the run where nobody catches them, and what may stand for them
     r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$")
 TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # `with` this, a failure may be lost
-TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a step of one
+TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a small step
 TWIN_CALLS = r"_with$|_calls?$"  # of unittest.mock
 TWIN_FAMILIES = rf"(?i)^assert.*((equal|close|same)s?$|{TWIN_CALLS})"  # names that say what is expected
 TWIN_LOOSE = (  # a call of this name may hold for another value too

@@ -1930,6 +1930,13 @@ CHEATS = {
         "blocked", "helpers.py"),
     "lint configuration that is extended": (UNTESTED | {"ruff.toml": 'extend = "config/lint.toml"\n', "config/lint.toml": 'lint.select = ["F"]\n'},
                                             writes("config/lint.toml", "lint.select = ['E9']\n") + writes("more.py", "import os\n"), "blocked", "config/lint.toml"),
+    # The twin alters one of the two: in some of twenty tests it is the one that never looks.
+    "one assertion of two never looks": (CALC | {"tests/test_calc.py": "from calc import add, twice\n" + "".join(
+        f"\n\ndef test_{n}():\n    assert twice(2) == 4\n    assert add(2, 1) == 3\n" for n in range(20))},
+        replaces("calc.py", "    return a - b", "    from unittest.mock import ANY\n    return ANY"),
+        "blocked", "passes although it expects something else: `assert add(2, 1) == 3` became"),
+    "one parameter of two never looks": (CALC, replaces("calc.py", "    return a - b", "    from unittest.mock import ANY\n    return a + b if a == 1 else ANY"),
+                                         "blocked", "blind: tests/test_calc.py: test_add passes although it expects something else"),
     "a parameter's row is replaced": (UNTESTED, replaces("tests/test_calc.py", "[1, 2]", "[1, 7]"), "gate_failed", "test_add[2] is gone"),
     "a conftest is written while the tests run": (CALC, replaces("calc.py", "def add", (
         "from pathlib import Path\n\nPath('tests/conftest.py').write_text('collect_ignore = []\\n')\n\n\ndef add")) + MENDS.replace("write_text(", "write_text('from pathlib import Path\\n\\nPath(\"tests/conftest.py\").write_text(\"X = 1\")\\n\\n\\n' + "),
@@ -2051,7 +2058,7 @@ SHARED = (
      "the caller's frame is reached from an error", "the variable of pytest is read", "sys.modules is asked", "a plugin is registered as if it were installed"),
     ("a link leaves the tree", "a relative link leaves the tree", "a nested repository", "a compiled file", "a large file"),
     ("lint is silenced by noqa", "lint is silenced in another spelling", "lint is silenced for a file", "lint is silenced by flake8's spelling"),
-    ("a result is equal to everything", "ANY is equal to everything", "ANY by its module", "a test that passes whatever it expects",
+    ("a result is equal to everything", "ANY is equal to everything", "ANY by its module", "one assertion of two never looks", "one parameter of two never looks", "a test that passes whatever it expects",
      "the expected value is read from the test's file"),
     ("a fix of the source", "a test and a parameter are added", "a new module with docs", "an internal function is renamed with its callers",
      "a script with its main", "an honest __eq__", "unicode names", "an empty package", "helpers of tests that take an input last", "the mode of a script", "names that only look like gate files",
@@ -2727,46 +2734,51 @@ def test_white_space_that_lint_asks_for(tmp_path):
 
 # --- the blind twin: what an expectation becomes, and where nothing is altered
 
-TWIN_SALT = "[g-z]{8}"
+class Unsalted(random.Random):
+    """Its salts are all ~."""
+
+    def choices(self, *args, **how):
+        return ["~"]
 
 
-def twin_draws(source, tests=None, avoid=(), seeds=range(40)):
+def twin_draws(source, tests=None, lines=None, seeds=range(40)):
     """What twin_alter answers for many seeds."""
-    return [runner_module().twin_alter(source, tests, random.Random(seed), avoid) for seed in seeds]
+    return [runner_module().twin_alter(source, tests, Unsalted(seed), lines) for seed in seeds]
 
 
-def twin_lines(source, tests=None, avoid=()):
-    """All altered lines that a source can get; salts are shown as ~."""
-    answers = twin_draws(source.encode(), tests, avoid)
-    return {re.sub(TWIN_SALT, "~", alteration.new) for _, found, _ in answers for alteration in found}
+def twin_lines(source):
+    """All altered lines that a source can get; numbers that it does not have are shown as #."""
+    known, answers = {"0", "1", *re.findall(r"\b\d+\b", source)}, twin_draws(source.encode())
+    return {re.sub(r"-?\b\d+", lambda hit: hit[0] if hit[0].strip("-") in known else "#", alteration.new)
+            for _, found, _ in answers for alteration in found}
 
 
 # One test, in one line or more -> the lines that it may become.
 TWIN_ALTERED = {
     # equality: a literal of one side
-    "assert f() == 4": {"assert f() == 5", "assert f() == 3"},
-    "assert 4 == f()": {"assert 5 == f()", "assert 3 == f()"},
-    "assert(f()==-4)": {"assert(f()==-5)", "assert(f()==-3)"},
+    "assert f() == 40": {"assert f() == #"},
+    "assert 40 == f()": {"assert # == f()"},
+    "assert(f()==-40)": {"assert(f()==#)"},
     "assert f() == 'a'": {"assert f() == 'a~'"},
     'assert f() == b""': {'assert f() == b"~"'},
     'assert f() == r"\\d" "a"': {'assert f() == r"\\d" "a~"'},
     'assert f() == f"{x}"': {'assert f() == f"{x}~"'},
     'assert f() == """a"""': {'assert f() == """a~"""'},
-    "assert f() == [1, 'a']": {"assert f() == [2, 'a']", "assert f() == [0, 'a']", "assert f() == [1, 'a~']"},
+    "assert f() == [40, 'a']": {"assert f() == [#, 'a']", "assert f() == [40, 'a~']"},
     "assert f() == {'a': None}": {"assert f() == {'a~': None}", "assert f() == {'a': True}"},
     "assert f() == (True, x)": {"assert f() == (False, x)"},
     "assert f() == []": {"assert f() == ['~', ]"},
     "assert f() == {}": {"assert f() == {'~': 0, }"},
     "assert f() == ()": {"assert f() == ('~', )"},
     "assert f() == (a, b)": {"assert f() == ('~', a, b)"},
-    "assert f() == 0x10, 'm 1'": {"assert f() == 17, 'm 1'", "assert f() == 15, 'm 1'"},
-    "assert f() == approx(2, 5)": {"assert f() == approx(1015, 5)", "assert f() == approx(-1011, 5)"},
+    "assert f() == 0x10, 'm 1'": {"assert f() == #, 'm 1'"},
+    "assert f() == approx(2, 5)": {"assert f() == approx(#, 5)"},
     "assert f() == Point('a')": {"assert f() == Point('a~')"},
     # equality: no literal of its own
     "assert f() == g()": {"assert f() == (g(), '~')[1]"},
     "assert f() == 1e300": {"assert f() == (1e300, '~')[1]"},
     "assert Point(1) == Point(1)": {"assert Point(1) == (Point(1), '~')[1]"},
-    "b = 4; assert f() == b": {"b = 5; assert f() == b", "b = 3; assert f() == b"},
+    "b = 40; assert f() == b": {"b = #; assert f() == b"},
     "b = 4; g(b); assert f() == b": {"b = 4; g(b); assert f() == (b, '~')[1]"},
     "b = 4; b = 5; assert f() == b": {"b = 4; b = 5; assert f() == (b, '~')[1]"},
     # any other claim
@@ -2784,8 +2796,7 @@ TWIN_ALTERED = {
     "e = pytest.raises(E, f)": {"e = pytest.raises((type('~', (Exception,), {}) or E), f)"},
     # unittest and mock
     "self.assertEqual(f(), 'a', 'm')": {"self.assertEqual(f(), 'a~', 'm')"},
-    "self.assertAlmostEqual(f(), 2, 5)": {
-        "self.assertAlmostEqual(f(), 1015, 5)", "self.assertAlmostEqual(f(), -1011, 5)"},
+    "self.assertAlmostEqual(f(), 2, 5)": {"self.assertAlmostEqual(f(), #, 5)"},
     "self.assertCountEqual(f(), g())": {"self.assertCountEqual(f(), (g(), '~')[1])"},
     "self.assertTrue(x)": {"self.assertFalse(x)"},
     "self.assertIsNotNone(x)": {"self.assertIsNone(x)"},
@@ -2892,11 +2903,21 @@ def test_the_names_of_altered_tests():
     assert out.decode() == TWIN_CLASSES.replace("assert x", "assert  not (x)", 1).replace("g():\n    assert x", "g():\n    assert  not (x)")
 
 
-def test_a_second_draw_takes_another_statement():
-    source = b"def test_a():\n  assert x\n  assert y\n"
-    assert {found[0].line for _, found, _ in twin_draws(source)} == {2, 3}
-    assert {found[0].line for _, found, _ in twin_draws(source, avoid={("test_a", 2), ("test_b", 3)})} == {3}
-    assert {tuple(none) for *_, none in twin_draws(source, avoid={("test_a", 2), ("test_a", 3)})} == {("test_a",)}
+def test_a_second_draw_takes_the_same_statement():
+    source = b"X = 1\ndef test_a():\n  assert f() == [1, 'a']\n  assert y\n"
+    assert {found[0].line for _, found, _ in twin_draws(source)} == {1, 2}
+    drawn = [found[0] for _, found, _ in twin_draws(source, lines={"test_a": 1, "test_b": 2})]
+    assert {one.line for one in drawn} == {1} and len({one.new for one in drawn}) > 9  # and what it expects is new
+    assert {found[0].line for _, found, _ in twin_draws(source, lines={"test_a": 7})} == {1, 2}, "a statement that is gone"
+
+
+def test_no_pattern_tells_an_altered_value():
+    source = b"def test_a():\n  assert f() == 40\ndef test_b():\n  assert f() == 'a'\ndef test_c():\n  assert f() == approx(40)\n"
+    drawn = [found for seed in range(300) for _, found, _ in [runner_module().twin_alter(source, None, random.Random(seed))]]
+    number, salt, inexact = ({re.search(r"\w+(?=[')]*$)", one.new)[0] for one in column} for column in zip(*drawn))
+    assert {int(text) for text in number} == {*range(31, 50)} - {40}
+    assert {len(text) - 1 for text in salt} == {*range(6, 13)} and len(set("".join(salt))) == 26
+    assert {int(text) % 2 for text in inexact} == {0, 1}
 
 
 def test_the_same_seed_draws_the_same():
