@@ -538,6 +538,7 @@ class Judge:
         there = tree_paths(self.run.job.repo, self.run.base.tree)
         used = {path for check in before for path in check.facts.get("used", [])}
         used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
+        used -= {path for check in before for path in check.facts.get("doctests", [])}
         now = tree_paths(self.run.job.repo, gate.tree) | {file_of(test) for check in after for test in check.tests}
         # What a test only reads, and what was not there when it began, may be what it has the code write: so it
         # counts beside the files that the base's tests use alone.
@@ -611,6 +612,7 @@ class Judge:
         """What stands against a change, what would but is allowed, and what a reviewer should know."""
         run, changes = self.run, [source.change for source in sources]
         found, notes = guard_change(sources, gate_files, run.scope.get("globs", []), run.job.checks)
+        found += guard_reads(run.baseline, gate, gate_files) + guard_doctests(sources, run.baseline)
         there = tree_paths(run.job.repo, run.base.tree)
         roots = {""} if "src/__init__.py" in there else {"", "src/"}
         for check in (*gate.checks, *(run.baseline.checks if run.baseline else [])):
@@ -1725,7 +1727,8 @@ def guard_read(sources: list[Source]) -> list[Violation]:
 
 def source_read(change: Change, old: bytes, new: bytes) -> dict[tuple[str, str], Any]:
     """What each reader says of a file, before and after."""
-    return {(reader.__name__, blob): reader(data) for reader in (marks_read, test_detection, tests_read, rest_read)
+    readers = (marks_read, test_detection, tests_read, rest_read, doctests_read)
+    return {(reader.__name__, blob): reader(data) for reader in readers
             for blob, data in ((change.old_blob, old), (change.new_blob, new))}
 
 
@@ -1995,6 +1998,48 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
             if asked and ast.unparse(node.comparators[0]).endswith("modules"):
                 hits.append((node.lineno, "asks whether pytest is running it"))
     return hits
+
+
+def guard_reads(base: GateResult | None, gate: GateResult, gate_files: GateFiles) -> list[Violation]:
+    """The product code that was seen to open the tests' source, and was not on the base."""
+    before, now = ([line.split("\t", 1) for check in (result.checks if result else [])
+                    for line in check.facts.get("reads", [])] for result in (base, gate))
+    known = {at.rpartition(":")[0] for at, path in before if gate_role(path, gate_files) == "test"}
+    places: dict[str, list[str]] = defaultdict(list)
+    for at, path in now:
+        product = at.rpartition(":")[0]
+        if gate_role(path, gate_files) == "test" and not gate_role(product, gate_files) and product not in known:
+            places[at].append(path)
+    return [Violation("test-detection", at, f"reads the tests: {words_first(paths)}") for at, paths in places.items()]
+
+
+def guard_doctests(sources: list[Source], base: GateResult | None) -> list[Violation]:
+    """The examples in docstrings, run on the base, that expect something else now."""
+    ran = {path for check in (base.checks if base else []) for path in check.facts.get("doctests", [])}
+    found = []
+    for source in sources:
+        path = source.change.path
+        old, new = (Counter(read(doctests_read, blob)) if path in ran else Counter()
+                    for blob in (source.change.old_blob, source.change.new_blob))
+        come = dict((new - old).keys())
+        found += [Violation("weakened", path, f"the example `{one_line(example)}` gave `{one_line(output)}` on the "
+                            f"base, and now `{one_line(come[example])}`")
+                  for example, output in old - new if example in come]
+    return found
+
+
+def doctests_read(source: bytes) -> list[tuple[str, str]]:
+    """The examples in a Python file's docstrings, each with its output; [] for what cannot be parsed."""
+    import doctest
+    examples = []
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):
+        return []
+    for node in [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS))]:
+        with contextlib.suppress(ValueError):  # one that doctest cannot read
+            examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return [(example.source.strip(), example.want.strip()) for example in examples]
 
 
 def guard_shadows(names: dict[str, tuple[str, set[str]]], gone: set[str], python: str, root: Path) -> list[Violation]:
@@ -2469,7 +2514,7 @@ def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: 
 # gate's checkout, and any that still come from the user's are reported. The plugin also writes the
 # report: one JSON line an event, so that a run that is stopped or dies still has its failures.
 PYTEST_PLUGIN = '''
-import faulthandler, hashlib, json, os, pytest, sys, time
+import codecs, faulthandler, hashlib, io, json, os, pytest, sys, time
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -2507,22 +2552,35 @@ sys.meta_path.insert(0, Moved)
 XUNIT = [f"{when}{what}" for when in ("setup_", "teardown_") for what in ("module", "function", "class", "method")]
 XUNIT += ["setUpModule", "tearDownModule"]
 
+OPENERS = {io.__file__, codecs.__file__, os.__file__, "<frozen io>", "<frozen codecs>", "<frozen os>"}
+
 class Used:
     """What the tests use: the files of the checkout that decide what a test says."""
     def __init__(self):
-        self.files, self.opened = set(), {}
+        self.files, self.opened, self.reads, self.doctests = set(), {}, set(), set()
         sys.addaudithook(self.hook)
 
     def hook(self, event, args):
-        if event != "open" or not isinstance(args[0], str) or args[0].endswith((".py", ".pyc")):
+        if event != "open" or not isinstance(args[0], (str, bytes, os.PathLike)):
             return
-        path, frame = os.path.abspath(args[0]), sys._getframe(1)
+        path, frame = os.path.abspath(os.fsdecode(args[0])), sys._getframe(1)
         if not path.startswith(HERE + os.sep) or isinstance(args[1], str) and not {"r", "+"} & set(args[1]):
             return
+        if path.endswith((".py", ".pyc")):
+            return self.read(path, frame)
         while frame and not frame.f_code.co_filename.startswith(HERE + os.sep):
             frame = frame.f_back
         if frame:
             self.opened.setdefault(path, set()).add(frame.f_code.co_filename)
+
+    def read(self, path, frame):
+        """Note where code of the checkout itself opens a module, and not Python's import or linecache for it."""
+        library = os.path.dirname(os.__file__) + os.sep + "pathlib"
+        while frame and (frame.f_code.co_filename in OPENERS or frame.f_code.co_filename.startswith(library)):
+            frame = frame.f_back
+        if frame and frame.f_code.co_filename.startswith(HERE + os.sep):
+            at = os.path.relpath(frame.f_code.co_filename, HERE)
+            self.reads.add(f"{at}:{frame.f_lineno}\\t{os.path.relpath(path, HERE)}")
 
     def add(self, thing):
         """The file of a path, a module, or a function."""
@@ -2532,7 +2590,10 @@ class Used:
             self.files |= {os.path.abspath(path), os.path.realpath(path)}
 
     def item(self, item):
-        self.add(item.path)
+        if hasattr(item, "dtest") and item.path.suffix == ".py":
+            self.doctests.add(str(item.path))  # the code itself, with examples
+        else:
+            self.add(item.path)
         for cls in getattr(getattr(item, "cls", None), "__mro__", ()):
             self.add(sys.modules.get(cls.__module__))
         for fixtures in getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {}).values():
@@ -2552,7 +2613,10 @@ class Used:
     def paths(self):
         """All of them, relative to the checkout."""
         decided = self.files | {path for path, frames in self.opened.items() if frames & self.files}
-        return sorted(os.path.relpath(path, HERE) for path in decided if path.startswith(HERE + os.sep))
+        return self.inside(decided)
+
+    def inside(self, paths):
+        return sorted(os.path.relpath(path, HERE) for path in paths if path.startswith(HERE + os.sep))
 
 class Report:
     """This process's report: a JSON line for each event; the last one has a digest of the others."""
@@ -2617,6 +2681,7 @@ class Report:
         for plugin in config.pluginmanager.get_plugins():
             self.used.plugin(plugin)
         self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots, used=self.used.paths(),
+                   reads=sorted(self.used.reads), doctests=self.used.inside(self.used.doctests - self.used.files),
                    files=config.getini("python_files"), folders=config.getini("testpaths"),
                    digest=self.digest.hexdigest())
         self.lines.close()
@@ -2638,7 +2703,7 @@ class PytestReport(NamedTuple):
 
     tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
     failures: list[Failure]
-    facts: dict[str, Any]  # wrong_origin, roots, used, files, folders; {} where the session has no end
+    facts: dict[str, Any]  # the lists of EVENTS["closed"]; {} where the session has no end
     running: list[str]  # the tests that had started and not ended
     stack: str  # of all threads, shortly before the limit
     trouble: str  # why the report is not whole, or ""
@@ -2668,7 +2733,7 @@ def pytest_report(report: Path) -> PytestReport:
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
-                 for key in ("wrong_origin", "roots", "used", "files", "folders")}
+                 for key, kind in EVENTS["closed"].items() if kind is list}
     elif not trouble:
         trouble = "and its report breaks off" if tests or started else "and there is no report"
     stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
@@ -2698,7 +2763,8 @@ EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
     "collected": {"tests": list},
     "started": {"test": str},
     "ended": {"test": str, "when": str, "outcome": str},
-    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "files": list, "folders": list},
+    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "reads": list, "doctests": list,
+               "files": list, "folders": list},
 }
 
 
@@ -2971,7 +3037,11 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 
 class BlindTwin:
-    """The tests of a green change once more, each with one expectation altered: every one of them must fail."""
+    """The tests of a green change twice more: with one expectation of each altered, and as they are (the control).
+
+    The first must make every one of them fail, the second none. Nothing that a run can see tells which of the two it
+    is: they differ from the gate in the same ways, and in which checkout each runs, and in which order, is drawn.
+    """
 
     MOST = 30  # tests, so that a large suite costs no second run
 
@@ -2979,85 +3049,158 @@ class BlindTwin:
         self.judge, self.attempt, self.sources = judge, attempt, sources
         self.repo, self.base = judge.run.job.repo, judge.run.base
         self.rng = random.Random(os.urandom(16))
-        self.passed = {function_of(test) for check in gate.checks for test, way in check.tests.items()
-                       if way == "passed"}
-        self.tests = self.chosen(gate)
-        self.judged, self.inconclusive = 0, 0
+        self.before, self.gate = (tests_all(result) for result in (judge.run.baseline, gate))
+        self.rewritten = {f"{source.change.path}::{name}" for source in sources for name in tests_rewritten(source)}
+        # One that was red on the base may by chance expect what that does wrong: then the base says nothing of it.
+        self.known = {function_of(test) for test, way in self.before.items() if way == "passed"}
+        self.known -= {function_of(test) for test, way in self.before.items() if way in RED_WAYS}
+        self.all = self.chosen()
+        self.tests = self.all[:self.MOST]
+        self.judged: set[str] = set()
+        self.refused = 0
 
-    def chosen(self, gate: GateResult) -> list[str]:
+    def chosen(self) -> list[str]:
         """The functions to alter: healed, new and rewritten ones, and one in each module that imports the change."""
-        before: dict[str, str] = {}
-        for check in self.judge.run.baseline.checks if self.judge.run.baseline else []:
-            before |= check.tests
-        self.known = {function_of(test) for test, way in before.items() if way == "passed"}
-        self.known -= {function_of(test) for test, way in before.items() if way in RED_WAYS}
-        rewritten = {f"{source.change.path}::{name}" for source in self.sources for name in tests_rewritten(source)}
-        first = [test for test in self.passed if test not in self.known or test in rewritten]
+        passed = {function_of(test) for test, way in self.gate.items() if way == "passed"}
+        first = sorted(test for test in passed if test not in self.known or test in self.rewritten)
         modules: dict[str, list[str]] = {}
-        for test in self.passed - {*first}:
+        for test in passed - {*first}:
             modules.setdefault(file_of(test), []).append(test)
         importing = modules_importing(self.repo, self.attempt.tree, sorted(modules), self.sources)
         others = [self.rng.choice(sorted(modules[path])) for path in importing]
         self.rng.shuffle(first)
-        return [*first, *others][:self.MOST]
+        return [*first, *others]
 
     def violations(self) -> list[Violation]:
-        """The tests that stay green although they expect something else, on two draws, and not on the base as well."""
-        green = self.green(self.tests, self.attempt.tree, "twin")
-        self.judged = len(self.tests) - self.inconclusive
-        if not green:
-            return []
+        """What stands against the tests that stay green in the twin, and against those that fail in the control."""
+        draw, green, lost = self.compare("")
+        self.judged = {test for test, one in draw.altered.items() if one.line >= 0 or test not in green}
+        if lost:  # once more, one after the other: two runs at once may have been in each other's way
+            _, more, lost = self.compare("-alone", at_once=False)
+            green |= more
+        found = self.blind(green) if green else []
+        for test in self.unexplained(lost) if lost else []:
+            found.append(Violation("blind", file_of(test), f"{test.partition('::')[2]} passes in the gate, and fails "
+                                   "when it is run again with a comment added to its file"))
+        self.refused = len(found)
+        return found
+
+    def compare(self, which: str, at_once: bool = True) -> tuple[Draw, dict[str, Alteration], set[str]]:
+        """A draw of all the tests, those that stay green although altered, those that fail although they are not."""
+        draw = self.draw(self.tests, self.attempt.tree)
+        trees = {f"twin{which}": draw.twin, f"control{which}": draw.control}
+        twin, control = self.run(trees, draw, at_once)
+        return draw, draw.green(twin), tests_gone(self.gate, control, draw)
+
+    def blind(self, green: Mapping[str, Alteration]) -> list[Violation]:
+        """What stands against tests that stay green: on a second draw as well, and not on the base."""
         # The same statements once more: another one that fails would say nothing of these.
-        lines = {one.test: one.line for one in green.values()}
-        still = self.green([*green], self.attempt.tree, "twin-again", lines)
-        # What was red on the base may expect by chance what that does wrong.
-        on_base = self.green([*still.keys() & self.known], self.base.tree, "twin-base", lines)
-        return [Violation("blind", file_of(test), f"{altered.test} passes although it expects something else: "
-                          f"`{altered.old[:200]}` became `{altered.new[:200]}`")
-                for test, altered in still.items() if test not in on_base]
+        lines = {test: one.line for test, one in green.items()}
+        draw = self.draw([*green], self.attempt.tree, lines)
+        still = draw.green(self.run({"twin-again": draw.twin}, draw)[0])
+        draw = self.draw([*still.keys() & self.known], self.base.tree, lines)
+        on_base = draw.green(self.run({"twin-base": draw.twin}, draw)[0])
+        found = []
+        for test, one in still.items():
+            if one.line < 0 and test in draw.altered.keys() - on_base.keys():
+                reason = f"{one.test} passes although all that it expects was altered: nothing of it is reached"
+                found.append(Violation("weakened", file_of(test), reason))
+            elif one.line >= 0 and test not in on_base:
+                found.append(Violation("blind", file_of(test), f"{one.test} passes although it expects something else: "
+                                       f"`{one.old[:200]}` became `{one.new[:200]}`"))
+        return found
 
-    def green(self, tests: list[str], tree: str, name: str,
-              lines: Mapping[str, int] | None = None) -> dict[str, Alteration]:
-        """The functions that passed in a tree (one parameter is enough) although altered: how each was."""
-        changes, altered = self.altered(tests, tree, lines or {})
+    def unexplained(self, lost: set[str]) -> list[str]:
+        """Those that do not fail on the base as well, where they passed, when they are run in the same way."""
+        draw = self.draw([*lost & self.known], self.base.tree)
+        there = tests_gone(self.before, self.run({"control-base": draw.control}, draw)[0], draw)
+        return sorted(lost - there)
+
+    def run(self, trees: Mapping[str, str], draw: Draw, at_once: bool = True) -> list[dict[str, str]]:
+        """How the tests of the drawn files end in each tree: {id: way}."""
+        from concurrent.futures import ThreadPoolExecutor
         checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
-        if not altered or not checks:
-            return {}
-        twin = tree_put(self.repo, tree, changes, self.judge.private / "overlay-index")
-        files = sorted(change.path for change in changes)
-        result = gate_step(f"blind {name}, attempt {self.attempt.number}", self.judge.base, twin,
-                           f"{self.attempt.number}-{name}", checks, [*files, "--tb=no"])
-        ways: dict[str, set[str]] = {}
-        for check in result.checks:
-            for test, way in check.tests.items():
-                ways.setdefault(function_of(test), set()).add(way)
-        return {test: one for test, one in altered.items() if "passed" in ways.get(test, ())}
+        if not draw.altered or not checks:
+            return [{} for _ in trees]
+        gates, number = [self.judge.change, self.judge.base], self.attempt.number
+        self.rng.shuffle(gates)
+        runs = list(zip(trees.items(), gates))
+        self.rng.shuffle(runs)
 
-    def altered(self, tests: list[str], tree: str,
-                lines: Mapping[str, int]) -> tuple[list[Change], dict[str, Alteration]]:
-        """The changed test files with one expectation of each test altered, and what was altered in which."""
+        def start(run: tuple[tuple[str, str], Gate]) -> tuple[str, dict[str, str]]:
+            (name, tree), gate = run
+            directory_remove(gate.private / "cache")  # of pytest: one that is filled tells
+            (gate.private / "cache").mkdir()
+            words = name.replace("twin", "blind twin")
+            return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree, f"{number}-{name}", checks,
+                                             [*draw.files, "--tb=no"]))
+
+        with ThreadPoolExecutor(len(runs) if at_once else 1) as pool:
+            results = dict(pool.map(start, runs))
+        return [results[name] for name in trees]
+
+    def draw(self, tests: Collection[str], tree: str, lines: Mapping[str, int] | None = None) -> Draw:
+        """One expectation of each test altered (in its line of `lines`, where it has one), where that can be done."""
         files: dict[str, set[str]] = {}
         for test in tests:
             files.setdefault(file_of(test), set()).add(test.partition("::")[2])
-        changes, altered = [], {}
+        twins, controls, altered = [], [], {}
         for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
             rng = random.Random(os.urandom(16))  # nobody can know what is altered
-            twins = apart([functools.partial(twin_alter, data, files[path], rng, lines)])
-            source, alterations, _ = twins[0] if twins else (data, [], [])
-            if alterations:
-                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=source).strip()
+            at = {name: lines[f"{path}::{name}"] for name in files[path]} if lines else {}
+            here = {name for name in files[path] if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
+            answers = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
+            source, alterations, _ = answers[0] if answers else (data, [], [])
+            altered |= {f"{path}::{one.test}": one for one in alterations}
+            for changes, text in ((twins, source), (controls, data)) if alterations else ():
+                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=twin_comment(text, rng)).strip()
                 changes.append(Change(path, mode, mode, blob, new))
-                altered |= {f"{path}::{one.test}": one for one in alterations}
-        self.inconclusive = len(tests) - len(altered)
-        return changes, altered
+        twin, control = (tree_put(self.repo, tree, changes, self.judge.private / "overlay-index")
+                         for changes in (twins, controls))
+        return Draw(altered, [change.path for change in twins], twin, control)
 
     def line(self) -> str:
         """What the twin has shown, for the proposal; "" where there was nothing to alter."""
         if not self.tests:
             return ""
-        nothing = len(self.tests) - self.judged
-        words = f"{self.judged} of {len(self.tests)} tests were run with an altered expectation, and all of them failed"
-        return words + (f"; {nothing} had none that can be altered" if nothing else "")
+        judged, nothing = len(self.judged), len(self.tests) - len(self.judged)
+        failed = f"all but {self.refused}" if self.refused else "all"
+        words = f"{judged} of {len(self.all)} tests were run with an altered expectation, and {failed} of them failed"
+        words += f"; {nothing} had none that can be altered" if nothing else ""
+        more = len(self.all) - len(self.tests)
+        return words + (f"; {more} were not drawn" if more else "")
+
+
+class Draw(NamedTuple):
+    """Some tests whose expectations are altered, and the trees in which they are, and are not."""
+
+    altered: dict[str, Alteration]
+    files: list[str]
+    twin: str
+    control: str  # the same files with a comment more
+
+    def green(self, ways: Mapping[str, str]) -> dict[str, Alteration]:
+        """The altered tests that passed all the same; with one of its parameters is enough."""
+        passed = {function_of(test) for test, way in ways.items() if way == "passed"}
+        return {test: one for test, one in self.altered.items() if test in passed}
+
+
+def tests_gone(before: Mapping[str, str], after: Mapping[str, str], draw: Draw) -> set[str]:
+    """Those of the drawn tests that passed before and do not now."""
+    if not draw.altered:
+        return set()
+    return {function_of(test) for test in (*tests_worse(before, after), *tests_lost(before, after))} & {*draw.altered}
+
+
+def tests_all(result: GateResult | None) -> dict[str, str]:
+    """How all tests of a result ended: {id: way}."""
+    return {test: way for check in (result.checks if result else []) for test, way in check.tests.items()}
+
+
+def twin_comment(source: bytes, rng: random.Random) -> bytes:
+    """A source with a comment of random length at its end: nobody knows its digest or its size."""
+    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(20, 400)))
+    return source + (b"" if source.endswith((b"\n", b"\r")) else b"\n") + f"# {text}\n".encode()
 
 
 def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Source]) -> list[str]:
@@ -3088,8 +3231,12 @@ def imports_read(source: bytes) -> set[str]:
 
 def twin_alter(
         source: bytes, tests: Collection[str] | None, rng: random.Random,
-        lines: Mapping[str, int] | None = None) -> tuple[bytes, list[Alteration], list[str]]:
-    """The source with an expectation of each test altered (in `lines`, if there are some); these; the other tests."""
+        lines: Mapping[str, int] | None = None,
+        rewritten: Collection[str] = ()) -> tuple[bytes, list[Alteration], list[str]]:
+    """The source with an expectation of each test altered (in `lines`, if there are some); these; the other tests.
+
+    Of those of `rewritten` that have none that is sure to be reached, all expectations are altered.
+    """
     altered: list[Alteration] = []
     names: dict[ast.AST | None, list[str]] = defaultdict(list)  # an inherited test has several
     try:
@@ -3102,7 +3249,10 @@ def twin_alter(
         before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
         after = before.copy()
         for function in filter(None, list(names)):
-            line, edits = Twin(function, before, rng).draw((lines or {}).get(names[function][0], -1))
+            twin = Twin(function, before, rng)
+            line, edits = twin.draw((lines or {}).get(names[function][0], -1))
+            if not edits and any(name in rewritten for name in names[function]):
+                line, edits = -1, twin.everything()
             for row, column, drop, new in sorted(edits, reverse=True):
                 rest = after[row - 1][column + drop:]
                 after[row - 1] = after[row - 1][:column] + new.encode() + rest
@@ -3128,7 +3278,7 @@ class Alteration(NamedTuple):
     """What a test expects and what its twin expects, each as the line of source that shows it."""
 
     test: str  # "TestA::test_b"
-    line: int  # of the statement, counted from its function's
+    line: int  # of the statement, counted from its function's; -1: all that it expects is altered
     old: str
     new: str
 
@@ -3149,6 +3299,11 @@ class Twin:
         lines = [node.lineno - self.function.lineno for node in statements]
         ordered = sorted(zip(lines, statements), key=lambda pair: pair[0] != line)
         return next(((at, edits) for at, node in ordered if (edits := self.assertion(node))), (0, []))
+
+    def everything(self) -> list[Edit]:
+        """The edits for all its expectations, whether they are reached or not."""
+        statements = [node for node in ast.walk(self.function) if isinstance(node, ast.stmt)]
+        return list({edit for node in statements for edit in self.assertion(node)})
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
         """The statements that every test which ended well has run."""
