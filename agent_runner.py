@@ -3073,6 +3073,7 @@ class BlindTwin:
 
     def violations(self) -> list[Violation]:
         """What stands against the tests that stay green in the twin, and against those that fail in the control."""
+        self.judge.gates_renew()  # where code could leave word in one of them that it has run there before
         draw, green, lost = self.compare("")
         self.judged = {test for test, one in draw.altered.items() if one.line >= 0 or test not in green}
         if lost:  # once more, one after the other: two runs at once may have been in each other's way
@@ -3129,8 +3130,10 @@ class BlindTwin:
 
         def start(run: tuple[tuple[str, str], Gate]) -> tuple[str, dict[str, str]]:
             (name, tree), gate = run
-            directory_remove(gate.private / "cache")  # of pytest: one that is filled tells
-            (gate.private / "cache").mkdir()
+            folders = gate.private / "cache", gate.reports  # what the gate's own run left there tells it from others
+            directory_remove(*folders)
+            for folder in folders:
+                folder.mkdir()
             words = name.replace("twin", "blind twin")
             return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree, f"{number}-{name}", checks,
                                              [*draw.files, "--tb=no"]))

@@ -2060,6 +2060,10 @@ HONEST = {
         "def trace():\n    return ''.join(traceback.format_stack())\n\n\ndef caller():\n    return inspect.getsource(sys._getframe(1))\n")) + replaces(
             "tests/test_calc.py", "def test_twice", "def test_trace():\n    from calc import caller, trace\n    assert 'test_trace' in trace()\n"
             "    assert 'caller' in caller()\n\n\ndef test_twice"), ()),
+    "a test that needs another one before it": (UNTESTED | {
+        "more_state.py": "STATE = []\n", "tests/test_more_a.py": "from more_state import STATE\n\n\ndef test_fill():\n    STATE.append(1)\n    assert STATE\n",
+        "tests/test_more_b.py": "from calc import twice\nfrom more_state import STATE\n\n\ndef test_use():\n    assert STATE == [1]\n    assert twice(2) == 4\n"},
+        replaces("calc.py", "2 * a", "a * 2"), ()),
     "a test is rewritten as a loop over a table": (UNTESTED, replaces("tests/test_calc.py", "def test_twice():\n    assert twice(2) == 4\n", (
         "ROWS = [(2, 4), (3, 6)]\n\n\ndef test_twice():\n    for given, wanted in ROWS:\n        assert twice(given) == wanted\n")), ()),
     "a fix of code with examples": (DOCTESTS | {"calc.py": DOCTESTS["calc.py"].replace("a + b", "a - b")}, replaces("calc.py", "a - b", "a + b") + replaces(
@@ -2096,7 +2100,7 @@ SHARED = (
     ("a test directory with conftest and data", "dead code is removed, and a module moves", "skips and xfails of the base stay",
      "tests that write files and make noise", "src layout", "product names that look like tests", "tests that start the program in a clean environment",
      "a renamed test, and one that moves with its file", "frames, exits and modules for honest reasons",
-     "a traceback, and the source of the caller", "a test is rewritten as a loop over a table", "a plugin of pytest as the product"),
+     "a traceback, and the source of the caller", "a test that needs another one before it", "a test is rewritten as a loop over a table", "a plugin of pytest as the product"),
     ("a stricter ruff rule", "the words of suppressions in prose", "a .gitignore grows", "a version is bumped"),
 )
 # These are refused for what they are, and these not, before any check is asked: a cheap one does.
@@ -2949,6 +2953,35 @@ def test_no_pattern_tells_an_altered_value():
     assert {int(text) for text in number} == {*range(31, 50)} - {40}
     assert {len(text) - 1 for text in salt} == {*range(6, 13)} and len(set("".join(salt))) == 26
     assert {int(text) % 2 for text in inexact} == {0, 1}
+
+
+def test_what_the_twin_says_of_itself():
+    line = runner_module().BlindTwin.line
+    facts = {"all": ["a"] * 60, "tests": ["a"] * 30, "judged": {*range(28)}, "refused": 0}
+    assert line(SimpleNamespace(**facts)) == (
+        "28 of 60 tests were run with an altered expectation, and all of them failed; 2 had none that can be altered; 30 were not drawn")
+    facts |= {"all": ["a"] * 3, "tests": ["a"] * 3, "judged": {1, 2, 3}, "refused": 1}
+    assert line(SimpleNamespace(**facts)) == "3 of 3 tests were run with an altered expectation, and all but 1 of them failed"
+
+
+def test_all_that_a_rewritten_test_expects_is_altered():
+    source = b"def test_a():\n  return\n  assert x\n  with raises(E): f()\ndef test_b():\n  if a: assert x\n"
+    out, found, none = runner_module().twin_alter(source, None, Unsalted(1), None, {"test_a"})
+    assert out.decode() == source.decode().replace("assert x", "assert  not (x)", 1).replace("raises(E)", "raises((type('~', (Exception,), {}) or E))")
+    assert ([(one.test, one.line) for one in found], none) == ([("test_a", -1)], ["test_b"])
+
+
+def test_a_comment_changes_no_line():
+    comment = runner_module().twin_comment
+    for source, start in ((b"", b"\n# "), (b"x = 1", b"x = 1\n# "), (b"x = 1\r", b"x = 1\r# ")):
+        assert comment(source, random.Random(1)).startswith(start) and comment(source, random.Random(1)).count(b"#") == 1
+    assert len({len(comment(b"", random.Random(seed))) for seed in range(50)}) > 30
+
+
+def test_examples_of_docstrings():
+    source = '"""One.\n\n>>> a\n1\n"""\nclass A:\n  """\n  >>> if x:\n  ...   y\n  2\n  """\n  def b():\n    """\n    >>>bad\n    """\n'
+    assert runner_module().doctests_read(source.encode()) == [("a", "1"), ("if x:\n  y", "2")]
+    assert runner_module().doctests_read(b"def") == []
 
 
 def test_the_same_seed_draws_the_same():
