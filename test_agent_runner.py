@@ -2957,10 +2957,10 @@ def test_no_pattern_tells_an_altered_value():
 
 def test_what_the_twin_says_of_itself():
     line = runner_module().BlindTwin.line
-    facts = {"all": ["a"] * 60, "tests": ["a"] * 30, "judged": {*range(28)}, "refused": 0}
+    facts = {"all": ["a"] * 60, "tests": ["a"] * 30, "judged": {*range(28)}, "passed": 0}
     assert line(SimpleNamespace(**facts)) == (
         "28 of 60 tests were run with an altered expectation, and all of them failed; 2 had none that can be altered; 30 were not drawn")
-    facts |= {"all": ["a"] * 3, "tests": ["a"] * 3, "judged": {1, 2, 3}, "refused": 1}
+    facts |= {"all": ["a"] * 3, "tests": ["a"] * 3, "judged": {1, 2, 3}, "passed": 1}
     assert line(SimpleNamespace(**facts)) == "3 of 3 tests were run with an altered expectation, and all but 1 of them failed"
 
 
