@@ -41,7 +41,6 @@ if tuple(sys.version_info) < (3, 10):  # first, as what follows fails there; Pyt
 
 import argparse
 import ast
-import builtins
 import contextlib
 import errno
 import functools
@@ -1314,6 +1313,7 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
     found += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    found += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
     return [*found, *hidden_lint(base, gate), *unseen], [*notes, *unseen_notes, *skipped_tests(base, gate)]
 
 
@@ -1554,7 +1554,8 @@ def guard_read(sources: list[Source]) -> list[Violation]:
 
 def source_read(change: Change, old: bytes, new: bytes) -> dict[tuple[str, str], Any]:
     """What each reader says of a file, before and after."""
-    return {(reader.__name__, blob): reader(data) for reader in (marks_read, test_detection, tests_read, rest_read)
+    readers = (marks_read, test_detection, tests_read, rest_read, doctests_read)
+    return {(reader.__name__, blob): reader(data) for reader in readers
             for blob, data in ((change.old_blob, old), (change.new_blob, new))}
 
 
@@ -1837,6 +1838,48 @@ def shadow_names(run: Run, sources: list[Source], gate: GateResult) -> dict[str,
             for name, (path, before) in new_imports(changes, there, roots).items()}
 
 
+def guard_reads(base: GateResult | None, gate: GateResult, gate_files: GateFiles) -> list[Violation]:
+    """The product code that was seen to open the tests' source, and was not on the base."""
+    before, now = ([line.split("\t", 1) for check in (result.checks if result else [])
+                    for line in check.facts.get("reads", [])] for result in (base, gate))
+    known = {at.rpartition(":")[0] for at, path in before if gate_role(path, gate_files) == "test"}
+    places: dict[str, list[str]] = defaultdict(list)
+    for at, path in now:
+        product = at.rpartition(":")[0]
+        if gate_role(path, gate_files) == "test" and not gate_role(product, gate_files) and product not in known:
+            places[at].append(path)
+    return [Violation("test-detection", at, f"reads the tests: {words_first(paths)}") for at, paths in places.items()]
+
+
+def guard_doctests(sources: list[Source], base: GateResult | None) -> list[Violation]:
+    """The examples in docstrings, run on the base, that expect something else now."""
+    ran = {path for check in (base.checks if base else []) for path in check.facts.get("doctests", [])}
+    found = []
+    for source in sources:
+        path = source.change.path
+        old, new = (Counter(read(doctests_read, blob)) if path in ran else Counter()
+                    for blob in (source.change.old_blob, source.change.new_blob))
+        come = dict((new - old).keys())
+        found += [Violation("weakened", path, f"the example `{one_line(example)}` gave `{one_line(output)}` on the "
+                            f"base, and now `{one_line(come[example])}`")
+                  for example, output in old - new if example in come]
+    return found
+
+
+def doctests_read(source: bytes) -> list[tuple[str, str]]:
+    """The examples in a Python file's docstrings, each with its output; [] for what cannot be parsed."""
+    import doctest
+    examples = []
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):
+        return []
+    for node in [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS))]:
+        with contextlib.suppress(ValueError):  # one that doctest cannot read
+            examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return [(example.source.strip(), example.want.strip()) for example in examples]
+
+
 def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str, root: Path) -> list[Violation]:
     """The new modules that would be imported in place of one of Python's own, an installed one or one of the base."""
     ran = program_call([python, "-I", "-c", FIND_MODULES, *names]) if names else None
@@ -1998,6 +2041,7 @@ class Gates:
         there = tree_paths(self.run.job.repo, self.run.base.tree)
         used = {path for check in before for path in check.facts.get("used", [])}
         used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
+        used -= {path for check in before for path in check.facts.get("doctests", [])}
         now = tree_paths(self.run.job.repo, gate.tree) | {file_of(test) for check in after for test in check.tests}
         # What a test only reads, and what was not there when it began, may be what it has the code write: so it
         # counts beside the files that the base's tests use alone.
@@ -2561,7 +2605,7 @@ def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: 
 # gate's checkout, and any that still come from the user's are reported. The plugin also writes the
 # report: one JSON line an event, so that a run that is stopped or dies still has its failures.
 PYTEST_PLUGIN = '''
-import faulthandler, hashlib, json, os, pytest, sys, time
+import codecs, faulthandler, hashlib, io, json, os, pytest, sys, time
 from importlib.util import spec_from_file_location
 
 def moved(path):
@@ -2599,22 +2643,35 @@ sys.meta_path.insert(0, Moved)
 XUNIT = [f"{when}{what}" for when in ("setup_", "teardown_") for what in ("module", "function", "class", "method")]
 XUNIT += ["setUpModule", "tearDownModule"]
 
+OPENERS = {io.__file__, codecs.__file__, os.__file__, "<frozen io>", "<frozen codecs>", "<frozen os>"}
+
 class Used:
     """What the tests use: the files of the checkout that decide what a test says."""
     def __init__(self):
-        self.files, self.opened = set(), {}
+        self.files, self.opened, self.reads, self.doctests = set(), {}, set(), set()
         sys.addaudithook(self.hook)
 
     def hook(self, event, args):
-        if event != "open" or not isinstance(args[0], str) or args[0].endswith((".py", ".pyc")):
+        if event != "open" or not isinstance(args[0], (str, bytes, os.PathLike)):
             return
-        path, frame = os.path.abspath(args[0]), sys._getframe(1)
+        path, frame = os.path.abspath(os.fsdecode(args[0])), sys._getframe(1)
         if not path.startswith(HERE + os.sep) or isinstance(args[1], str) and not {"r", "+"} & set(args[1]):
             return
+        if path.endswith((".py", ".pyc")):
+            return self.read(path, frame)
         while frame and not frame.f_code.co_filename.startswith(HERE + os.sep):
             frame = frame.f_back
         if frame:
             self.opened.setdefault(path, set()).add(frame.f_code.co_filename)
+
+    def read(self, path, frame):
+        """Note where code of the checkout itself opens a module, and not Python's import or linecache for it."""
+        library = os.path.dirname(os.__file__) + os.sep + "pathlib"
+        while frame and (frame.f_code.co_filename in OPENERS or frame.f_code.co_filename.startswith(library)):
+            frame = frame.f_back
+        if frame and frame.f_code.co_filename.startswith(HERE + os.sep):
+            at = os.path.relpath(frame.f_code.co_filename, HERE)
+            self.reads.add(f"{at}:{frame.f_lineno}\\t{os.path.relpath(path, HERE)}")
 
     def add(self, thing):
         """The file of a path, a module, or a function."""
@@ -2624,7 +2681,10 @@ class Used:
             self.files |= {os.path.abspath(path), os.path.realpath(path)}
 
     def item(self, item):
-        self.add(item.path)
+        if hasattr(item, "dtest") and item.path.suffix == ".py":
+            self.doctests.add(str(item.path))  # the code itself, with examples
+        else:
+            self.add(item.path)
         for cls in getattr(getattr(item, "cls", None), "__mro__", ()):
             self.add(sys.modules.get(cls.__module__))
         for fixtures in getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {}).values():
@@ -2644,7 +2704,10 @@ class Used:
     def paths(self):
         """All of them, relative to the checkout."""
         decided = self.files | {path for path, frames in self.opened.items() if frames & self.files}
-        return sorted(os.path.relpath(path, HERE) for path in decided if path.startswith(HERE + os.sep))
+        return self.inside(decided)
+
+    def inside(self, paths):
+        return sorted(os.path.relpath(path, HERE) for path in paths if path.startswith(HERE + os.sep))
 
 class Report:
     """This process's report: a JSON line for each event; the last one has a digest of the others."""
@@ -2709,6 +2772,7 @@ class Report:
         for plugin in config.pluginmanager.get_plugins():
             self.used.plugin(plugin)
         self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots, used=self.used.paths(),
+                   reads=sorted(self.used.reads), doctests=self.used.inside(self.used.doctests - self.used.files),
                    files=config.getini("python_files"), folders=config.getini("testpaths"),
                    digest=self.digest.hexdigest())
         self.lines.close()
@@ -2730,7 +2794,7 @@ class PytestReport(NamedTuple):
 
     tests: dict[str, str]  # id -> passed, failed, skipped, or unfinished
     failures: list[Failure]
-    facts: dict[str, Any]  # wrong_origin, roots, used, files, folders; {} where the session has no end
+    facts: dict[str, Any]  # the lists of EVENTS["closed"]; {} where the session has no end
     running: list[str]  # the tests that had started and not ended
     stack: str  # of all threads, shortly before the limit
     trouble: str  # why the report is not whole, or ""
@@ -2760,7 +2824,7 @@ def pytest_report(report: Path) -> PytestReport:
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
-                 for key in ("wrong_origin", "roots", "used", "files", "folders")}
+                 for key, kind in EVENTS["closed"].items() if kind is list}
     elif not trouble:
         trouble = "and its report breaks off" if tests or started else "and there is no report"
     stack = "".join(log_read(path) for path in sorted(report.parent.glob(f"{report.name}-stack-*")))
@@ -2790,7 +2854,8 @@ EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
     "collected": {"tests": list},
     "started": {"test": str},
     "ended": {"test": str, "when": str, "outcome": str},
-    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "files": list, "folders": list},
+    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "reads": list, "doctests": list,
+               "files": list, "folders": list},
 }
 
 
@@ -3127,7 +3192,8 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 # Who tests the tests? Mutation testing breaks a program a little and wants its
 # tests to fail. Here the program stays, and what each test expects is broken:
 # `assert area(2) == 4` becomes `== 5`. A test that is still green passes whatever
-# it expects: it does not look, or the program under test has made it blind.
+# it expects: it does not look, or the program under test has made it blind. Beside
+# the twin runs its control, with every expectation as it was: all of it must pass.
 #
 # Two rules keep honest code from a false alarm: the altered statement is sure to
 # be reached (in no branch, no handler, no loop over what may be empty), and the
@@ -3136,90 +3202,173 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 
 class BlindTwin:
-    """The tests of a green change once more, each with one expectation altered: every one of them must fail."""
+    """The tests of a green change twice more: with one expectation of each altered, and as they are (the control).
+
+    The first must make every one of them fail, the second none. Nothing that a run can see tells which of the two it
+    is: they differ from the gate in the same ways, and in which checkout each runs, and in which order, is drawn.
+    """
 
     MOST = 30  # tests, so that a large suite costs no second run
 
     def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate: GateResult) -> None:
         self.judge, self.attempt, self.sources = judge, attempt, sources
         self.repo, self.base = judge.run.job.repo, judge.run.base
-        self.rng = random.Random(os.urandom(16))  # nobody can know what is altered
-        self.passed = {function_of(test) for check in gate.checks for test, way in check.tests.items()
-                       if way == "passed"}
-        self.tests = self.chosen(gate)
-        self.judged, self.inconclusive = 0, 0
+        self.rng = random.Random(os.urandom(16))
+        self.before, self.gate = (tests_all(result) for result in (judge.run.baseline, gate))
+        self.rewritten = {f"{source.change.path}::{name}" for source in sources for name in tests_rewritten(source)}
+        # One that was red on the base may by chance expect what that does wrong: then the base says nothing of it.
+        self.known = {function_of(test) for test, way in self.before.items() if way == "passed"}
+        self.known -= {function_of(test) for test, way in self.before.items() if way in RED_WAYS}
+        self.all = self.chosen()
+        self.tests = self.all[:self.MOST]
+        self.judged: set[str] = set()
+        self.passed = 0  # of those, although they are altered
 
-    def chosen(self, gate: GateResult) -> list[str]:
+    def chosen(self) -> list[str]:
         """The functions to alter: healed, new and rewritten ones, and one in each module that imports the change."""
-        before: dict[str, str] = {}
-        for check in self.judge.run.baseline.checks if self.judge.run.baseline else []:
-            before |= check.tests
-        known = {function_of(test) for test, way in before.items() if way == "passed"}
-        rewritten = {f"{source.change.path}::{name}" for source in self.sources for name in tests_rewritten(source)}
-        first = [test for test in self.passed if test not in known or test in rewritten]
+        passed = {function_of(test) for test, way in self.gate.items() if way == "passed"}
+        first = sorted(test for test in passed if test not in self.known or test in self.rewritten)
         modules: dict[str, list[str]] = {}
-        for test in self.passed - {*first}:
+        for test in passed - {*first}:
             modules.setdefault(file_of(test), []).append(test)
         importing = modules_importing(self.repo, self.attempt.tree, sorted(modules), self.sources)
         others = [self.rng.choice(sorted(modules[path])) for path in importing]
         self.rng.shuffle(first)
-        return [*first, *others][:self.MOST]
+        return [*first, *others]
 
     def violations(self) -> list[Violation]:
-        """The tests that stay green although they expect something else, on two draws, and not on the base as well."""
-        green = self.green(self.tests, self.attempt.tree, "twin")
-        self.judged = len(self.tests) - self.inconclusive
-        if not green:
-            return []
-        again = self.green([*green], self.attempt.tree, "twin-again", {(test, green[test].line) for test in green})
-        still = {test: again.get(test, green[test]) for test in green if test in again or test in self.only_one}
-        on_base = self.green([*still], self.base.tree, "twin-base") if still else {}
-        return [Violation("blind", file_of(test), f"{altered.test} passes although it expects something else: "
-                          f"`{altered.old[:200]}` became `{altered.new[:200]}`")
-                for test, altered in still.items() if test not in on_base]
+        """What stands against the tests that stay green in the twin, and against those that fail in the control."""
+        self.judge.gates.renew()  # where code could leave word in one of them that it has run there before
+        draw, green, lost = self.compare("")
+        self.judged = {test for test, one in draw.altered.items() if one.line >= 0 or test not in green}
+        if lost:  # once more, one after the other: two runs at once may have been in each other's way
+            _, more, lost = self.compare("-alone", at_once=False)
+            green |= more
+        found = self.blind(green) if green else []
+        self.passed = sum(violation.rule == "blind" for violation in found)
+        for test in self.unexplained(lost) if lost else []:
+            found.append(Violation("blind", file_of(test), f"{test.partition('::')[2]} passes in the gate, and fails "
+                                   "when it is run again with a comment added to its file"))
+        return found
 
-    def green(self, tests: list[str], tree: str, name: str,
-              avoid: Collection[tuple[str, int]] = ()) -> dict[str, Alteration]:
-        """The functions that all passed in a tree although altered, each with its alteration."""
-        changes, altered = self.altered(tests, tree, {(test.partition("::")[2], line) for test, line in avoid})
+    def compare(self, which: str, at_once: bool = True) -> tuple[Draw, dict[str, Alteration], set[str]]:
+        """A draw of all the tests, those that stay green although altered, those that fail although they are not."""
+        draw = self.draw(self.tests, self.attempt.tree)
+        trees = {f"twin{which}": draw.twin, f"control{which}": draw.control}
+        twin, control = self.run(trees, draw, at_once)
+        return draw, draw.green(twin), tests_gone(self.gate, control, draw)
+
+    def blind(self, green: Mapping[str, Alteration]) -> list[Violation]:
+        """What stands against tests that stay green: on a second draw as well, and not on the base."""
+        # The same statements once more: another one that fails would say nothing of these.
+        lines = {test: one.line for test, one in green.items()}
+        draw = self.draw([*green], self.attempt.tree, lines)
+        still = draw.green(self.run({"twin-again": draw.twin}, draw)[0])
+        draw = self.draw([*still.keys() & self.known], self.base.tree, lines)
+        on_base = draw.green(self.run({"twin-base": draw.twin}, draw)[0])
+        found = []
+        for test, one in still.items():
+            if one.line < 0 and test in draw.altered.keys() - on_base.keys():
+                reason = f"{one.test} passes although all that it expects was altered: nothing of it is reached"
+                found.append(Violation("weakened", file_of(test), reason))
+            elif one.line >= 0 and test not in on_base:
+                found.append(Violation("blind", file_of(test), f"{one.test} passes although it expects something else: "
+                                       f"`{one.old[:200]}` became `{one.new[:200]}`"))
+        return found
+
+    def unexplained(self, lost: set[str]) -> list[str]:
+        """Those that do not fail on the base as well, where they passed, when they are run in the same way."""
+        draw = self.draw([*lost & self.known], self.base.tree)
+        there = tests_gone(self.before, self.run({"control-base": draw.control}, draw)[0], draw)
+        return sorted(lost - there)
+
+    def run(self, trees: Mapping[str, str], draw: Draw, at_once: bool = True) -> list[dict[str, str]]:
+        """How the tests of the drawn files end in each tree: {id: way}."""
+        from concurrent.futures import ThreadPoolExecutor
         checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
-        if not altered or not checks:
-            return {}
-        twin = tree_put(self.repo, tree, changes, self.judge.gates.private / "overlay-index")
-        files = sorted(change.path for change in changes)
-        result = gate_step(f"blind {name}, attempt {self.attempt.number}", self.judge.gates.base, twin,
-                           f"{self.attempt.number}-{name}", checks, [*files, "--tb=no"])
-        ways: dict[str, set[str]] = {}
-        for check in result.checks:
-            for test, way in check.tests.items():
-                ways.setdefault(function_of(test), set()).add(way)
-        return {test: one for test, one in altered.items() if ways.get(test) == {"passed"}}
+        if not draw.altered or not checks:
+            return [{} for _ in trees]
+        gates, number = [self.judge.gates.change, self.judge.gates.base], self.attempt.number
+        self.rng.shuffle(gates)
+        runs = list(zip(trees.items(), gates))
+        self.rng.shuffle(runs)
 
-    def altered(self, tests: list[str], tree: str,
-                avoid: Collection[tuple[str, int]]) -> tuple[list[Change], dict[str, Alteration]]:
-        """The changed test files with one expectation of each test altered, and what was altered in which."""
+        def start(run: tuple[tuple[str, str], Gate]) -> tuple[str, dict[str, str]]:
+            (name, tree), gate = run
+            folders = gate.private / "cache", gate.reports  # what the gate's own run left there tells it from others
+            directory_remove(*folders)
+            for folder in folders:
+                folder.mkdir()
+            words = name.replace("twin", "blind twin")
+            return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree, f"{number}-{name}", checks,
+                                             [*draw.files, "--tb=no"]))
+
+        with ThreadPoolExecutor(len(runs) if at_once else 1) as pool:
+            results = dict(pool.map(start, runs))
+        return [results[name] for name in trees]
+
+    def draw(self, tests: Collection[str], tree: str, lines: Mapping[str, int] | None = None) -> Draw:
+        """One expectation of each test altered (in its line of `lines`, where it has one), where that can be done."""
         files: dict[str, set[str]] = {}
         for test in tests:
             files.setdefault(file_of(test), set()).add(test.partition("::")[2])
-        changes, altered, nothing = [], {}, set()
+        twins, controls, altered = [], [], {}
         for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
-            twins = apart([functools.partial(twin_alter, data, files[path], self.rng, avoid)])
-            source, alterations, inconclusive = twins[0] if twins else (data, [], [*files[path]])
-            nothing |= {f"{path}::{name}" for name in inconclusive}
-            if alterations:
-                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=source).strip()
+            rng = random.Random(os.urandom(16))  # nobody can know what is altered
+            at = {name: lines[f"{path}::{name}"] for name in files[path]} if lines else {}
+            here = {name for name in files[path] if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
+            answers = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
+            source, alterations, _ = answers[0] if answers else (data, [], [])
+            altered |= {f"{path}::{one.test}": one for one in alterations}
+            for changes, text in ((twins, source), (controls, data)) if alterations else ():
+                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=twin_comment(text, rng)).strip()
                 changes.append(Change(path, mode, mode, blob, new))
-                altered |= {f"{path}::{one.test}": one for one in alterations}
-        self.only_one, self.inconclusive = nothing, len(tests) - len(altered)
-        return changes, altered
+        twin, control = (tree_put(self.repo, tree, changes, self.judge.gates.private / "overlay-index")
+                         for changes in (twins, controls))
+        return Draw(altered, [change.path for change in twins], twin, control)
 
     def line(self) -> str:
         """What the twin has shown, for the proposal; "" where there was nothing to alter."""
         if not self.tests:
             return ""
-        nothing = len(self.tests) - self.judged
-        words = f"{self.judged} of {len(self.tests)} tests were run with an altered expectation, and all of them failed"
-        return words + (f"; {nothing} had none that can be altered" if nothing else "")
+        judged, nothing = len(self.judged), len(self.tests) - len(self.judged)
+        failed = f"all but {self.passed}" if self.passed else "all"
+        words = f"{judged} of {len(self.all)} tests were run with an altered expectation, and {failed} of them failed"
+        words += f"; {nothing} had none that can be altered" if nothing else ""
+        more = len(self.all) - len(self.tests)
+        return words + (f"; {more} were not drawn" if more else "")
+
+
+class Draw(NamedTuple):
+    """Some tests whose expectations are altered, and the trees in which they are, and are not."""
+
+    altered: dict[str, Alteration]
+    files: list[str]
+    twin: str
+    control: str  # the same files with a comment more
+
+    def green(self, ways: Mapping[str, str]) -> dict[str, Alteration]:
+        """The altered tests that passed all the same; with one of its parameters is enough."""
+        passed = {function_of(test) for test, way in ways.items() if way == "passed"}
+        return {test: one for test, one in self.altered.items() if test in passed}
+
+
+def tests_gone(before: Mapping[str, str], after: Mapping[str, str], draw: Draw) -> set[str]:
+    """Those of the drawn tests that passed before and do not now."""
+    if not draw.altered:
+        return set()
+    return {function_of(test) for test in (*tests_worse(before, after), *tests_lost(before, after))} & {*draw.altered}
+
+
+def tests_all(result: GateResult | None) -> dict[str, str]:
+    """How all tests of a result ended: {id: way}."""
+    return {test: way for check in (result.checks if result else []) for test, way in check.tests.items()}
+
+
+def twin_comment(source: bytes, rng: random.Random) -> bytes:
+    """A source with a comment of random length at its end: nobody knows its digest or its size."""
+    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(20, 400)))
+    return source + (b"" if source.endswith((b"\n", b"\r")) else b"\n") + f"# {text}\n".encode()
 
 
 def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Source]) -> list[str]:
@@ -3250,8 +3399,12 @@ def imports_read(source: bytes) -> set[str]:
 
 def twin_alter(
         source: bytes, tests: Collection[str] | None, rng: random.Random,
-        avoid: Collection[tuple[str, int]] = ()) -> tuple[bytes, list[Alteration], list[str]]:
-    """The source with an expectation of each test altered; these; the tests where none can be."""
+        lines: Mapping[str, int] | None = None,
+        rewritten: Collection[str] = ()) -> tuple[bytes, list[Alteration], list[str]]:
+    """The source with an expectation of each test altered (in `lines`, if there are some); these; the other tests.
+
+    Of those of `rewritten` that have none that is sure to be reached, all expectations are altered.
+    """
     altered: list[Alteration] = []
     names: dict[ast.AST | None, list[str]] = defaultdict(list)  # an inherited test has several
     try:
@@ -3264,8 +3417,10 @@ def twin_alter(
         before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
         after = before.copy()
         for function in filter(None, list(names)):
-            lines = {line for name, line in avoid if name in names[function]}
-            line, edits = Twin(function, before, rng).draw(lines)
+            twin = Twin(function, before, rng)
+            line, edits = twin.draw((lines or {}).get(names[function][0], -1))
+            if not edits and any(name in rewritten for name in names[function]):
+                line, edits = -1, twin.everything()
             for row, column, drop, new in sorted(edits, reverse=True):
                 rest = after[row - 1][column + drop:]
                 after[row - 1] = after[row - 1][:column] + new.encode() + rest
@@ -3291,7 +3446,7 @@ class Alteration(NamedTuple):
     """What a test expects and what its twin expects, each as the line of source that shows it."""
 
     test: str  # "TestA::test_b"
-    line: int  # of the statement
+    line: int  # of the statement, counted from its function's; -1: all that it expects is altered
     old: str
     new: str
 
@@ -3302,19 +3457,21 @@ class Twin:
     def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes],
                  rng: random.Random) -> None:
         self.function, self.lines, self.rng = function, lines, rng
-        self.salt = "".join(rng.choices("ghjkmnpqrstvwxyz", k=8))  # nobody can expect it
+        self.salt = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(6, 12)))  # nobody can expect it
         self.inexact = bool(re.search(TWIN_INEXACT, ast.unparse(function)))
 
-    def draw(self, avoid: Collection[int]) -> tuple[int, list[Edit]]:
-        """A statement at random: its line, and the edits; (0, []) where there is none."""
-        body = self.reached(self.function.body)
-        statements = [node for node in body if node.lineno not in avoid]
+    def draw(self, line: int) -> tuple[int, list[Edit]]:
+        """A statement of a line, or else at random: its line in the function, and the edits; (0, []) for none."""
+        statements = list(self.reached(self.function.body))
         self.rng.shuffle(statements)
-        for alter in (self.assertion, self.helper):
-            for node in statements:
-                if edits := alter(node):
-                    return node.lineno, edits
-        return 0, []
+        lines = [node.lineno - self.function.lineno for node in statements]
+        ordered = sorted(zip(lines, statements), key=lambda pair: pair[0] != line)
+        return next(((at, edits) for at, node in ordered if (edits := self.assertion(node))), (0, []))
+
+    def everything(self) -> list[Edit]:
+        """The edits for all its expectations, whether they are reached or not."""
+        statements = [node for node in ast.walk(self.function) if isinstance(node, ast.stmt)]
+        return list({edit for node in statements for edit in self.assertion(node)})
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
         """The statements that every test which ended well has run."""
@@ -3376,29 +3533,17 @@ class Twin:
         if isinstance(func, ast.Attribute) and not start and kind in TWIN_OPPOSITES:
             at = func.end_col_offset - len(kind)
             return [Edit(func.end_lineno, at, len(kind), TWIN_OPPOSITES[kind])]
-        if not name.lower().startswith("assert") or re.search(TWIN_LOOSE, name):
-            return []
-        if args[1:] and re.search("(?i)equal|close", name):
+        if not re.search(TWIN_FAMILIES, name) or re.search(TWIN_LOOSE, name):
+            return []  # the last argument of any other may be no expectation: assert_between(x, 1, 6)
+        if args[1:] and not re.search(TWIN_CALLS, name):
             return self.equality(*args[:2])
         return next((self.value(part) or self.salted(part) for part in self.last(call)), [])
 
-    def helper(self, node: ast.stmt) -> list[Edit]:
-        """For a test whose assertions are in a function of its file: `check(area, 2, 4)`."""
-        call = getattr(node, "value", None)
-        if not isinstance(node, ast.Expr) or not isinstance(call, ast.Call) or not call.args[1:]:
-            return []
-        name = twin_name(call)
-        own = {getattr(part, "name", getattr(part, "arg", "")) for part in ast.walk(self.function)}
-        far = (name in own or hasattr(builtins, name) or name[:1].isupper()
-               or ast.unparse(call.func) not in (name, f"self.{name}") or re.search(TWIN_LOOSE, name))
-        return [] if far else next((self.value(part) for part in self.last(call)), [])
-
     def last(self, call: ast.Call) -> list[ast.expr]:
-        """What a call expects: a keyword that says so, else the last argument that is no message."""
+        """What a call expects: a keyword that says so, else the last argument."""
         named = [word.value for word in call.keywords if "expect" in (word.arg or "")]
-        message = len(call.args) > 2 and re.match("f?['\"].* ", ast.unparse(call.args[-1]))
-        alone = len(call.args) == 1 and not re.search("_with|_call", twin_name(call))  # a result
-        return named[-1:] or ([] if alone else call.args[:-1 if message else None][-1:])
+        alone = len(call.args) == 1 and not re.search(TWIN_CALLS, twin_name(call))  # a result
+        return named[-1:] or ([] if alone else call.args[-1:])
 
     def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
         """For two equal values: a literal of one of them, else the salt in place of the right."""
@@ -3437,7 +3582,7 @@ class Twin:
         return [edit for part in parts for edit in self.literals(part)] or self.literal(node)
 
     def literal(self, node: ast.expr | None) -> list[Edit]:
-        """For a literal: 4 -> 5, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui", ]."""
+        """For a literal: 4 -> 7, "a" -> "aqwertyui", True -> False, [] -> ["qwertyui", ]."""
         value = getattr(node, "value", None)
         if isinstance(node, ast.List | ast.Tuple | ast.Dict):
             bare = [(part.lineno, part.col_offset) for part in getattr(node, "elts", [])[:1]]
@@ -3450,7 +3595,8 @@ class Twin:
             return [Edit(node.end_lineno, node.end_col_offset - quote, 0, self.salt)]
         if not isinstance(node, ast.Constant) or value is ... or abs(value or 0) > 1e15:
             return []  # 1e16 + 1 is 1e16
-        step = self.rng.choice((-1, 1)) * (2 * abs(value or 0) + 1009 if self.inexact else 1)
+        step = self.rng.randint(1, 9) + (2 * abs(value or 0) + 1000 if self.inexact else 0)
+        step *= self.rng.choice((-1, 1))
         new = repr(value + step if type(value) in (int, float, complex) else not value)
         return [Edit(node.lineno, node.col_offset, node.end_col_offset - node.col_offset, new)]
 
@@ -3459,7 +3605,9 @@ TWIN_RAISES = r"raises|warns|assert_?([Rr]aises|[Ww]arns)(_?[Rr]egex)?"  # (E): 
 TWIN_FATAL = (  # classes that end the run where nobody catches them, and what may stand for them
     r"\b(KeyboardInterrupt|SystemExit|GeneratorExit|BaseException|[Ee]xit)\b|^[a-z_]\w*$")
 TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # `with` this, a failure may be lost
-TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a step of one
+TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a small step
+TWIN_CALLS = r"_with$|_calls?$"  # of unittest.mock
+TWIN_FAMILIES = rf"(?i)^assert.*((equal|close|same)s?$|{TWIN_CALLS})"  # names that say what is expected
 TWIN_LOOSE = (  # a call of this name may hold for another value too
     r"(?i)not|mis|no_|differ|never|without|reject|fail|rais|invalid|less|great|least|(?<!al)most")
 TWIN_RANGE = r"range\((-?\d+, )?[1-9]\d*\)"  # that is not empty
