@@ -2126,7 +2126,7 @@ class Gate:
             from concurrent.futures import ThreadPoolExecutor
             checks = [check for check in self.job.checks if not only or check.name in only]
             with ThreadPoolExecutor(len(checks)) as pool:
-                result = GateResult(tree, list(pool.map(lambda check: self._check(check, further), checks)))
+                result = GateResult(tree, list(pool.map(lambda check: self._checked(check, further), checks)))
             result.rewritten = self._written(result)
         result.prepared = {*prepared.split("\0")}
         for check in result.checks:
@@ -2150,9 +2150,8 @@ class Gate:
         place, above = self.checkout.place, configuration_above(self.checkout.place)
         changed = sorted(path for path, _ in above.items() ^ self.above.items())
         if place.is_symlink() or not place.is_dir():
-            for check in result.checks:
-                check.ok, check.broken, check.reason = False, True, "the tests removed the gate's checkout"
-                check.findings = [check.reason]
+            reason = "the tests removed the gate's checkout"
+            result.checks = [CheckResult(c.name, False, reason, c.seconds, broken=True) for c in result.checks]
             return changed
         listed = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
                   self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
@@ -2180,6 +2179,15 @@ class Gate:
         """Where the output of a check goes."""
         numbers = {check.name: str(number) for number, check in enumerate(self.job.checks)}
         return self.private / f"check-{numbers.get(name, name)}.log"
+
+    def _checked(self, check: Check, further: Sequence[str]) -> CheckResult:
+        """The result of one check, also where another removes the checkout before it has started."""
+        try:
+            return self._check(check, further)
+        except (OSError, Stop):
+            if self.checkout.place.is_dir():
+                raise
+            return CheckResult(check.name, False, "the checkout is gone", 0, broken=True)
 
     def _check(self, check: Check, further: Sequence[str]) -> CheckResult:
         """The result of one check on the files in the checkout; pytest gets some further arguments."""

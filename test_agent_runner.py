@@ -3467,7 +3467,8 @@ def test_what_one_run_of_the_gate_leaves_is_no_fix(tmp_path: Path) -> None:
 def test_tests_that_remove_the_checkout(scratch: Scratch, act: str) -> None:
     """Then nobody can know what was tested; the next attempt has a checkout again."""
     check = f"unit=sh -c {shlex.quote(f'grep -q double app.py; grep -q 3 app.py || exit 0; {act}')}"
-    ended = scratch.propose(in_turn(writes("app.py", APP_WRONG), writes("app.py", APP_WRONG + "# again")), "--fix-attempts", "1", checks=(check,))
+    ended = scratch.propose(in_turn(writes("app.py", APP_WRONG), writes("app.py", APP_WRONG + "# again")), "--fix-attempts", "1",
+                            checks=(check, "ruff=ruff check ."))
     assert (ended.code, ended.outcome, ended.results) == (1, "gate_failed", ["red", "red"]), ended
     assert "unit: the tests removed the gate's checkout" in ended.findings
     assert_patch_applies(scratch, ended)
