@@ -2256,6 +2256,20 @@ def test_every_honest_change_is_proposed(tmp_path: Path, rows: tuple[str, ...]) 
 TABLE = "Path('table.py').write_text('X = [' + '1, ' * 1_200_000 + ']\\n')"
 
 
+def test_code_that_reads_the_tests() -> None:
+    """What did so on the base may go on, and so may the tests themselves."""
+    module = runner_module()
+
+    def result(*reads: str) -> Any:
+        return module.GateResult("", [module.CheckResult("pytest", True, "", 0, facts={"reads": list(reads)})])
+
+    gate_files = module.GateFiles(used=frozenset(["tests/test_a.py", "tests/test_b.py"]))
+    now = result("a.py:7\ttests/test_a.py", "a.py:7\ttests/test_b.py", "b.py:1\tc.py", "lint.py:9\ttests/test_b.py", "tests/test_a.py:1\ttests/test_b.py")
+    refused = module.guard_reads(result("lint.py:8\ttests/test_a.py", "a.py:2\tb.py"), now, gate_files)
+    assert refused == [module.Violation("test-detection", "a.py:7", "reads the tests: tests/test_a.py, tests/test_b.py")]
+    assert not module.guard_reads(now, now, gate_files)
+
+
 def test_a_module_of_an_environment_in_the_repository_is_shadowed(tmp_path: Path) -> None:
     """What is installed in its .venv is installed, not the repository's own; an editable install is that."""
     site = venv_make(tmp_path / ".venv")
