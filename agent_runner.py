@@ -3246,6 +3246,8 @@ class BlindTwin:
 
     def violations(self) -> list[Violation]:
         """What stands against the tests that stay green in the twin, and against those that fail in the control."""
+        if not self.tests:
+            return []
         self.judge.gates.renew()  # where code could leave word in one of them that it has run there before
         draw, green, lost = self.compare("")
         self.judged = {test for test, one in draw.altered.items() if one.line >= 0 or test not in green}
@@ -3975,8 +3977,9 @@ def pythons_of(checks: Iterable[Check]) -> set[str]:
     return {check.argv[0] for check in checks if check.argv[1:2] == ["-m"]}
 
 
+@functools.cache
 def python_places(python: str) -> list[Path]:
-    """Where an interpreter finds modules; nowhere if it is gone, which its own signature shows."""
+    """Where an interpreter finds modules when it is first asked; nowhere if it cannot be."""
     ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
     with contextlib.suppress(Stop):
         ran = program_call([python, "-I", "-c", ask])
@@ -5457,6 +5460,8 @@ def tree_files(repo: Repo, tree: str, paths: Collection[str]) -> dict[str, tuple
 
 def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:
     """The sizes of those names that are blobs."""
+    if not blobs:
+        return {}
     names = "".join(f"{name}\n" for name in sorted(blobs)).encode()
     facts = [line.split() for line in git_ran(repo, "cat-file", "--batch-check", stdin=names).out.decode().splitlines()]
     return {name: int(rest[1]) for name, *rest in facts if rest[0] == "blob"}
@@ -5464,6 +5469,8 @@ def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:
 
 def blobs_read(repo: Repo, blobs: list[str]) -> dict[str, bytes]:
     """The contents of blobs: of few enough, all of them are in memory at once."""
+    if not blobs:
+        return {}
     data = git_ran(repo, "cat-file", "--batch", stdin="".join(f"{name}\n" for name in blobs).encode()).out
     contents, at = {}, 0
     for name in blobs:
@@ -5626,8 +5633,13 @@ SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
 
 def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables."""
-    return {name: value for name, value in environ.items()
-            if not re.search(SECRET_NAME, name) and not re.search(SECRET_URL, value)}
+    return {name: value for name, value in environ.items() if not is_secret(name, value)}
+
+
+@functools.cache
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable looks like a secret, by its name or as part of an address."""
+    return bool(re.search(SECRET_NAME, name) or re.search(SECRET_URL, value))
 
 
 class Mask:

@@ -405,19 +405,20 @@ def runner_module(name: str = "runner_under_test") -> ModuleType:
 
 
 class Ahead:
-    """A pytest plugin: most tests wait for other programs, so three of them run in threads, ahead of pytest's own pace.
+    """A pytest plugin: most tests wait for other programs, so four of them run in threads, ahead of pytest's own pace.
 
     Whatever needs no more than what is in MAKES (and parameters) is run there; in its turn its result is
     waited for. So nothing else changes: the names, the order, the reports, and what -k selects.
     """
 
+    SLEEPS = "hang"  # in a test's name
     MAKES: dict[str, Callable[..., Any]] = {
         "tmp_path": Path, "scratch": Scratch, "red": lambda place: Scratch(place, FILES | {"app.py": APP_WRONG})}
 
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
         runner_module("runner_as_loaded")
-        self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(1)  # the second for those that sleep more than they work
-        self.results = {item: self.pools["box" in self.params(item)].submit(self.call, item, base / f"ahead-{number}")
+        self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
+        self.results = {item: self.pools["box" in self.params(item) or self.SLEEPS in item.name].submit(self.call, item, base / f"ahead-{number}")
                         for number, item in enumerate(items) if self.takes(item)}
 
     def takes(self, item: pytest.Item) -> bool:
