@@ -11,7 +11,8 @@ it does not call work done because the agent said so.
 
 Standard library only: copy this one file. Start with `python agent_runner.py --help`.
 
-Part One (500 lines) says what happens. Each step that it names is done in a chapter further on:
+Part One (500 lines) says what happens. How each step is done stands in a chapter further on
+(a name with a number: in that one):
 
     workspace    Base, Workspace, workspace_open, tree_changes (17), Repo (17)      chapter 4
     the brief    Issue, brief_text, scope_settle                                    chapter 5
@@ -22,7 +23,7 @@ Part One (500 lines) says what happens. Each step that it names is done in a cha
     comparison   gate_problems, lost_tests, files_rewritten, base_red_lines         chapter 9
     recheck      Recheck                                                            chapter 10
     blind twin   BlindTwin                                                          chapter 11
-    outside      tools_state, tools_touched, user_state, user_verdict               chapter 13
+    outside      tools_state, tools_touched, user_state, outside_verdict            chapter 13
     proposal     proposal_message, proposal_slug, commit_write (17),
                  branch_create (17)                                                 chapter 14
     record       record_write                                                       chapter 14
@@ -119,7 +120,7 @@ OUTCOMES = {
     "nothing_to_heal": (0, "the gate is green already"),
     "gate_failed": (1, "the change does not pass the gate; nothing is proposed"),
     "no_change": (1, "the agent changed nothing"),
-    "gave_up": (2, "the repair attempts are used up; over to a human"),
+    "gave_up": (2, "no repair made the gate green; over to a human"),
     "flaky": (2, "the same files are red once and green once; over to a human"),
     "blocked": (3, "a guardrail refused the change"),
     "scope_disagreement": (3, "the change leaves its scope"),
@@ -131,7 +132,7 @@ EXIT_USAGE, EXIT_MISSING = 64, 69  # sysexits.h: EX_USAGE, EX_UNAVAILABLE
 
 
 class Stop(Exception):
-    """A normal ending before or beside the blueprint: the exit code and one line for the user."""
+    """A normal ending without an outcome: the exit code and one line for the user."""
 
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(reason)
@@ -250,8 +251,8 @@ class Run:
 
 # === Chapter 2. The blueprint ===============================================
 # Called by: run_whole (chapter 21).
-# Promises: the agent is called at one place, and no step before or after it is the agent's to
-#   skip.
+# Promises: the agent is called in agent_step (and for a scope in scope_settle); no step of this
+#   is its to skip.
 # At first: read it.
 
 
@@ -296,9 +297,10 @@ def attempt_make(run: Run, workspace: Workspace, judge: Judge, number: int) -> A
     run.attempts.append(attempt)
     failed = agent_step(run, workspace, attempt)
     if failed:
-        attempt.judgement = Judgement(failed, findings, final=True)
+        judgement = Judgement(failed, findings, final=True)
     else:
-        attempt.judgement = snapshot_judge(run, workspace, judge, attempt)
+        judgement = snapshot_judge(run, workspace, judge, attempt)
+    attempt.judgement = judge.after_the_outside(judgement, attempt)
     record_write(run)
     return attempt
 
@@ -335,8 +337,8 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
 
 def is_stalled(run: Run) -> bool:
     """Whether the newest attempt left the files as it found them: the next would do the same."""
-    trees = [run.base.tree, *(attempt.tree for attempt in run.attempts)]
-    return trees[-1] == trees[-2]
+    left = [(run.base.tree, []), *((attempt.tree, attempt.nested) for attempt in run.attempts)]
+    return left[-1] == left[-2]
 
 
 def proposal_commit(run: Run, attempt: Attempt) -> None:
@@ -375,7 +377,7 @@ class Judge:
         self.run, self.gates = run, gates
         self.allow = job.allow + (job.issue.allow if job.issue else [])
         self.strict = {check.name for check in job.checks if must_be_green(check, job, run.base)}
-        self.red: list[str] = []  # the checks whose tests failed when a tree was judged last
+        self.red: list[str] = []  # the checks whose tests failed last: they are run first
         self.tools = tools_state(job, gates.places)
         self.user = user_state(job)
 
@@ -388,14 +390,13 @@ class Judge:
         changes = tree_changes(self.run.job.repo, self.run.base.tree, attempt.tree)
         attempt.changed = [change.path for change in changes]
         sources = sources_read(self.run.job.repo, changes)
-        judgement = (
+        return (
             self.by_tools()  # what judges is not what it was
             or self.by_emptiness(attempt, sources)  # there is nothing to judge
             or self.by_size(attempt, sources)  # nobody could review it
             or self.by_old_failures(attempt)  # what was red is still red
-            or self.by_evidence(attempt, sources)  # guardrails, gate, recheck and blind twin
+            or self.by_evidence(attempt, sources)  # all the rest
         )
-        return self.by_the_outside(judgement, sources)
 
     def by_tools(self) -> Judgement | None:
         """Refused where the gate's tools are not what they were before the agent began."""
@@ -424,7 +425,7 @@ class Judge:
 
     def by_old_failures(self, attempt: Attempt) -> Judgement | None:
         """Red where what failed last still does: it is run first, and alone."""
-        self.gates.renew()
+        self.gates.renew()  # the agent may have reached the ones that there were
         if not self.red:
             return None
         first = self.gates.failures_first(attempt, self.red)
@@ -432,14 +433,14 @@ class Judge:
         return Judgement("red", problems, gate=first) if problems else None
 
     def by_evidence(self, attempt: Attempt, sources: list[Source]) -> Judgement:
-        """What the guardrails, the gate, the recheck and the blind twin find, in this order."""
+        """What the gate, the recheck, the guardrails and the blind twin find, in this order."""
         gate = self.gates.whole(attempt)
         base = self.gates.baseline()
         self.red = [check.name for check in gate.checks if check.failures and not check.broken]
         failing = gate_problems(base, gate, self.strict)
         recheck = Recheck(self, attempt, sources, self.gates.gate_files(gate))
         if not failing:
-            recheck.start()
+            recheck.start()  # else it has no result, and finds nothing
         if rewritten := files_rewritten(base, gate, recheck):
             return refused(rewritten)._replace(gate=gate)
         found, notes = guard_change(self.run, sources, gate, recheck)
@@ -447,38 +448,38 @@ class Judge:
         lost = lost_tests(base, gate, recheck, sources, self.allow)
         judgement = self.weigh(found, failing, lost, recheck.findings)
         if judgement.green:
-            judgement = self.by_twin(judgement, BlindTwin(self, attempt, sources, gate))
+            judgement = self.after_the_twin(judgement, BlindTwin(self, attempt, sources, gate))
         look_first = [*base_red_lines(base, gate), *judgement.look_first, *recheck.notes(), *notes]
         return judgement._replace(look_first=look_first, gate=gate, recheck=recheck.result)
 
     def weigh(self, found: list[Violation], failing: list[str], lost: dict[str, str],
-              more: list[str]) -> Judgement:
-        """What the findings come to: refused, red or green."""
+              details: list[str]) -> Judgement:
+        """What the findings come to: refused, red or green; `lost` has a line a test."""
         refusals = [violation for violation in found if not violation.allowed(self.allow)]
         problems = [*failing, *lost.values()]
         overrule = [] if failing else overrulable(refusals, lost)
         if refusals:
-            return refused(refusals, [*problems, *more], overrule)
+            return refused(refusals, [*problems, *details], overrule)
         if problems:
             return Judgement("red", problems, overrule=overrule)
         allowed = [f"allowed: {violation.line()}" for violation in found]
         return Judgement("green", look_first=allowed)
 
-    def by_twin(self, judgement: Judgement, twin: BlindTwin) -> Judgement:
+    def after_the_twin(self, judgement: Judgement, twin: BlindTwin) -> Judgement:
         """A green judgement after its tests have run with altered expectations, or a refusal."""
-        found = twin.violations()
-        weighed = self.weigh(found, [], {}, [])
+        weighed = self.weigh(twin.violations(), [], {}, [])
         look_first = [*weighed.look_first, *judgement.look_first]
         return weighed._replace(look_first=look_first, twin=twin.line())
 
-    def by_the_outside(self, judgement: Judgement, sources: list[Source]) -> Judgement:
-        """The judgement, or a refusal for what happened outside of the workspace meanwhile."""
-        work = {source.change.new_blob for source in sources if source.size}
-        now = user_state(self.run.job)
-        theirs, noted = user_verdict(self.run.job.repo, self.user, now, work)
-        if theirs:
-            judgement = refused(theirs, final=True)
-        return judgement._replace(look_first=[*judgement.look_first, *noted])
+    def after_the_outside(self, judgement: Judgement, attempt: Attempt) -> Judgement:
+        """The judgement, or a refusal for what the agent did beside its work."""
+        violations, notes = outside_verdict(self.run, self.user, attempt.tree)
+        look_first = [*judgement.look_first, *notes]
+        if violations:
+            failed = judgement.outcome.startswith("agent_")
+            refusal = refused(violations, judgement.findings, final=True)
+            judgement = refusal._replace(outcome=judgement.outcome) if failed else refusal
+        return judgement._replace(look_first=look_first)
 
 
 def refused(violations: list[Violation], findings: Sequence[str] = (),
@@ -4101,6 +4102,15 @@ def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
     listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
     entries = [(scope, *entry.partition("\n")[::2]) for scope, entry in zip(listed[::2], listed[1::2])]
     return [entry for entry in entries if entry[0] != "command"]
+
+
+def outside_verdict(run: Run, before: dict[str, str], tree: str) -> tuple[list[Violation], list[str]]:
+    """What happened outside since `before`, and what a reviewer should know of it; `tree` is the agent's work."""
+    repo = run.job.repo
+    changes = tree_changes(repo, run.base.tree, tree) if tree else []
+    sizes = blob_sizes(repo, {change.new_blob for change in changes if change.new_mode})
+    work = {blob for blob, size in sizes.items() if size}  # anybody may have an empty file
+    return user_verdict(repo, before, user_state(run.job), work)
 
 
 def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],

@@ -3298,6 +3298,13 @@ def test_what_carries_the_agents_work_or_runs_later_is_refused(scratch: Scratch,
     assert not scratch.proposals()
 
 
+def test_what_an_agent_reached_is_said_although_its_call_failed(scratch: Scratch) -> None:
+    """The call has failed, and stays that; what it left behind would run later all the same."""
+    ended = reach_out(scratch, f"{OUTSIDE['an alias'][0]}\nsys.exit(3)")
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    assert "fingerprint: alias.st: was set" in ended.findings and "fingerprint: alias.st" in ended.text("handoff.md"), ended.findings
+
+
 ONE_BY_ONE = ("their progress", "an amended commit", "another branch", "the stash")  # each of these moves what the others do
 
 
@@ -4621,9 +4628,17 @@ def test_a_run_without_progress_ends_early(red: Scratch, agents: list[str], resu
     assert "--fix-attempts" not in ended.out + ended.text("handoff.md") and "used up" not in ended.out
 
 
+def test_to_remove_a_nested_repository_is_progress(scratch: Scratch) -> None:
+    """git leaves it out of the tree, which is the same before and after."""
+    nests = f"{EDITS}\nsubprocess.run(['git', 'init', '-q', 'sub'], check=True)\nPath('sub/a.txt').touch()\n"
+    ended = scratch.propose(in_turn(nests, "shutil.rmtree('sub')"), "--fix-attempts", "1")
+    assert ended.results == ["blocked", "green"], ended
+    assert_proposed(scratch, ended)
+
+
 def test_the_last_attempt_is_no_lack_of_progress(red: Scratch) -> None:
     ended = red.heal(writes("app.py", APP_WRONG + "# 1\n"), "--fix-attempts", "1")
-    assert "gave_up: the repair attempts are used up" in ended.out and "more attempts with --fix-attempts" in ended.text("handoff.md"), ended
+    assert "gave_up: no repair made the gate green" in ended.out and "more attempts with --fix-attempts" in ended.text("handoff.md"), ended
 
 
 def test_what_was_red_is_asked_first(tmp_path: Path) -> None:
