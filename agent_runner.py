@@ -1329,24 +1329,29 @@ FILES_LIMIT, SIZE_LIMIT = 100, 4_000_000  # changed files; bytes of one of them
 PROTECTED = {  # what only a human should change, or --allow
     "it decides what CI runs": (
         ".github/workflows/** .github/actions/** .github/dependabot.y*ml "
-        ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
-        "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** cloudbuild.yaml .ci/** "
-        ".forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** .teamcity/** .builds/** .build.yml "
+        ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile "
+        "appveyor.yml bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** "
+        "cloudbuild.yaml .ci/** .forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** "
+        ".teamcity/** .builds/** .build.yml "
         "buildspec.y*ml .pre-commit-config.yaml .husky/** .githooks/**"),
     "it holds the commands that CI and people run": (
-        "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py **/Taskfile.y*ml "
+        "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py "
+        "**/Taskfile.y*ml "
         "**/Taskfile.dist.y*ml"),
     "it can run programs when somebody opens the tree": (
-        "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace **/.devcontainer/** "
-        "**/.devcontainer.json **/.idea/** **/.zed/tasks.json **/.zed/settings.json **/.mcp.json **/.envrc "
+        "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace "
+        "**/.devcontainer/** **/.devcontainer.json **/.idea/** **/.zed/tasks.json "
+        "**/.zed/settings.json **/.mcp.json **/.envrc "
         "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el"),
     "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
-        ".github/copilot-instructions.md .github/instructions/** .github/prompts/** .github/agents/** "
-        "**/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md **/agent-config.md .agent/** .agents/** "
-        ".claude/** .codex/** .cursor/** .cursorrules .gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
+        ".github/copilot-instructions.md .github/instructions/** .github/prompts/** "
+        ".github/agents/** **/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md "
+        "**/agent-config.md .agent/** .agents/** .claude/** .codex/** .cursor/** .cursorrules "
+        ".gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
         ".aider*"),
-    "it registers plugins, as an installed package does": "**/*.dist-info/** **/*.egg-info/** **/entry_points.txt",
+    "it registers plugins, as an installed package does": (
+        "**/*.dist-info/** **/*.egg-info/** **/entry_points.txt"),
     "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
     "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
 }
@@ -1366,29 +1371,33 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
                  recheck: Recheck) -> tuple[list[Violation], list[str]]:
     """What stands against a change, and what a reviewer should know of it."""
     base, globs = run.baseline, run.scope.get("globs", [])
-    found, notes = guard_source(sources, recheck.gate_files, globs, run.job.checks)
+    violations, notes = guard_source(sources, recheck.gate_files, globs, run.job.checks)
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
-    found += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
-    found += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
-    return [*found, *hidden_lint(base, gate), *unseen], [*notes, *unseen_notes, *skipped_tests(base, gate)]
+    violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    violations += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
+    violations += hidden_lint(base, gate) + unseen
+    return violations, [*notes, *unseen_notes, *skipped_tests(base, gate)]
 
 
 def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
                  checks: list[Check]) -> tuple[list[Violation], list[str]]:
     """What stands against the text of a change, and what a reviewer should know of it."""
-    found = [Violation("scope", source.change.path, "is outside the scope of this task") for source in sources
-             if scope and not glob_match(source.change.path, scope)]
+    violations = []
     for source in sources:
-        found += guard_file(source)
+        path = source.change.path
+        if scope and not glob_match(path, scope):
+            violations.append(Violation("scope", path, "is outside the scope of this task"))
+    for source in sources:
+        violations += guard_file(source)
     python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
-    found += guard_read(python)
+    violations += guard_read(python)
     product = [source for source in python if not gate_role(source.change.path, gate_files)]
-    found += [Violation("test-detection", f"{path}:{line}", reason)
-              for path, line, reason in added(product, test_detection)]
+    violations += [Violation("test-detection", f"{path}:{line}", reason)
+                   for path, line, reason in added(product, test_detection)]
     marks, notes = guard_marks(python, checks)
     tests = [source for source in python if gate_role(source.change.path, gate_files) == "test"]
-    return found + marks + guard_assertions(tests), notes
+    return violations + marks + guard_assertions(tests), notes
 
 
 def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:
@@ -1405,21 +1414,24 @@ NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets no
 def guard_file(source: Source) -> list[Violation]:
     """What stands against one changed file, whatever the rest is."""
     change, path = source.change, source.change.path
-    found = [Violation("protected", path, why) for why, globs in PROTECTED.items() if glob_match(path, globs.split())]
+    reasons = [("protected", why) for why, globs in PROTECTED.items()
+               if glob_match(path, globs.split())]
     if 0o160000 in (change.new_mode, change.old_mode):
-        found.append(Violation("link", path, "is a repository inside the repository (a submodule)"))
+        reasons.append(("link", "is a repository inside the repository (a submodule)"))
     if change.new_mode == 0o120000:
         target = os.fsdecode(source.new)
         leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target))
         if os.path.isabs(target) or leads_to.split(os.sep)[0] in ("..", ".git"):
-            found.append(Violation("link", path, f"is a link that leaves the tree, to {one_line(target)}"))
+            reasons.append(("link", f"is a link that leaves the tree, to {one_line(target)}"))
     if source.size > SIZE_LIMIT:
-        found.append(Violation("size", path, f"is larger than {SIZE_LIMIT} bytes"))
-    if change.new_mode and re.fullmatch(COMPILED, path) or source.new[:4] in COMPILED_MAGIC:
-        found.append(Violation("compiled", path, "is compiled: no reviewer can read it"))
-    for secret in set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path))) - set(MASK.raw.findall(source.old)):
-        found.append(Violation("secret", path, f"contains the value of {MASK.name(secret)}"))
-    return found
+        reasons.append(("size", f"is larger than {SIZE_LIMIT} bytes"))
+    is_compiled = change.new_mode and re.fullmatch(COMPILED, path)
+    if is_compiled or source.new[:4] in COMPILED_MAGIC:
+        reasons.append(("compiled", "is compiled: no reviewer can read it"))
+    secrets = set(MASK.raw.findall(source.new + b"\n" + os.fsencode(path)))
+    for secret in secrets - set(MASK.raw.findall(source.old)):
+        reasons.append(("secret", f"contains the value of {MASK.name(secret)}"))
+    return [Violation(rule, path, reason) for rule, reason in reasons]
 
 
 class Violation(NamedTuple):
@@ -1443,65 +1455,73 @@ class Violation(NamedTuple):
 
 
 class GateFiles(NamedTuple):
-    """Which files decide what the gate reports: what the base's own run was seen to use, else names that are usual."""
+    """Which files decide what the gate reports: what the base's run used, else the usual names."""
 
     files: tuple[str, ...] = ("test_*.py", "*_test.py")  # pytest's python_files
     folders: tuple[str, ...] = ()  # pytest's testpaths
     named: frozenset[str] = frozenset()  # what checks and configuration name
-    used: frozenset[str] = frozenset()  # what the tests were seen to use
+    used: frozenset[str] = frozenset()  # what the tests used when they ran
     by_name: bool = True  # whether names count as well: where a check cannot be observed
 
 
 TEST_FOLDER = (
-    r"(?i)_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes|e2e"
+    r"(?i)_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes"
+    r"|e2e"
     r"|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?")
 TEST_FILES = ("*.test.*", "*.spec.*", "*_test.go", "*_spec.rb", "*_test.rb")  # of other languages
 CONFIGURATION = (
     r"(?i)pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml"
     r"|\.coveragerc(\.toml)?|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth"
-    r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv|package\.json|\.mocharc\.\w+|\.eslintrc(\.\w+)?"
+    r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv|package\.json|\.mocharc\.\w+"
+    r"|\.eslintrc(\.\w+)?"
     r"|(jest|vitest|eslint|playwright)\.config\.\w+")
 
 
 def gate_role(path: str, gate_files: GateFiles) -> str:
-    """What a path is to the gate: "test" (also what tests use), "configuration", or "" for neither."""
+    """What a path is to the gate: "test" (also what tests use), "configuration", or ""."""
     *folders, name = path.split("/")
     if re.fullmatch(CONFIGURATION, name) or path in gate_files.named:
         return "configuration"
     if path in gate_files.used or name == "conftest.py":
         return "test"
-    in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders) or glob_match(path, gate_files.folders)
+    if not gate_files.by_name:
+        return ""
+    in_tests = any(re.fullmatch(TEST_FOLDER, folder) for folder in folders)
     named = any(fnmatchcase(name, glob) for glob in (*gate_files.files, *TEST_FILES))
-    return "test" if gate_files.by_name and (in_tests or named) else ""
+    return "test" if in_tests or named or glob_match(path, gate_files.folders) else ""
 
 
 def is_test_module(change: Change, gate_files: GateFiles) -> bool:
     """Whether a changed file is a Python module of tests, which only itself decides about."""
     name = change.path.rpartition("/")[2]
-    is_file = {change.old_mode, change.new_mode} <= {0, 0o100644, 0o100755}
-    return is_file and name.endswith(".py") and any(fnmatchcase(name, glob) for glob in gate_files.files)
+    if not name.endswith(".py") or {change.old_mode, change.new_mode} - {0, 0o100644, 0o100755}:
+        return False
+    return any(fnmatchcase(name, glob) for glob in gate_files.files)
 
 
 def named_files(job: Job, paths: Collection[str]) -> set[str]:
-    """The scripts and configuration of a tree that the checks and --setup name, as a path or as `-m MODULE`.
+    """The scripts and configuration of a tree that the checks and --setup name: PATH, -m MODULE.
 
     What a check looks at (`grep -q hello page.html`, `ruff check app.py`) is not what it goes by.
     """
     named = set()
     for argv in (job.setup, *(check.argv for check in job.checks if check.kind == "command")):
-        words = [part for word in argv for part in (word, *word.split())]  # `sh -c "..."` has a command in one word
+        # `sh -c "..."` has a command in one word.
+        words = [part for word in argv for part in (word, *word.split())]
         named |= {os.path.normpath(word) for word in words if re.fullmatch(SCRIPT, word)}
-        for at in [at for at, word in enumerate(words[:-1]) if word == "-m"]:
-            module = words[at + 1].replace(".", "/")
-            named |= {f"{module}.py", f"{module}/__main__.py"}
+        for word, following in zip(words, words[1:]):
+            if word == "-m":
+                module = following.replace(".", "/")
+                named |= {f"{module}.py", f"{module}/__main__.py"}
     return named & {*paths}
 
 
-SCRIPT = r".*\.(py|sh|bash|zsh|fish|[mc]?[jt]s|rb|pl|php|lua|awk|jq|mk|toml|ini|cfg|json|ya?ml)|[^.]+|.*/[^.]+"
+SCRIPT = (r".*\.(py|sh|bash|zsh|fish|[mc]?[jt]s|rb|pl|php|lua|awk|jq|mk|toml|ini|cfg|json|ya?ml)"
+          r"|[^.]+|.*/[^.]+")
 
 
 def configured_files(repo: Repo, tree: str) -> set[str]:
-    """The configuration files that a tree's configuration names, as in `extend = "config/lint.toml"`."""
+    """The files that a tree's configuration names, as in `extend = "config/lint.toml"`."""
     paths = tree_paths(repo, tree)
     files = sorted(path for path in paths if re.fullmatch(CONFIGURATION, path.rpartition("/")[2]))
     named = set()
@@ -1512,9 +1532,9 @@ def configured_files(repo: Repo, tree: str) -> set[str]:
 
 
 def is_only_space(source: Source) -> bool:
-    """Whether Python source differs in white space alone, and in its syntax not at all; elsewhere that may matter."""
+    """Whether Python source differs in white space alone, and its syntax does not differ."""
     if source.change.old_mode != source.change.new_mode or not source.change.path.endswith(".py"):
-        return False
+        return False  # elsewhere white space may matter
     if space_removed(source.old) != space_removed(source.new):
         return False
     return apart([functools.partial(is_same_syntax, source.old, source.new)]) == [True]
@@ -1534,7 +1554,7 @@ def is_same_syntax(old: bytes, new: bytes) -> bool:
 
 
 class Source(NamedTuple):
-    """One changed file, with its contents before and after: b"" where it is not there, or too large to read."""
+    """One changed file, its contents before and after: b"" where it is missing or too large."""
 
     change: Change
     size: int  # bytes of the new contents
@@ -1570,10 +1590,12 @@ class Shelf:
 
 def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
     """The changed files; their contents are read when they are asked for, several at a time."""
-    sizes = blob_sizes(repo, {blob for change in changes for blob in (change.old_blob, change.new_blob)})
+    blobs = {blob for change in changes for blob in (change.old_blob, change.new_blob)}
+    sizes = blob_sizes(repo, blobs)
+    small = {blob for blob, size in sizes.items() if size <= SIZE_LIMIT}
     sources, shelf, room = [], Shelf(repo), 0
     for change in changes:
-        blobs = [blob for blob in (change.old_blob, change.new_blob) if sizes.get(blob, SIZE_LIMIT + 1) <= SIZE_LIMIT]
+        blobs = [blob for blob in (change.old_blob, change.new_blob) if blob in small]
         need = sum(sizes[blob] for blob in blobs)
         if need > room or not sources:
             portion, room = [], 2 * SIZE_LIMIT  # any file fits in with both of its sides
@@ -1583,16 +1605,16 @@ def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
     return sources
 
 
-READ: dict[tuple[str, str], Any] = {}  # what the readers of source say of the newest change's blobs
+READ: dict[tuple[str, str], Any] = {}  # what the readers find in the newest change's blobs
 
 
 def read(reader: Callable[[bytes], Any], blob: str) -> Any:
-    """What a reader says of a blob of the change; what it says of an empty one, where that could not be found out."""
+    """What a reader finds in a blob of the change; what it finds in b"" where it was too much."""
     return READ[reader.__name__, blob] if (reader.__name__, blob) in READ else reader(b"")
 
 
 def guard_read(sources: list[Source]) -> list[Violation]:
-    """Let all readers look at Python source, in a process with bounds; the files that are too much for it."""
+    """Let all readers look at Python source, in a bounded process; what is too much for it."""
     READ.clear()
     unread: list[Source] = []
     limit = time.monotonic() + 2 * APART_SECONDS  # for all of them together
@@ -1600,26 +1622,29 @@ def guard_read(sources: list[Source]) -> list[Violation]:
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
         while rest and (left := (limit - time.monotonic()) / 2) > 0:
-            answers = apart([functools.partial(source_read, s.change, s.old, s.new) for s in rest], left)
-            for answer in answers:
-                READ.update(answer)
-            unread += rest[len(answers):][:1]
-            rest = rest[len(answers) + 1:]
+            calls = [functools.partial(source_read, s.change, s.old, s.new) for s in rest]
+            results = apart(calls, left)
+            for result in results:
+                READ.update(result)
+            unread += rest[len(results):][:1]
+            rest = rest[len(results) + 1:]
         unread += rest
-    return [Violation("size", source.change.path, "is too large or too deep to be read as source") for source in unread]
+    reason = "is too large or too deep to be read as source"
+    return [Violation("size", source.change.path, reason) for source in unread]
 
 
 def source_read(change: Change, old: bytes, new: bytes) -> dict[tuple[str, str], Any]:
-    """What each reader says of a file, before and after."""
+    """What each reader finds in a file, before and after: {(reader's name, blob): result}."""
     readers = (marks_read, test_detection, tests_read, rest_read, doctests_read)
     return {(reader.__name__, blob): reader(data) for reader in readers
             for blob, data in ((change.old_blob, old), (change.new_blob, new))}
 
 
-def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]) -> list[tuple[str, int, str]]:
-    """What a reader of source finds more often after the whole change than before it: (path, line, what)."""
-    changes = [source.change for source in sources]
-    pairs = [(change.path, read(reader, change.old_blob), read(reader, change.new_blob)) for change in changes]
+def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]
+          ) -> list[tuple[str, int, str]]:
+    """What a reader finds more often after the whole change than before: (path, line, what)."""
+    pairs = [(change.path, read(reader, change.old_blob), read(reader, change.new_blob))
+             for change in (source.change for source in sources)]
     more = Counter(what for _, _, new in pairs for _, what in new)
     more.subtract(what for _, old, _ in pairs for _, what in old)
     result = []
@@ -1639,8 +1664,10 @@ def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]
 MARKS = {  # what it looks like, and the tools that obey it
     "noqa": (r"#\s*(flake8\s*:\s*)?noqa\b", "flake8"),
     "pylint: disable": (r"#\s*pylint\s*:\s*(disable|skip)", "pylint"),
-    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort|ruff"),  # no option of ruff undoes it
-    "type: ignore": (r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)", "mypy|dmypy|pyright|ty|pyrefly"),
+    # No option of ruff undoes the next.
+    "isort: skip": (r"#\s*(ruff\s*:\s*)?isort\s*:\s*(skip|off)", "isort|ruff"),
+    "type: ignore": (
+        r"#\s*(type|pyright|ty|pyrefly)\s*:\s*(ignore|basic)", "mypy|dmypy|pyright|ty|pyrefly"),
     "mypy: ignore": (r"#\s*mypy\s*:\s*(ignore|disable|allow)", "mypy|dmypy"),
     "pragma: no cover": (r"#\s*pragma\s*:\s*no\s*(cover|branch)", "coverage|--cov"),
     "fmt: off": (r"#\s*fmt\s*:\s*(off|skip)", "black|format"),
@@ -1649,54 +1676,76 @@ MARKS = {  # what it looks like, and the tools that obey it
 
 
 def marks_read(source: bytes) -> list[tuple[int, str]]:
-    """The marks in Python source, as (line, kind): comments are read from tokens, so words in a string are none."""
-    found = []
-    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # what does not parse does not pass the gate either
-        for token in tokenize.generate_tokens(io.StringIO(source.decode("utf-8", "replace")).readline):
+    """The marks in Python source, as (line, kind): in comments alone, so not in a string."""
+    marks, text = [], io.StringIO(source.decode("utf-8", "replace"))
+    # What does not parse does not pass the gate either.
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):
+        for token in tokenize.generate_tokens(text.readline):
             if token.type == tokenize.COMMENT:
-                found += [(token.start[0], kind) for kind, (pattern, _) in MARKS.items()
+                marks += [(token.start[0], kind) for kind, (pattern, _) in MARKS.items()
                           if re.search(pattern, token.string, re.IGNORECASE)]
-    return found
+    return marks
 
 
 def guard_marks(sources: list[Source], checks: list[Check]) -> tuple[list[Violation], list[str]]:
     """The added marks for tools of this gate, refused; and a line on those for other tools."""
-    words = [word for check in checks for argument in check.argv for word in (argument, Path(argument).name)]
-    tools = {kind for kind, (_, names) in MARKS.items() if any(re.match(f"({names})(=|$)", word) for word in words)}
+    arguments = [argument for check in checks for argument in check.argv]
+    words = [*arguments, *(Path(argument).name for argument in arguments)]
+    obeyed = {kind for kind, (_, tools) in MARKS.items()
+              if any(re.match(f"({tools})(=|$)", word) for word in words)}
     marks = added(sources, marks_read)
-    found = [Violation("suppression", f"{path}:{line}", f"adds a suppression: {kind}")
-             for path, line, kind in marks if kind in tools]
-    others = [f"{kind} at {path}:{line}" for path, line, kind in marks if kind not in tools and kind != "noqa"]
-    return found, [f"adds marks for tools outside this gate: {', '.join(others[:10])}"] if others else []
+    violations = [Violation("suppression", f"{path}:{line}", f"adds a suppression: {kind}")
+                  for path, line, kind in marks if kind in obeyed]
+    others = [f"{kind} at {path}:{line}" for path, line, kind in marks
+              if kind not in obeyed and kind != "noqa"]
+    if not others:
+        return violations, []
+    return violations, [f"adds marks for tools outside this gate: {', '.join(others[:10])}"]
 
 
 def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
-    """The findings of ruff that a change hides, by whatever spelling: reported where suppressions are ignored."""
+    """The findings that a change hides: ruff reports them where it ignores suppressions."""
     before = {check.name: check.hidden for check in base.checks}
-    hidden = [finding for check in gate.checks for finding in lint_new(before.get(check.name, []), check.hidden)]
+    hidden = [finding for check in gate.checks
+              for finding in lint_new(before.get(check.name, []), check.hidden)]
     return [Violation("suppression", f"{finding.path}:{finding.row}",
                       f"hides {finding.rule} at {finding.path}:{finding.row}: {finding.message}")
             for finding in hidden]
 
 
-def lint_unseen(base: GateResult, gate: GateResult, recheck: Recheck) -> tuple[list[Violation], list[str]]:
-    """The code that a change moves out of ruff's sight; and a line on new code that is there, as the base wants it."""
-    before, now, ruled = ({check.name: check.view for check in result.checks if check.view is not None}
-                          for result in (base, gate, recheck.result or gate))
+def ruff_views(result: GateResult) -> dict[str, set[str]]:
+    """The files that ruff looked at, by check."""
+    return {check.name: check.view for check in result.checks if check.view is not None}
+
+
+def lint_unseen(base: GateResult, gate: GateResult,
+                recheck: Recheck) -> tuple[list[Violation], list[str]]:
+    """The code that a change moves out of ruff's sight; and a line on new code out of its sight."""
+    before, now, ruled = map(ruff_views, (base, gate, recheck.result or gate))
     repo, old, new = recheck.judge.run.job.repo, recheck.judge.run.base.tree, recheck.attempt.tree
     unseen, others = {}, set()
     for name in before.keys() & now.keys():
         hidden = (before[name] | ruled.get(name, set())) & tree_paths(repo, new) - now[name]
         unseen |= dict.fromkeys(hidden, "without this change ruff looks at it, and now it does not")
-        added = [s for s in recheck.sources if not s.change.old_mode and s.change.path not in now[name]]
-        gone = before[name] & {s.change.path for s in recheck.sources if added and is_mostly_gone(s)}
+        new_files = [source for source in recheck.sources
+                     if not source.change.old_mode and source.change.path not in now[name]]
+        emptied = {s.change.path for s in recheck.sources if new_files and is_mostly_gone(s)}
+        gone = before[name] & emptied
         unseen |= {path: f"holds what was in {moved}, and ruff does not look at it"
                    for path, moved in (tree_moves(repo, old, new) if gone else {}).items()
                    if moved in gone and path not in now[name]}
-        others |= {s.change.path for s in added if s.change.path.endswith((".py", ".pyi", ".ipynb"))
-                   or re.match(rb"#!.*python", s.new)} - {*unseen}
-    line = f"adds Python code that ruff does not look at: {words_first(sorted(others))}"
-    return [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())], [line] if others else []
+        others |= {source.change.path for source in new_files if is_python(source)} - {*unseen}
+    violations = [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())]
+    if not others:
+        return violations, []
+    shown = words_first(sorted(others))
+    return violations, [f"adds Python code that ruff does not look at: {shown}"]
+
+
+def is_python(source: Source) -> bool:
+    """Whether a new file holds Python code, by its name or its first line."""
+    named = source.change.path.endswith((".py", ".pyi", ".ipynb"))
+    return named or bool(re.match(rb"#!.*python", source.new))
 
 
 def is_mostly_gone(source: Source) -> bool:
@@ -1720,48 +1769,53 @@ class TestFunction(NamedTuple):
 
 
 def guard_assertions(sources: list[Source]) -> list[Violation]:
-    """The tests of the base that have fewer assertions than before, or one that cannot fail: nothing needs that."""
+    """The tests of the base that have fewer assertions than before, or one that cannot fail."""
     pairs = tests_pairs(sources)
     # An assertion that stands in another test now has moved.
-    elsewhere = Counter(text for source in sources for test in read(tests_read, source.change.new_blob).values()
-                        for text in test.asserts)
+    elsewhere: Counter[str] = Counter()
+    for source in sources:
+        for test in read(tests_read, source.change.new_blob).values():
+            elsewhere.update(test.asserts)
     for _, _, old, new in pairs:
         elsewhere -= Counter(old.asserts) & Counter(new.asserts)
-    found = []
+    violations = []
     for path, name, old, new in pairs:
         gone = Counter(old.asserts) - Counter(new.asserts)
         moved = sum((gone & elsewhere).values())
         if len(new.asserts) + moved < len(old.asserts):
-            found.append(Violation("weakened", path, f"{name} has {len(new.asserts)} assertions where the base has "
-                                                     f"{len(old.asserts)}: `{one_line(next(iter(gone)))}` is gone"))
+            violations.append(Violation("weakened", path, (
+                f"{name} has {len(new.asserts)} assertions where the base has "
+                f"{len(old.asserts)}: `{one_line(next(iter(gone)))}` is gone")))
         elif len(new.empty) > len(old.empty):
-            found.append(Violation("weakened", path, f"{name} has an assertion that cannot fail: "
-                                                     f"`{one_line(new.empty[-1])}`"))
-    return found
+            reason = f"{name} has an assertion that cannot fail: `{one_line(new.empty[-1])}`"
+            violations.append(Violation("weakened", path, reason))
+    return violations
 
 
 def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
-    """The test functions that are there before and after, as (path, name, old, new); also in a renamed file."""
-    new_files = [read(tests_read, source.change.new_blob) for source in sources if not source.change.old_mode]
+    """The test functions before and after, as (path, name, old, new); also in a renamed file."""
+    new_files = [read(tests_read, source.change.new_blob)
+                 for source in sources if not source.change.old_mode]
     pairs = []
     for source in sources:
-        after = read(tests_read, source.change.new_blob)
+        after = [read(tests_read, source.change.new_blob)]
+        if not source.change.new_mode:
+            after += new_files
         for name, old in read(tests_read, source.change.old_blob).items():
-            here = [after[name]] if name in after else []
-            elsewhere = [tests[name] for tests in new_files if name in tests and not source.change.new_mode]
-            pairs += [(source.change.path, name, old, new) for new in (here or elsewhere)[:1]]
+            there = [tests[name] for tests in after if name in tests]
+            pairs += [(source.change.path, name, old, new) for new in there[:1]]
     return pairs
 
 
 def tests_read(source: bytes) -> dict[str, TestFunction]:
-    """The test functions of a Python file by name ("TestA::test_b"); {} for what cannot be parsed."""
+    """The test functions of a Python file by name ("TestA::test_b"); {} where it does not parse."""
     functions: dict[str, TestFunction] = {}
     try:
         queue: list[tuple[str, ast.stmt]] = [("", node) for node in ast.parse(source).body]
         for prefix, node in queue:
             if isinstance(node, ast.ClassDef):
                 queue += [(f"{prefix}{node.name}::", child) for child in node.body]
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+            elif isinstance(node, FUNCTIONS) and node.name.startswith("test"):
                 functions[f"{prefix}{node.name}"] = test_function(node)
     except (SyntaxError, ValueError):
         return {}
@@ -1788,27 +1842,32 @@ def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
 def syntax_digest(nodes: Iterable[ast.AST]) -> str:
     """What tells one piece of syntax from another, wherever it stands."""
     import hashlib
-    return hashlib.sha256("".join(map(ast.dump, nodes)).encode("utf-8", "surrogatepass")).hexdigest()
+    text = "".join(map(ast.dump, nodes))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def cannot_fail(test: ast.expr) -> bool:
-    """Whether an asserted expression holds whatever happens: a constant, `... or True`, equal sides."""
+    """Whether an asserted expression always holds: a constant, `... or True`, equal sides."""
     if isinstance(test, ast.Constant):
         return bool(test.value)
     if isinstance(test, (ast.Tuple, ast.List, ast.Dict)):
         return bool(test.keys if isinstance(test, ast.Dict) else test.elts)
     if isinstance(test, ast.BoolOp):
-        return (any if isinstance(test.op, ast.Or) else all)(cannot_fail(value) for value in test.values)
-    if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.Is, ast.LtE, ast.GtE)):
-        return len(test.ops) == 1 and ast.dump(test.left) == ast.dump(test.comparators[0])
+        holds = [cannot_fail(value) for value in test.values]
+        return any(holds) if isinstance(test.op, ast.Or) else all(holds)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1:
+        same = ast.dump(test.left) == ast.dump(test.comparators[0])
+        return same and isinstance(test.ops[0], (ast.Eq, ast.Is, ast.LtE, ast.GtE))
     return False
 
 
 def call_cannot_fail(name: str, args: list[ast.expr]) -> bool:
-    """Whether a call of one of unittest's methods holds whatever happens."""
+    """Whether a call of one of unittest's methods always holds."""
     if name == "assertTrue":
         return bool(args) and cannot_fail(args[0])
-    return name in ("assertEqual", "assertIs") and len(args) > 1 and ast.dump(args[0]) == ast.dump(args[1])
+    if name not in ("assertEqual", "assertIs") or len(args) < 2:
+        return False
+    return ast.dump(args[0]) == ast.dump(args[1])
 
 
 def tests_rewritten(source: Source) -> list[str]:
@@ -1817,23 +1876,24 @@ def tests_rewritten(source: Source) -> list[str]:
 
 
 def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
-    """Where the bodies of changed files' test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
+    """Where the bodies of test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
     places: dict[str, set[str]] = {}
     for source in sources:
         for name, test in read(tests_read, source.change.new_blob).items():
             if name not in read(tests_read, source.change.old_blob):
                 places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
     return {f"{source.change.path}::{name}": places[test.body] for source in sources
-            for name, test in read(tests_read, source.change.old_blob).items() if test.body in places}
+            for name, test in read(tests_read, source.change.old_blob).items()
+            if test.body in places}
 
 
 def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
-    """How the assertions of some tests changed: ["test_a: `assert f() == 1` became `assert f()`"]."""
+    """How the assertions of some tests changed: ["test_a: `assert x == 1` became `assert x`"]."""
     wanted = {function_of(test).partition("::")[2] for test in tests}
     lines = []
     for _, name, old, new in tests_pairs([source]):
-        gone, come = (list((Counter(a) - Counter(b)).elements())
-                      for a, b in ((old.asserts, new.asserts), (new.asserts, old.asserts)))
+        before, after = Counter(old.asserts), Counter(new.asserts)
+        gone, come = [*(before - after)], [*(after - before)]
         if name in wanted and gone:
             now = f"became `{one_line(come[0])[:200]}`" if come else "is gone"
             lines.append(f"{name}: `{one_line(gone[0])[:200]}` {now}")
@@ -1847,7 +1907,7 @@ def is_same_beside_tests(source: Source) -> bool:
 
 
 def rest_read(source: bytes) -> str:
-    """A digest of a test module without its test functions and imports; "" for what cannot be parsed."""
+    """A digest of a test module without its tests and imports; "" where it does not parse."""
     try:
         nodes = list(ast.parse(source).body)
     except (SyntaxError, ValueError):
@@ -1856,8 +1916,10 @@ def rest_read(source: bytes) -> str:
         if isinstance(node, ast.ClassDef):
             nodes += node.body
             node.body = []
-    names = ("Import", "ImportFrom")
-    return "" if not nodes else syntax_digest(node for node in nodes if type(node).__name__ not in names
+    if not nodes:
+        return ""
+    imports = (ast.Import, ast.ImportFrom)
+    return syntax_digest(node for node in nodes if not isinstance(node, imports)
                          and not getattr(node, "name", "").startswith("test"))
 
 
@@ -1866,7 +1928,7 @@ def rest_read(source: bytes) -> str:
 
 
 def test_detection(source: bytes) -> list[tuple[int, str]]:
-    """Where Python source asks whether a test runs it, or reads its caller's variables, as (line, what it does)."""
+    """Where source asks for pytest, or reads its caller's variables: (line, what it does)."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):
@@ -1875,18 +1937,21 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
     for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr == "f_locals":
             hits.append((node.lineno, "reads its caller's variables (f_locals)"))
-        if isinstance(node, ast.Constant) and node.value in ("PYTEST_CURRENT_TEST", "PYTEST_VERSION"):
+        variables = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
+        if isinstance(node, ast.Constant) and node.value in variables:
             hits.append((node.lineno, "asks whether pytest is running it"))
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
-            asked = getattr(node.left, "value", "") in ("pytest", "_pytest")
-            if asked and ast.unparse(node.comparators[0]).endswith("modules"):
+            is_pytest = getattr(node.left, "value", "") in ("pytest", "_pytest")
+            if is_pytest and ast.unparse(node.comparators[0]).endswith("modules"):
                 hits.append((node.lineno, "asks whether pytest is running it"))
     return hits
 
 
-def shadow_names(run: Run, sources: list[Source], gate: GateResult) -> dict[str, tuple[str, set[str], list[str]]]:
-    """The new names where imports begin: {name: (path, what of the base has it, what of that is still there)}."""
-    changes, there = [source.change for source in sources], tree_paths(run.job.repo, run.base.tree)
+def shadow_names(run: Run, sources: list[Source],
+                 gate: GateResult) -> dict[str, tuple[str, set[str], list[str]]]:
+    """The new names where imports begin: {name: (path, who had it on the base, who still has)}."""
+    changes = [source.change for source in sources]
+    there = tree_paths(run.job.repo, run.base.tree)
     roots = {""} if "src/__init__.py" in there else {"", "src/"}
     for check in (*gate.checks, *(run.baseline.checks if run.baseline else [])):
         roots |= {f"{root}/" for root in check.facts.get("roots", [])}
@@ -1895,62 +1960,74 @@ def shadow_names(run: Run, sources: list[Source], gate: GateResult) -> dict[str,
             for name, (path, before) in new_imports(changes, there, roots).items()}
 
 
-def guard_reads(base: GateResult | None, gate: GateResult, gate_files: GateFiles) -> list[Violation]:
-    """The product code that was seen to open the tests' source, and was not on the base."""
-    before, now = ([line.split("\t", 1) for check in (result.checks if result else [])
-                    for line in check.facts.get("reads", [])] for result in (base, gate))
-    known = {at.rpartition(":")[0] for at, path in before if gate_role(path, gate_files) == "test"}
+def guard_reads(base: GateResult, gate: GateResult, gate_files: GateFiles) -> list[Violation]:
+    """The product code that opened the tests' source, and did not on the base."""
+    known = {at.rpartition(":")[0] for at, _ in tests_opened(base, gate_files)}
     places: dict[str, list[str]] = defaultdict(list)
-    for at, path in now:
+    for at, path in tests_opened(gate, gate_files):
         product = at.rpartition(":")[0]
-        if gate_role(path, gate_files) == "test" and not gate_role(product, gate_files) and product not in known:
+        if product not in known and not gate_role(product, gate_files):
             places[at].append(path)
-    return [Violation("test-detection", at, f"reads the tests: {words_first(paths)}") for at, paths in places.items()]
+    return [Violation("test-detection", at, f"reads the tests: {words_first(paths)}")
+            for at, paths in places.items()]
 
 
-def guard_doctests(sources: list[Source], base: GateResult | None) -> list[Violation]:
+def tests_opened(result: GateResult, gate_files: GateFiles) -> list[list[str]]:
+    """Which code opened the source of a test: [["app.py:7", "tests/test_app.py"]]."""
+    pairs = [line.split("\t", 1) for check in result.checks
+             for line in check.facts.get("reads", [])]
+    return [[at, path] for at, path in pairs if gate_role(path, gate_files) == "test"]
+
+
+def guard_doctests(sources: list[Source], base: GateResult) -> list[Violation]:
     """The examples in docstrings, run on the base, that expect something else now."""
-    ran = {path for check in (base.checks if base else []) for path in check.facts.get("doctests", [])}
-    found = []
+    ran = {path for check in base.checks for path in check.facts.get("doctests", [])}
+    violations = []
     for source in sources:
         path = source.change.path
-        old, new = (Counter(read(doctests_read, blob)) if path in ran else Counter()
-                    for blob in (source.change.old_blob, source.change.new_blob))
-        come = dict((new - old).keys())
-        found += [Violation("weakened", path, f"the example `{one_line(example)}` gave `{one_line(output)}` on the "
-                            f"base, and now `{one_line(come[example])}`")
-                  for example, output in old - new if example in come]
-    return found
+        if path not in ran:
+            continue
+        old = Counter(read(doctests_read, source.change.old_blob))
+        new = Counter(read(doctests_read, source.change.new_blob))
+        now = dict((new - old).keys())
+        violations += [
+            Violation("weakened", path, f"the example `{one_line(example)}` gave "
+                      f"`{one_line(output)}` on the base, and now `{one_line(now[example])}`")
+            for example, output in old - new if example in now]
+    return violations
 
 
 def doctests_read(source: bytes) -> list[tuple[str, str]]:
-    """The examples in a Python file's docstrings, each with its output; [] for what cannot be parsed."""
+    """The examples in a file's docstrings, each with its output; [] where it does not parse."""
     import doctest
     examples = []
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):
         return []
-    for node in [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS))]:
-        with contextlib.suppress(ValueError):  # one that doctest cannot read
-            examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    for node in nodes:
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
+            with contextlib.suppress(ValueError):  # one that doctest cannot read
+                examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
     return [(example.source.strip(), example.want.strip()) for example in examples]
 
 
-def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str, root: Path) -> list[Violation]:
-    """The new modules that would be imported in place of one of Python's own, an installed one or one of the base."""
+def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str,
+                  root: Path) -> list[Violation]:
+    """The new modules that would be imported in place of Python's, an installed or the base's."""
     ran = program_call([python, "-I", "-c", FIND_MODULES, *names]) if names else None
     known = json.loads(ran.out) if ran and not ran.exit else {}
     installed = {name for name, origin in known.items() if origin
                  and ("-packages/" in origin or not Path(origin).is_relative_to(root))}
     installed |= {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy"}
-    found = []
+    shadowed = {}
     for name, (path, before, still) in names.items():
         if still:
-            found.append(Violation("shadow", path, f"would be imported in place of {still[0]}"))
+            shadowed[path] = still[0]
         elif name in installed and not before:  # a name that the base had already is only moved
-            found.append(Violation("shadow", path, f"would be imported in place of the module {name!r}"))
-    return found
+            shadowed[path] = f"the module {name!r}"
+    return [Violation("shadow", path, f"would be imported in place of {other}")
+            for path, other in shadowed.items()]
 
 
 # One name that cannot be looked for ("__main__") must not hide the others.
@@ -1965,27 +2042,29 @@ print(json.dumps({name: origin(name) for name in sys.argv[1:]}))
 """
 
 
-def new_imports(changes: list[Change], base_paths: set[str], roots: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
-    """The names of the files that a change adds where imports begin: {name: (path, what of the base has it)}.
+def new_imports(changes: list[Change], base_paths: set[str],
+                roots: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
+    """The names of new files where imports begin: {name: (path, what of the base has it)}.
 
-    What has the name on any of these roots counts: a conftest may decide which of them stands first.
+    What has the name on any of these roots counts: a conftest may decide which stands first.
     """
-    pairs = [(change.path, name) for change in changes if change.new_mode and not change.old_mode
-             for root in roots if (name := import_name(change.path, root))]
-    found: dict[str, tuple[str, set[str]]] = {
-        name: (path, set()) for path, name in pairs
-        if name not in ("test", "tests", "conftest", "__init__", "__main__")}
-    for path in base_paths if found else ():
-        for name in {import_name(path, root) for root in roots} & found.keys():
-            found[name][1].add(path)
-    return found
+    new_paths = [change.path for change in changes if change.new_mode and not change.old_mode]
+    paths = {import_name(path, root): path for path in new_paths for root in roots}
+    usual = ("", "test", "tests", "conftest", "__init__", "__main__")
+    new = {name: (path, set()) for name, path in paths.items() if name not in usual}
+    for path in base_paths if new else ():
+        for name in {import_name(path, root) for root in roots} & new.keys():
+            new[name][1].add(path)
+    return new
 
 
 def import_name(path: str, root: str) -> str:
-    """The top-level module that a file is or makes, seen from an import root ("" or "src/"), or ""."""
+    """The top-level module that a file makes, seen from an import root ("" or "src/"), or ""."""
+    if not path.startswith(root):
+        return ""
     first, _, rest = path.removeprefix(root).partition("/")
-    if not path.startswith(root) or rest:
-        return first if path.startswith(root) and rest.startswith("__init__.") and "/" not in rest else ""
+    if rest:
+        return first if rest.startswith("__init__.") and "/" not in rest else ""
     name, _, kind = first.partition(".")
     return name if re.search(r"(^|\.)(py|pyc|so|pyd)$", kind) else ""
 
