@@ -1893,7 +1893,7 @@ def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
     lines = []
     for _, name, old, new in tests_pairs([source]):
         before, after = Counter(old.asserts), Counter(new.asserts)
-        gone, come = [*(before - after)], [*(after - before)]
+        gone, come = list(before - after), list(after - before)
         if name in wanted and gone:
             now = f"became `{one_line(come[0])[:200]}`" if come else "is gone"
             lines.append(f"{name}: `{one_line(gone[0])[:200]}` {now}")
@@ -1953,8 +1953,8 @@ def shadow_names(run: Run, sources: list[Source],
     changes = [source.change for source in sources]
     there = tree_paths(run.job.repo, run.base.tree)
     roots = {""} if "src/__init__.py" in there else {"", "src/"}
-    for check in (*gate.checks, *(run.baseline.checks if run.baseline else [])):
-        roots |= {f"{root}/" for root in check.facts.get("roots", [])}
+    results = [*gate.checks, *(run.baseline.checks if run.baseline else [])]
+    roots |= {f"{root}/" for root in observed(results, "roots")}
     gone = {change.path for change in changes if not change.new_mode}
     return {name: (path, before, sorted(before - gone))
             for name, (path, before) in new_imports(changes, there, roots).items()}
@@ -1974,14 +1974,13 @@ def guard_reads(base: GateResult, gate: GateResult, gate_files: GateFiles) -> li
 
 def tests_opened(result: GateResult, gate_files: GateFiles) -> list[list[str]]:
     """Which code opened the source of a test: [["app.py:7", "tests/test_app.py"]]."""
-    pairs = [line.split("\t", 1) for check in result.checks
-             for line in check.facts.get("reads", [])]
+    pairs = [line.split("\t", 1) for line in observed(result.checks, "reads")]
     return [[at, path] for at, path in pairs if gate_role(path, gate_files) == "test"]
 
 
 def guard_doctests(sources: list[Source], base: GateResult) -> list[Violation]:
     """The examples in docstrings, run on the base, that expect something else now."""
-    ran = {path for check in base.checks for path in check.facts.get("doctests", [])}
+    ran = observed(base.checks, "doctests")
     violations = []
     for source in sources:
         path = source.change.path
@@ -2081,41 +2080,45 @@ def import_name(path: str, root: str) -> str:
 
 @contextlib.contextmanager
 def gates_open(run: Run) -> Iterator[Gates]:
-    """The gates of a run; afterwards nothing that was started for it is running, in or out of a container."""
+    """The gates of a run; afterwards nothing that was started for it is still running."""
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(2) as pool:
         try:
             yield Gates(run, Path(run.places[1]), pool)
         finally:
             program_close()
-            pool.shutdown(cancel_futures=True)  # first: none of its threads starts another container
+            # First the threads: then none of them starts another container.
+            pool.shutdown(cancel_futures=True)
             sandbox_end(run.job.sandbox.kind, run.job.sandbox.mark)
 
 
 class Gates:
-    """The two gates of a run: one for its changes, one for the base and for what is laid over a change."""
+    """The two gates of a run: one for its changes, one for the base and for the recheck."""
 
     def __init__(self, run: Run, private: Path, pool: ThreadPoolExecutor) -> None:
         self.run, self.private, self.pool = run, private, pool
         self.change, self.base = self.gate_new(), self.gate_new()
         self.future: Future[GateResult] | None = None  # of the baseline
         self.places = [private / "gate"]
-        paths = tree_paths(run.job.repo, run.base.tree)
-        self.named = frozenset(named_files(run.job, paths) | configured_files(run.job.repo, run.base.tree))
+        repo, tree = run.job.repo, run.base.tree
+        named = named_files(run.job, tree_paths(repo, tree)) | configured_files(repo, tree)
+        self.named = frozenset(named)
 
     def gate_new(self) -> Gate:
         """A gate in a directory that did not exist before."""
-        # A short name: a socket in what is its temporary directory has a path of some 100 characters.
-        names = iter(lambda: os.urandom(2).hex()[:3], "")
-        return Gate(self.run, self.private / next(name for name in names if not os.path.lexists(self.private / name)))
+        # A short name: the path of a socket in its temporary directory has some 100 characters.
+        while os.path.lexists(folder := self.private / os.urandom(2).hex()[:3]):
+            continue
+        return Gate(self.run, folder)
 
     def renew(self) -> None:
         """Make new gates where the agent could reach those that there are."""
         folder_check(self.private)
         done = self.future and self.future.done()
         if self.run.job.sandbox.kind in ("bwrap", *ENGINES) or self.run.job.recorded:
+            # A checkout of the base is quicker moved than made.
             if done and not self.change.checkout.index.exists():
-                self.change, self.base = self.base, self.change  # a checkout of the base is quicker moved than made
+                self.change, self.base = self.base, self.change
             return
         before, self.change, self.base = (self.change, self.base), self.gate_new(), self.gate_new()
         self.change.remember(before[0])
@@ -2128,8 +2131,8 @@ class Gates:
             result = gate_step("baseline gate", gate, self.run.base.tree, "0")
             carry_hint(self.run.job.repo, result)
             if red := base_red(result):
-                CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, but must not add to it "
-                            "(--strict asks for green)")
+                CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, "
+                            "but must not add to it (--strict asks for green)")
             return result
         self.future = self.pool.submit(check, self.base)
 
@@ -2146,63 +2149,73 @@ class Gates:
         return self.run.baseline
 
     def lint_on_base(self) -> bool:
-        """Whether ruff has findings on the base: a change of white space may be what they ask for."""
+        """Whether ruff has findings on the base, which a change of white space may fix."""
         return any(check.lint for check in self.baseline().checks)
 
     def is_flaky(self, red: list[CheckResult]) -> bool:
-        """Whether checks that are red on the base are green when they are run again on the same tree."""
+        """Whether checks that are red on the base are green when they are run once more."""
         names = [check.name for check in red]
 
         def green(name: str, label: str, *how: Sequence[str]) -> bool:
             result = gate_step(name, self.change, self.run.base.tree, label, *how)
             return all(check.ok for check in result.checks if check.name in names)
-        # First what failed, alone: that is quick, and most red stays red. A test that passes alone may
-        # still fail in company, every time: so only the whole once more can say "flaky".
+
+        # First what failed, alone: that is quick, and most red stays red. A test that passes alone
+        # may still fail in company, every time: so only the whole once more shows that it is flaky.
         return (green("gate, failures again", "0-again", names, FAILURES_FIRST)
                 and green("gate, once more", "0-once-more"))
 
     def failures_first(self, attempt: Attempt, names: list[str]) -> GateResult:
         """The result on a change of what failed last, alone, in some checks."""
-        return gate_step(f"gate, attempt {attempt.number}, failures first", self.change, attempt.tree,
-                         f"{attempt.number}-first", names, FAILURES_FIRST)
+        return gate_step(f"gate, attempt {attempt.number}, failures first", self.change,
+                         attempt.tree, f"{attempt.number}-first", names, FAILURES_FIRST)
 
     def whole(self, attempt: Attempt) -> GateResult:
         """The result on a change."""
-        return gate_step(f"gate, attempt {attempt.number}", self.change, attempt.tree, str(attempt.number))
+        number = attempt.number
+        return gate_step(f"gate, attempt {number}", self.change, attempt.tree, str(number))
 
     def gate_files(self, gate: GateResult) -> GateFiles:
-        """What the base's tests were seen to use, and of the new files what the change's are."""
-        before = [check for check in (self.run.baseline.checks if self.run.baseline else []) if check.facts]
-        after = [check for check in gate.checks if check.facts]
-        there = tree_paths(self.run.job.repo, self.run.base.tree)
-        used = {path for check in before for path in check.facts.get("used", [])}
-        used |= {file_of(test) for check in before for test in check.tests}  # also what could not be collected
-        used -= {path for check in before for path in check.facts.get("doctests", [])}
-        now = tree_paths(self.run.job.repo, gate.tree) | {file_of(test) for check in after for test in check.tests}
-        # What a test only reads, and what was not there when it began, may be what it has the code write: so it
-        # counts beside the files that the base's tests use alone.
+        """What the base's tests used, and of the new files what the change's tests use."""
+        job, before, after = self.run.job, self.baseline().checks, gate.checks
+        there = tree_paths(job.repo, self.run.base.tree)
+        now = tree_paths(job.repo, gate.tree) | tests_files(after)
+        used = {*observed(before, "used"), *tests_files(before)}  # also what could not be collected
+        used -= {*observed(before, "doctests")}
+        # What a test only reads, and what was not there when it began, may be what it has the code
+        # write: so it counts beside the files that the base's tests use alone.
         beside = {path.rpartition("/")[0] for path in used} - {""}
-        used |= {path for check in after for path in check.facts.get("used", []) if path not in there
-                 and (path in now or path.endswith(".py") or path.rpartition("/")[0] in beside)}
-        used |= tests_company(there | now, [test for check in before for test in check.tests])
-        observed = {check.name for check in before if "used" in check.facts}
-        observed &= {check.name for check in after if "used" in check.facts}
-        files = tuple(glob for check in before for glob in check.facts.get("files", []))
-        folders = [folder for check in before for folder in check.facts.get("folders", [])
-                   if folder.strip("./") not in ("", "src", "lib")]
-        by_name = any(check.kind != "ruff" and check.name not in observed for check in self.run.job.checks)
-        return GateFiles(files or GateFiles().files, tuple(folders), self.named, frozenset(used), by_name)
+        used |= {path for path in {*observed(after, "used")} - there
+                 if path in now or path.endswith(".py") or path.rpartition("/")[0] in beside}
+        used |= tests_company(there | now, tests_files(before))
+        files = tuple(observed(before, "files")) or GateFiles().files
+        folders = tuple(folder for folder in observed(before, "folders")
+                        if folder.strip("./") not in ("", "src", "lib"))
+        watched = {check.name for check in before if "used" in check.facts}
+        watched &= {check.name for check in after if "used" in check.facts}
+        by_name = any(check.kind != "ruff" and check.name not in watched for check in job.checks)
+        return GateFiles(files, folders, self.named, frozenset(used), by_name)
 
 
-def tests_company(paths: Iterable[str], tests: Iterable[str]) -> set[str]:
-    """The paths that lie with some tests: below the topmost folder around one of them that has a test folder's name."""
-    folders = {tests_folder(os.path.dirname(file_of(test))) for test in tests} - {""}
+def observed(checks: Iterable[CheckResult], fact: str) -> list[str]:
+    """What the plugin observed of one kind in some checks: files used, import roots and so on."""
+    return [value for check in checks for value in check.facts.get(fact, [])]
+
+
+def tests_files(checks: Iterable[CheckResult]) -> set[str]:
+    """The files of the tests in some checks."""
+    return {file_of(test) for check in checks for test in check.tests}
+
+
+def tests_company(paths: Iterable[str], files: Iterable[str]) -> set[str]:
+    """The paths that lie with some tests' files: below the topmost test folder around one."""
+    folders = {tests_folder(os.path.dirname(path)) for path in files} - {""}
     return {path for path in paths if tests_folder(os.path.dirname(path)) in folders}
 
 
 @functools.lru_cache(100_000)
 def tests_folder(folder: str) -> str:
-    """The topmost folder with a test folder's name on the way to a folder: "a/tests/b" -> "a/tests"; "" for none."""
+    """The topmost test folder on the way to a folder: "a/tests/b" -> "a/tests"; "" for none."""
     parts = folder.split("/")
     depths = (depth for depth, part in enumerate(parts, 1) if re.fullmatch(TEST_FOLDER, part))
     return "/".join(parts[:next(depths, 0)])
@@ -2231,7 +2244,7 @@ class Check(NamedTuple):
 class Gate:
     """Judges trees, each on the same clean checkout, which is moved from tree to tree.
 
-    Its directories are made with it, in a new one: where an agent has run meanwhile, a new gate is made.
+    Its directories are made with it, in a new one: an agent that ran before cannot know them.
     """
 
     def __init__(self, run: Run, private: Path) -> None:
@@ -2241,60 +2254,69 @@ class Gate:
         self.checkout = Checkout(self.job.repo, place, private / "index", self.job.carried)
         self.environ = gate_environ(os.environ, private)
         self.home = Path(os.environ.get("GATE_HOME") or private / "home")
-        if self.job.sandbox.kind not in ENGINES:  # a container has a home of its own, and the engine needs ours
+        # A container has a home of its own, and its engine needs ours.
+        if self.job.sandbox.kind not in ENGINES:
             self.environ = gate_home(self.environ, self.home)
         self.reports = private / os.urandom(8).hex()
         self.folders = [place, *(private / name for name in ("cache", "plugin", self.reports.name))]
         self._tidy()
         self.above = configuration_above(place)
 
-    def run_checks(self, tree: str, label: str, only: Sequence[str] = (), further: Sequence[str] = ()) -> GateResult:
+    def run_checks(self, tree: str, label: str, only: Sequence[str] = (),
+                   further: Sequence[str] = ()) -> GateResult:
         """The result on a tree, its output in gate-LABEL.log.
 
         `only` names the checks to run (none: all), `further` has more arguments for pytest.
         """
         self._tidy()
-        failed = self._lay(tree) or setup_run(self.job, self.checkout.place, self.private, self._log("setup"))
-        prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup and not failed else ""
-        if failed:
-            result = GateResult(tree, [failed])
-        else:
-            from concurrent.futures import ThreadPoolExecutor
-            checks = [check for check in self.job.checks if not only or check.name in only]
-            with ThreadPoolExecutor(len(checks)) as pool:
-                result = GateResult(tree, list(pool.map(lambda check: self._checked(check, further), checks)))
-            result.rewritten = self._written(result)
-        result.prepared = {*prepared.split("\0")}
+        setup_log, place = self._log("setup"), self.checkout.place
+        failed = self._lay(tree) or setup_run(self.job, place, self.private, setup_log)
+        result = GateResult(tree, [failed]) if failed else self._gate(tree, only, further)
+        parts = []
         for check in result.checks:
             check.findings = distill_fit(check.findings, f"gate-{label}.log")
-        parts = [f"== {c.name}: {'ok' if c.ok else 'red'}, {c.reason}\n{log_read(self._log(c.name))}\n"
-                 for c in result.checks]
+            heading = f"== {check.name}: {'ok' if check.ok else 'red'}, {check.reason}"
+            parts.append(f"{heading}\n{log_read(self._log(check.name))}\n")
         file_write(self.run.folder / f"gate-{label}.log", "\n".join(parts))
         return result
 
+    def _gate(self, tree: str, only: Sequence[str], further: Sequence[str]) -> GateResult:
+        """The result on the tree that is laid out."""
+        from concurrent.futures import ThreadPoolExecutor
+        prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup else ""
+        checks = [check for check in self.job.checks if not only or check.name in only]
+        with ThreadPoolExecutor(len(checks)) as pool:
+            results = list(pool.map(lambda check: self._checked(check, further), checks))
+        result = GateResult(tree, results, prepared={*prepared.split("\0")})
+        result.rewritten = self._written(result)
+        return result
+
     def _tidy(self) -> None:
-        """Make the gate's directories hold what is its own: what an earlier run left there is no fix."""
+        """Leave what is the gate's own in its directories: what an earlier run left is no fix."""
         around = (self.private, self.checkout.place.parent)
-        own = {path for path in (*around, *self.folders) if path.is_dir()} | {*self.private.glob("index*")}
+        own = {path for path in (*around, *self.folders) if path.is_dir()}
+        own |= {*self.private.glob("index*")}
         directory_remove(*(path for folder in around for path in folder.glob("*")
                            if path not in own or path.is_symlink()))
         for folder in (*self.folders, self.private / "tmp", self.private / "home"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def _written(self, result: GateResult) -> list[str]:
-        """The files of the checkout, and configuration above it, that were written to; if it is gone, all is red."""
+        """The files of the checkout, and configuration above it, that were written to."""
         place, above = self.checkout.place, configuration_above(self.checkout.place)
         changed = sorted(path for path, _ in above.items() ^ self.above.items())
         if place.is_symlink() or not place.is_dir():
             reason = "the tests removed the gate's checkout"
-            result.checks = [CheckResult(c.name, False, reason, c.seconds, broken=True) for c in result.checks]
+            result.checks = [CheckResult(check.name, False, reason, check.seconds, broken=True)
+                             for check in result.checks]
             return changed
-        listed = (self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules"),
-                  self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv"))  # of --setup
-        return [*changed, *(path for paths in listed for path in paths.split("\0") if path)]
+        tracked = self.checkout.git("diff-files", "--name-only", "-z", "--ignore-submodules")
+        # --setup may have made .venv.
+        new = self.checkout.git("ls-files", "--others", "-z", "--", ".", ":(exclude).venv")
+        return [*changed, *tracked.split("\0")[:-1], *new.split("\0")[:-1]]
 
     def remember(self, other: Gate) -> None:
-        """Take over which tests failed in another gate: they are checked first, no more depends on it."""
+        """Take over which tests failed in another gate, to check them first: only time is lost."""
         name = "cache/v/cache/lastfailed"
         with contextlib.suppress(OSError):
             failed = file_read(other.private / name, RUFF_LIMIT)
@@ -2302,14 +2324,15 @@ class Gate:
             (self.private / name).write_bytes(failed)
 
     def _lay(self, tree: str) -> CheckResult | None:
-        """Lay a tree out; a red result where that cannot be done with a change (with the base it is a Stop)."""
+        """Lay a tree out; a red result where a change cannot be; raises Stop for a base."""
         try:
             self.checkout.lay(tree)
             return repository_mark(self.checkout.place)
         except (OSError, Stop) as error:
             if tree == self.run.base.tree:
                 raise
-            return CheckResult("checkout", False, f"the change cannot be laid out for the gate: {error}", 0)
+            reason = f"the change cannot be laid out for the gate: {error}"
+            return CheckResult("checkout", False, reason, 0)
 
     def _log(self, name: str) -> Path:
         """Where the output of a check goes."""
@@ -2317,7 +2340,7 @@ class Gate:
         return self.private / f"check-{numbers.get(name, name)}.log"
 
     def _checked(self, check: Check, further: Sequence[str]) -> CheckResult:
-        """The result of one check, also where another removes the checkout before it has started."""
+        """The result of one check, also where another one removes the checkout before it starts."""
         try:
             return self._check(check, further)
         except (OSError, Stop):
@@ -2326,80 +2349,109 @@ class Gate:
             return CheckResult(check.name, False, "the checkout is gone", 0, broken=True)
 
     def _check(self, check: Check, further: Sequence[str]) -> CheckResult:
-        """The result of one check on the files in the checkout; pytest gets some further arguments."""
+        """The result of one check on the files in the checkout; `further` is for pytest."""
         check = check_in_checkout(check, self.checkout) if self.job.setup else check
-        place, report, log = self.checkout.place, self.reports / os.urandom(8).hex(), self._log(check.name)
+        place, report = self.checkout.place, self.reports / os.urandom(8).hex()
+        log = self._log(check.name)
         argv, environ = list(check.argv), dict(self.environ)
         if os.path.isabs(argv[0]):
-            environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), environ.get("PATH", os.defpath)])
+            path = environ.get("PATH", os.defpath)
+            environ["PATH"] = os.pathsep.join([os.path.dirname(argv[0]), path])
         if check.kind == "ruff":
             argv += [*RUFF_ARGS, f"--output-file={report}"]
         if check.kind == "pytest":
-            plugin = plugin_write(self.private, place, self.job.repo.root, report, self.job.gate_seconds)
-            environ["PYTHONPATH"] = os.pathsep.join([str(self.private / "plugin"), *import_roots(place)])
+            seconds = self.job.gate_seconds
+            plugin = plugin_write(self.private, place, self.job.repo.root, report, seconds)
+            paths = [str(self.private / "plugin"), *import_roots(place)]
+            environ["PYTHONPATH"] = os.pathsep.join(paths)
+            # No configuration and no conftest from above the checkout, no cache from another run.
             argv += [*PYTEST_ARGS, "-p", plugin, f"--rootdir={place}", f"--confcutdir={place}"]
             argv += ["-o", f"cache_dir={self.private / 'cache'}", *further]
-        write = [self.reports, *(self.private / name for name in ("cache", "home"))]
-        reach = Reach(place, self.private / "tmp", write, [self.private / "plugin"], GATE_VARIABLES)
-        how = {"env": environ, "seconds": self.job.gate_seconds, "soft": "SIGINT"}
-        ran = self.job.sandbox.run(argv, reach, log=log, **how)
+        ran = self._run(argv, environ, log)
         result = VERDICTS[check.kind](Evidence(check.name, ran, log_read(log), report, place))
         if check.kind == "ruff":
-            def more(name: str, option: str) -> Path:
-                path = report.with_name(f"{report.name}-{name}")
-                argv = [*check.argv, *RUFF_ARGS, option, f"--output-file={path}"]
-                self.job.sandbox.run(argv, reach, log=log.with_suffix(f".{name}"), **how)
-                return path
-            try:
-                # Once more without suppressions: what is reported only now is what they hide. It is counted, as
-                # equal places may be in two cells of a notebook.
-                hidden = Counter(ruff_report(more("open", "--ignore-noqa"), place)) - Counter(result.lint)
-                result.hidden = sorted(hidden.elements())
-                result.view = ruff_view(more("view", "--show-files"), place)
-            except (OSError, ValueError, KeyError, TypeError):
-                if result.ok:
-                    result.ok, result.reason = False, "no report of what suppressions hide"
+            self._ruff_again(check, environ, report, result)
         return result
 
+    def _run(self, argv: list[str], environ: dict[str, str], log: Path) -> Ran:
+        """How a program ended that was run on the checkout."""
+        private = self.private
+        write = [self.reports, private / "cache", private / "home"]
+        reach = Reach(self.checkout.place, private / "tmp", write, [private / "plugin"],
+                      GATE_VARIABLES)
+        return self.job.sandbox.run(argv, reach, env=environ, seconds=self.job.gate_seconds,
+                                    log=log, soft="SIGINT")
 
-RUFF_ARGS = ["--no-cache", "--no-fix", "--no-fix-only", "--output-format=json"]
-# The verbosities give whole comparisons, and the name of a test before it runs; the stack of a
-# hanging test is written by our own plugin, also while a module is imported.
-PYTEST_ARGS = ["--color=no", "--tb=short", "--maxfail=0", "-o", "faulthandler_timeout=0",
-               "-o", "verbosity_assertions=2", "-o", "verbosity_test_cases=1"]
+    def _ruff_again(self, check: Check, environ: dict[str, str], report: Path,
+                    result: CheckResult) -> None:
+        """Add to ruff's result what suppressions hide, and the files that it looks at."""
+        def again(name: str, option: str) -> Path:
+            path = report.with_name(f"{report.name}-{name}")
+            argv = [*check.argv, *RUFF_ARGS, option, f"--output-file={path}"]
+            self._run(argv, environ, self._log(check.name).with_suffix(f".{name}"))
+            return path
+
+        place = self.checkout.place
+        try:
+            # What is reported only without suppressions is what they hide. It is counted, as equal
+            # places may be in two cells of a notebook.
+            everything = ruff_report(again("open", "--ignore-noqa"), place)
+            result.hidden = sorted((Counter(everything) - Counter(result.lint)).elements())
+            result.view = ruff_view(again("view", "--show-files"), place)
+        except (OSError, ValueError, KeyError, TypeError):
+            if result.ok:
+                result.ok, result.reason = False, "no report of what suppressions hide"
+
+
+RUFF_ARGS = [
+    "--no-cache",  # a cache would be one more thing that decides
+    "--no-fix", "--no-fix-only",  # what is judged stays as it is, whatever is configured
+    "--output-format=json",  # a report for a program
+]
+PYTEST_ARGS = [
+    "--color=no", "--tb=short",  # plain and short text, which findings are made of
+    "--maxfail=0",  # all failures, whatever is configured
+    "-o", "faulthandler_timeout=0",  # our plugin writes the stack of a hanging test, or import
+    "-o", "verbosity_assertions=2",  # whole comparisons
+    "-o", "verbosity_test_cases=1",  # the name of a test before it runs
+]
 
 
 def gate_environ(environ: Mapping[str, str], private: Path) -> dict[str, str]:
-    """The environment of a gate's programs: no secrets (the agent wrote what runs), no settings of our parent."""
-    kept = {name: value for name, value in git_environ(environ).items() if not name.startswith(TOOL_VARIABLES)}
-    return kept | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(private / "tmp")}
+    """The environment of a gate's programs: no secrets (an agent wrote what runs), no settings."""
+    result = {name: value for name, value in git_environ(environ).items()
+              if not name.startswith(TOOL_VARIABLES)}
+    return result | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(private / "tmp")}
 
 
 def gate_home(environ: Mapping[str, str], home: Path) -> dict[str, str]:
     """The environment's variables that make a directory the home of a check's programs.
 
-    What was left in the real one, by the agent or by an earlier run, decides nothing. Packages that pip put there stay.
+    What was left in the real one, by the agent or by an earlier run, decides nothing.
     """
     import site
-    kept = {name: value for name, value in environ.items()
-            if name not in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")}
-    return kept | {"HOME": str(home)} | ({"PYTHONUSERBASE": site.getuserbase()} if site.ENABLE_USER_SITE else {})
+    folders = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+    result = {name: value for name, value in environ.items() if name not in folders}
+    if site.ENABLE_USER_SITE:  # packages that pip put there stay
+        result["PYTHONUSERBASE"] = site.getuserbase()
+    return result | {"HOME": str(home)}
 
 
 GATE_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")  # what a container gets
-TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_", "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
+TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_",
+                  "FORCE_COLOR", "PY_COLORS", "CLICOLOR")
 
 
 def repository_mark(place: Path) -> None:
-    """Make a directory an empty repository: ruff heeds .gitignore only in one (as it would in CI)."""
-    mark = place / ".git"
-    if mark.is_dir() and not mark.is_symlink():
-        shutil.rmtree(mark)
+    """Make a directory an empty repository: only in one (as in CI) ruff heeds .gitignore."""
+    git_dir = place / ".git"
+    if git_dir.is_dir() and not git_dir.is_symlink():
+        shutil.rmtree(git_dir)
     else:
-        mark.unlink(missing_ok=True)
+        git_dir.unlink(missing_ok=True)
     for part in ("objects", "refs"):
-        (mark / part).mkdir(parents=True)
-    (mark / "HEAD").write_text("ref: refs/heads/gate\n")
+        (git_dir / part).mkdir(parents=True)
+    (git_dir / "HEAD").write_text("ref: refs/heads/gate\n")
 
 
 def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | None:
@@ -2407,7 +2459,8 @@ def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | 
     if not job.setup:
         return None
     reach = Reach(place, private / "tmp", network=True)
-    ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private), seconds=job.gate_seconds, log=log)
+    ran = job.sandbox.run(job.setup, reach, env=gate_environ(os.environ, private),
+                          seconds=job.gate_seconds, log=log)
     result = command_verdict(Evidence("setup", ran, log_read(log), log, place))
     made = place / ".venv"
     if made.is_dir() and not made.is_symlink() and not os.path.lexists(made / ".gitignore"):
@@ -2416,15 +2469,17 @@ def setup_run(job: Job, place: Path, private: Path, log: Path) -> CheckResult | 
 
 
 SETUP_ADVICE = (
-    "a pure Python project needs no --setup (its modules are found in the checkout); one that must be built gets an "
-    "environment inside the checkout, e.g. --setup 'uv sync' or "
+    "a pure Python project needs no --setup (its modules are found in the checkout); one that must "
+    "be built gets an environment inside the checkout, e.g. --setup 'uv sync' or "
     "--setup \"sh -c 'python3 -m venv .venv && .venv/bin/pip install -e . pytest ruff'\"")
 
 
 def import_roots(place: Path) -> list[str]:
-    """Where a checkout's own modules are imported from: itself, and src/ unless that is a package."""
+    """Where a checkout's modules are imported from: itself, and src/ unless that is a package."""
     source = place / "src"
-    return ([str(source)] if source.is_dir() and not (source / "__init__.py").exists() else []) + [str(place)]
+    if source.is_dir() and not (source / "__init__.py").exists():
+        return [str(source), str(place)]
+    return [str(place)]
 
 
 def log_read(log: Path) -> str:
@@ -2438,17 +2493,18 @@ def log_read(log: Path) -> str:
 
 
 def source_of(path: str) -> str:
-    """The source that a compiled file stands for: "t/__pycache__/a.cpython-311.pyc" -> "t/a.py"; others as they are."""
+    """The source of a compiled file, "t/__pycache__/a.cpython-311.pyc" -> "t/a.py"; else itself."""
     if not path.endswith(".pyc"):
         return path
     folder, _, name = path.rpartition("/")
-    return os.path.join(folder.removesuffix("__pycache__").rstrip("/"), f"{name.partition('.')[0]}.py")
+    folder = folder.removesuffix("__pycache__").rstrip("/")
+    return os.path.join(folder, f"{name.partition('.')[0]}.py")
 
 
 def gate_checks(given: list[tuple[str, str]], root: Path, in_image: bool) -> list[Check]:
-    """The checks to run: those of --check as (name, command), else ruff and pytest; tools as absolute paths.
+    """The checks to run: those of --check as (name, command), else ruff and pytest.
 
-    With `in_image` the tools are the image's, and called by their names.
+    Tools are absolute paths; with `in_image` they are the image's, and called by their names.
     """
     pairs = [(name, command_split(command, f"--check {name}")) for name, command in given]
     return [check_resolve(name, argv, root, in_image) for name, argv in pairs
@@ -2469,15 +2525,17 @@ def check_resolve(name: str, argv: list[str], root: Path, in_image: bool) -> Che
         if not (root / tool).exists():
             raise Stop(EXIT_MISSING, f"--check {name}: {tool} does not exist; correct the command")
         return Check(name, [tool, *rest], kind)
-    found = tool_find(tool, root)
-    if not found:
-        fix = "install it, or fix PATH" if kind == "command" else f"install it with: {tool_install(kind, root)}"
+    start = tool_find(tool, root)
+    if not start:
+        fix = "install it, or fix PATH"
+        if kind != "command":
+            fix = f"install it with: {tool_install(kind, root)}"
         raise Stop(EXIT_MISSING, f"{tool} is missing (check {name!r}); {fix}")
-    return Check(name, [*found, *rest], kind)
+    return Check(name, [*start, *rest], kind)
 
 
 def check_in_checkout(check: Check, checkout: Checkout) -> Check:
-    """The check with its tool from the environment that --setup made in the checkout, where that has it."""
+    """The check with its tool from the checkout's own environment, where --setup made one."""
     folder, (program, *rest) = checkout.place / ".venv/bin", check.argv
     if os.sep in program and not os.path.isabs(program):
         return check  # a script of the repository
@@ -2487,30 +2545,37 @@ def check_in_checkout(check: Check, checkout: Checkout) -> Check:
     # What the change itself brings along is no environment of the user's.
     if not os.path.lexists(folder / tool) or checkout.git("ls-files", "--", ":(icase).venv"):
         return check
-    start = [str(folder / "python"), "-m", "pytest"] if tool == "pytest" else [str(folder / tool)]
-    return check._replace(argv=[*start, *rest])
+    return check._replace(argv=[*tool_in(folder, tool), *rest])
 
 
 def tool_find(tool: str, root: Path) -> list[str]:
-    """The command of a tool: from the active virtual environment, else .venv, else this interpreter, else PATH."""
+    """The command of a tool: of the active environment, else .venv, this interpreter, PATH."""
     for place in (os.environ.get("VIRTUAL_ENV"), root / ".venv"):
-        program = Path(place or os.devnull) / "bin" / tool
-        if program.exists():
-            return [str(program.parent / "python"), "-m", "pytest"] if tool == "pytest" else [str(program)]
+        folder = Path(place or os.devnull) / "bin"
+        if (folder / tool).exists():
+            return tool_in(folder, tool)
     beside = Path(sys.executable).parent / tool
     if tool in ("pytest", "ruff") and find_spec(tool):
         return [sys.executable, "-m", tool]
     if beside.exists():
         return [str(beside)]
-    found = shutil.which(tool)
+    program = shutil.which(tool)
     # A shim on PATH may stand for a tool that is not installed: it has to answer.
-    if not found or (tool in ("pytest", "ruff") and program_call([found, "--version"]).exit):
+    if not program or (tool in ("pytest", "ruff") and program_call([program, "--version"]).exit):
         return []
-    return [os.path.abspath(found)]
+    return [os.path.abspath(program)]
+
+
+def tool_in(folder: Path, tool: str) -> list[str]:
+    """The command of a tool in an environment's bin; pytest as a module of its Python."""
+    if tool == "pytest":
+        return [str(folder / "python"), "-m", "pytest"]
+    return [str(folder / tool)]
 
 
 def tool_install(tool: str, root: Path) -> str:
-    """The command that puts a tool where tool_find looks; outside of an environment pip refuses to install."""
+    """The command that puts a tool where tool_find looks."""
+    # Outside of an environment pip refuses to install.
     own = sys.prefix if sys.prefix != sys.base_prefix else None
     for place in (os.environ.get("VIRTUAL_ENV"), root / ".venv", own):
         python = Path(place or os.devnull) / "bin/python"
@@ -2528,15 +2593,17 @@ def must_be_green(check: Check, job: Job, base: Base) -> bool:
 
 
 def ruff_configured(repo: Repo, tree: str) -> bool:
-    """Whether a tree asks something of ruff; else its default rules are nobody's wish."""
-    if any(path.rpartition("/")[2] in ("ruff.toml", ".ruff.toml") for path in tree_paths(repo, tree)):
+    """Whether a tree configures ruff; else its default rules are nobody's wish."""
+    if {"ruff.toml", ".ruff.toml"} & {path.rpartition("/")[2] for path in tree_paths(repo, tree)}:
         return True
-    return git_ran(repo, "grep", "-q", r"^\[tool\.ruff", tree, "--", ":(glob)**/pyproject.toml").exit == 0
+    files = ":(glob)**/pyproject.toml"
+    return git_ran(repo, "grep", "-q", r"^\[tool\.ruff", tree, "--", files).exit == 0
 
 
 def carry_hint(repo: Repo, result: GateResult) -> None:
-    """Name the option --carry where the base fails for want of a module that is an ignored file of the checkout."""
-    texts = [text for check in result.checks for text in (*check.findings, *(f.text for f in check.failures))]
+    """Name the option --carry where the base fails for want of a module that git ignores."""
+    texts = [text for check in result.checks for text in check.findings]
+    texts += [failure.text for check in result.checks for failure in check.failures]
     modules = {f"{package}.{name}" if package else module for text in texts
                for name, package, module in MISSING_MODULE.findall(text)}
     paths = []
@@ -2545,12 +2612,13 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
         if any(f".{dotted_path}".endswith(f".{module}") for module in modules):
             paths.append(f"--carry {shlex.quote(path)}")
     if paths:
-        CONSOLE.say("tests of the base fail for a module that git ignores, so that it is not in the gate's checkout; "
-                    f"add {' '.join(paths[:5])}")
+        CONSOLE.say("tests of the base fail for a module that git ignores, so that it is not in "
+                    f"the gate's checkout; add {' '.join(paths[:5])}")
 
 
-# What Python says of a module that is not there: "No module named 'a.b'", "cannot import name 'b' from 'a'".
-MISSING_MODULE = re.compile(r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'")
+# Python's message for a missing module.
+MISSING_MODULE = re.compile(
+    r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'")
 
 
 @dataclass
@@ -2559,22 +2627,23 @@ class GateResult:
 
     tree: str
     checks: list[CheckResult]
-    rewritten: list[str] = field(default_factory=list)  # files of the tree that were written to while it was judged
+    rewritten: list[str] = field(default_factory=list)  # files of it that were written to meanwhile
     prepared: set[str] = field(default_factory=set)  # those that --setup had already written to
 
     @property
     def green(self) -> bool:
-        """Whether there were checks and each of them is satisfied."""
+        """Whether there were checks and all of them are green."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
     def findings(self) -> list[str]:
-        """What the red checks say, a few lines each."""
+        """The findings of the red checks, a few lines each."""
         return [line for check in self.checks if not check.ok for line in check.finding_lines()]
 
     def facts(self) -> dict[str, Any]:
-        """The verdict as it stands in run_summary.json."""
-        checks = [{"name": c.name, "ok": c.ok, "reason": c.reason, "seconds": round(c.seconds, 2),
-                   "tests": c.counts()} for c in self.checks]
+        """The result as it stands in run_summary.json."""
+        checks = [{"name": check.name, "ok": check.ok, "reason": check.reason,
+                   "seconds": round(check.seconds, 2), "tests": check.counts()}
+                  for check in self.checks]
         return {"tree": self.tree, "green": self.green, "checks": checks}
 
 
@@ -2587,7 +2656,7 @@ class CheckResult:
     reason: str
     seconds: float
     findings: list[str] = field(default_factory=list)
-    tests: dict[str, str] = field(default_factory=dict)  # id -> passed, failed, skipped or unfinished
+    tests: dict[str, str] = field(default_factory=dict)  # id -> passed, failed, skipped, unfinished
     failures: list[Failure] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # what the plugin observed in pytest
     lint: list[Lint] = field(default_factory=list)
@@ -2598,7 +2667,8 @@ class CheckResult:
     def counts(self) -> dict[str, int]:
         """How many tests ended in which way: {"passed": 12, "failed": 1}."""
         ways = Counter(self.tests.values())
-        return {way: ways[way] for way in ("passed", "failed", "skipped", "unfinished") if ways[way]}
+        order = ("passed", "failed", "skipped", "unfinished")
+        return {way: ways[way] for way in order if ways[way]}
 
     def finding_lines(self) -> list[str]:
         """What stands against it, with the check's name."""
@@ -2643,7 +2713,7 @@ class Evidence(NamedTuple):
         return stopped if self.ran.timed_out else f"exit {self.ran.exit}"
 
     def plain(self, text: str) -> str:
-        """A text with the checkout's files as the repository knows them: "app.py", not "/tmp/.../app.py"."""
+        """A text with paths as in the repository: "app.py", not "/tmp/.../app.py"."""
         return text.replace(f"{os.path.realpath(self.place)}/", "").replace(f"{self.place}/", "")
 
     def red(self, reason: str, finding: str) -> CheckResult:
@@ -2653,9 +2723,10 @@ class Evidence(NamedTuple):
 
 def command_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of any other command: there is nothing but its exit code to go by."""
+    ending = evidence.ending()
     if evidence.ran.exit == 0:
-        return CheckResult(evidence.name, True, evidence.ending(), evidence.ran.seconds)
-    return evidence.red(evidence.ending(), distill_command(evidence.ending(), evidence.plain(evidence.log)))
+        return CheckResult(evidence.name, True, ending, evidence.ran.seconds)
+    return evidence.red(ending, distill_command(ending, evidence.plain(evidence.log)))
 
 
 def ruff_verdict(evidence: Evidence) -> CheckResult:
@@ -2668,26 +2739,30 @@ def ruff_verdict(evidence: Evidence) -> CheckResult:
     if evidence.ran.exit != 0 and not lint:
         return command_verdict(evidence)
     lines = [str(finding) for finding in lint]
-    counted = f"{len(lint)} finding{'' if len(lint) == 1 else 's'}" if lint else "no findings"
-    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lines), lint=lint)
+    counted = "1 finding" if len(lint) == 1 else f"{len(lint) or 'no'} findings"
+    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lines),
+                       lint=lint)
 
 
 def ruff_report(report: Path, place: Path) -> list[Lint]:
-    """The findings in ruff's JSON report; raises OSError, ValueError, KeyError or TypeError where it is none."""
-    top = os.path.realpath(place)
-    return [Lint(os.path.relpath(entry["filename"], top), int(entry["location"]["row"]),
-                 int(entry["location"]["column"]), str(entry["code"] or "syntax error"), str(entry["message"]))
-            for entry in json_read(report, RUFF_LIMIT, list)]
+    """The findings in ruff's report; raises OSError, ValueError, KeyError or TypeError."""
+    top, lint = os.path.realpath(place), []
+    for entry in json_read(report, RUFF_LIMIT, list):
+        path, at = os.path.relpath(entry["filename"], top), entry["location"]
+        rule = str(entry["code"] or "syntax error")
+        lint.append(Lint(path, int(at["row"]), int(at["column"]), rule, str(entry["message"])))
+    return lint
 
 
 def ruff_view(report: Path, place: Path) -> set[str]:
-    """The source files that `ruff check --show-files` lists; raises OSError where there is no list."""
+    """The source files that `ruff check --show-files` lists; raises OSError."""
     top = os.path.realpath(place) + os.sep
     lines = os.fsdecode(file_read(report, RUFF_LIMIT)).split("\n")
-    return {line.removeprefix(top) for line in lines if line.startswith(top) and not line.endswith(".toml")}
+    return {line.removeprefix(top) for line in lines
+            if line.startswith(top) and not line.endswith(".toml")}
 
 
-RUFF_LIMIT = 50_000_000  # the same of one report of ruff: some 100,000 findings
+RUFF_LIMIT = 50_000_000  # bytes that are read of one report of ruff: some 100,000 findings
 
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
@@ -2695,10 +2770,10 @@ def pytest_verdict(evidence: Evidence) -> CheckResult:
     log, ran = evidence.plain(evidence.log), evidence.ran
     report = pytest_report(evidence.report)
     failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures]
-    facts = report.facts
-    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests, failures=failures, facts=facts)
+    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests,
+                         failures=failures, facts=report.facts)
     origins = [f"imported from your checkout, not from the change under test: {module}"
-               for module in facts.get("wrong_origin", [])]
+               for module in observed([result], "wrong_origin")]
     counted = ", ".join(f"{count} {way}" for way, count in result.counts().items())
     result.findings = [*distill_tests(failures), *origins]
     broken = pytest_broken(evidence, report, counted)
@@ -2706,7 +2781,8 @@ def pytest_verdict(evidence: Evidence) -> CheckResult:
     if broken or doubt:
         stack = evidence.plain(report.stack)
         result.findings.insert(0, distill_broken(broken or doubt, log, report.running, stack))
-    result.ok, result.reason, result.broken = not result.findings, broken or doubt or counted, bool(broken)
+    result.ok, result.broken = not result.findings, bool(broken)
+    result.reason = broken or doubt or counted
     result.facts["only_exit"] = bool(doubt) and "passed" in report.tests.values()
     return result
 
@@ -2717,16 +2793,19 @@ def pytest_broken(evidence: Evidence, report: PytestReport, counted: str) -> str
         return f"{evidence.ending()}, {counted or 'no test had ended'}"
     if report.trouble:
         return f"{evidence.ending()}, {report.trouble}"
-    if evidence.ran.exit not in (0, 1, 2, 5):  # pytest's own, for failures, errors in collection and no tests
+    # Its own are 1 for failures, 2 for errors in collection and 5 for no tests.
+    if evidence.ran.exit not in (0, 1, 2, 5):
         return f"{evidence.ending()} after the last test ({counted})"
     return ""
 
 
 def pytest_doubt(evidence: Evidence, report: PytestReport, counted: str) -> str:
-    """Why a pytest session without a failure is red all the same, or ""."""
+    """Why a pytest session without a failure is red nevertheless, or ""."""
     if "passed" not in report.tests.values():
         return f"no tests were run ({counted or evidence.ending()})"
-    return f"{evidence.ending()}, though no test failed ({counted})" if evidence.ran.exit != 0 else ""
+    if evidence.ran.exit != 0:
+        return f"{evidence.ending()}, though no test failed ({counted})"
+    return ""
 
 
 VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_verdict}
@@ -2735,10 +2814,11 @@ VERDICTS = {"ruff": ruff_verdict, "pytest": pytest_verdict, "command": command_v
 def plugin_write(private: Path, place: Path, root: Path, report: Path, seconds: float) -> str:
     """The name of a new module in private/plugin, which pytest loads."""
     name = f"plugin_{os.urandom(8).hex()}"
-    # Not much below the limit: a dump while Python is busy crashes some versions of it now and then.
+    # Not much below the limit: a dump while Python is busy crashes some versions now and then.
     share = 0.9 if seconds > 60 else 0.5
-    facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root), "SPARED": [str(private)],
-             "REPORT": str(report), "STACK_SECONDS": seconds * share or 1e6}
+    facts = {"HERE": os.path.realpath(place), "USER": os.path.realpath(root),
+             "SPARED": [str(private)], "REPORT": str(report),
+             "STACK_SECONDS": seconds * share or 1e6}
     text = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + PYTEST_PLUGIN
     (private / "plugin" / f"{name}.py").write_text(text, encoding="utf-8", errors="surrogateescape")
     return name
@@ -2755,8 +2835,9 @@ from importlib.util import spec_from_file_location
 def moved(path):
     """The gate's counterpart of a path in the user's checkout; other paths as they are."""
     real = os.path.realpath(path) if isinstance(path, str) and os.path.isabs(path) else ""
-    spared = any(real.startswith(place + os.sep) for place in SPARED) or "-packages" + os.sep in real
-    if spared or not (real + os.sep).startswith(USER + os.sep):
+    spared = any(real.startswith(place + os.sep) for place in SPARED)
+    installed = "-packages" + os.sep in real
+    if spared or installed or not (real + os.sep).startswith(USER + os.sep):
         return path
     return os.path.join(HERE, os.path.relpath(real, USER))
 
@@ -2769,28 +2850,34 @@ class Moved:
             spec = find(name, path, target) if find and finder is not Moved else None
             if spec is None:
                 continue
-            where = spec.submodule_search_locations
-            if moved(spec.origin) == spec.origin and all(moved(place) == place for place in where or []):
+            where, origin = spec.submodule_search_locations, moved(spec.origin)
+            if origin == spec.origin and all(moved(place) == place for place in where or []):
                 return spec
             places = None if where is None else [moved(place) for place in where]
-            if spec.origin is None:
+            if origin is None:
                 spec.submodule_search_locations = places
                 return spec
-            if os.path.exists(moved(spec.origin)):
-                return spec_from_file_location(name, moved(spec.origin), submodule_search_locations=places)
+            if os.path.exists(origin):
+                return spec_from_file_location(name, origin, submodule_search_locations=places)
         return None
 
 SPARED += [os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
 sys.path[:] = [moved(place) for place in sys.path]
 sys.meta_path.insert(0, Moved)
 
-XUNIT = [f"{when}{what}" for when in ("setup_", "teardown_") for what in ("module", "function", "class", "method")]
-XUNIT += ["setUpModule", "tearDownModule"]
+XUNIT = ["setup_module", "setup_function", "setup_class", "setup_method", "setUpModule",
+         "teardown_module", "teardown_function", "teardown_class", "teardown_method",
+         "tearDownModule"]
 
-OPENERS = {io.__file__, codecs.__file__, os.__file__, "<frozen io>", "<frozen codecs>", "<frozen os>"}
+OPENERS = {io.__file__, codecs.__file__, os.__file__,
+           "<frozen io>", "<frozen codecs>", "<frozen os>"}
+
+def is_inside(path):
+    """Whether a path is below the gate's checkout."""
+    return path.startswith(HERE + os.sep)
 
 class Used:
-    """What the tests use: the files of the checkout that decide what a test says."""
+    """What the tests use: the files of the checkout that decide what a test reports."""
     def __init__(self):
         self.files, self.opened, self.reads, self.doctests = set(), {}, set(), set()
         sys.addaudithook(self.hook)
@@ -2799,27 +2886,30 @@ class Used:
         if event != "open" or not isinstance(args[0], (str, bytes, os.PathLike)):
             return
         path, frame = os.path.abspath(os.fsdecode(args[0])), sys._getframe(1)
-        if not path.startswith(HERE + os.sep) or isinstance(args[1], str) and not {"r", "+"} & set(args[1]):
+        only_writes = isinstance(args[1], str) and not {"r", "+"} & set(args[1])
+        if only_writes or not is_inside(path):
             return
         if path.endswith((".py", ".pyc")):
             return self.read(path, frame)
-        while frame and not frame.f_code.co_filename.startswith(HERE + os.sep):
+        while frame and not is_inside(frame.f_code.co_filename):
             frame = frame.f_back
         if frame:
             self.opened.setdefault(path, set()).add(frame.f_code.co_filename)
 
     def read(self, path, frame):
-        """Note where code of the checkout itself opens a module, and not Python's import or linecache for it."""
+        """Note where code of the checkout opens a module itself, not by import or linecache."""
         library = os.path.dirname(os.__file__) + os.sep + "pathlib"
-        while frame and (frame.f_code.co_filename in OPENERS or frame.f_code.co_filename.startswith(library)):
+        while frame and (frame.f_code.co_filename in OPENERS
+                         or frame.f_code.co_filename.startswith(library)):
             frame = frame.f_back
-        if frame and frame.f_code.co_filename.startswith(HERE + os.sep):
+        if frame and is_inside(frame.f_code.co_filename):
             at = os.path.relpath(frame.f_code.co_filename, HERE)
             self.reads.add(f"{at}:{frame.f_lineno}\\t{os.path.relpath(path, HERE)}")
 
     def add(self, thing):
         """The file of a path, a module, or a function."""
-        code = getattr(thing, "__code__", None) or getattr(getattr(thing, "__wrapped__", None), "__code__", None)
+        wrapped = getattr(thing, "__wrapped__", None)
+        code = getattr(thing, "__code__", None) or getattr(wrapped, "__code__", None)
         path = getattr(code, "co_filename", None) or getattr(thing, "__file__", None) or thing
         if isinstance(path, (str, os.PathLike)):
             self.files |= {os.path.abspath(path), os.path.realpath(path)}
@@ -2831,7 +2921,8 @@ class Used:
             self.add(item.path)
         for cls in getattr(getattr(item, "cls", None), "__mro__", ()):
             self.add(sys.modules.get(cls.__module__))
-        for fixtures in getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {}).values():
+        info = getattr(item, "_fixtureinfo", None)
+        for fixtures in getattr(info, "name2fixturedefs", {}).values():
             for fixture in fixtures:
                 self.add(fixture.func)
         for name in XUNIT:
@@ -2839,7 +2930,7 @@ class Used:
 
     def plugin(self, plugin):
         """A plugin of the checkout, and the files that its hooks come from."""
-        if str(getattr(plugin, "__file__", "")).startswith(HERE + os.sep):
+        if is_inside(str(getattr(plugin, "__file__", ""))):
             self.add(plugin)
             for name in dir(plugin):
                 if name.startswith("pytest_"):
@@ -2851,12 +2942,13 @@ class Used:
         return self.inside(decided)
 
     def inside(self, paths):
-        return sorted(os.path.relpath(path, HERE) for path in paths if path.startswith(HERE + os.sep))
+        return sorted(os.path.relpath(path, HERE) for path in paths if is_inside(path))
 
 class Report:
-    """This process's report: a JSON line for each event; the last one has a digest of the others."""
+    """This process's report: a JSON line an event; the last one has a digest of the others."""
     def __init__(self, config):
-        self.worker = hasattr(config, "workerinput")  # of pytest-xdist: the controller has its results
+        # The results of a worker of pytest-xdist are in the controller's report.
+        self.worker = hasattr(config, "workerinput")
         self.digest, self.room = hashlib.sha256(), 40_000_000
         self.deadline = time.monotonic() + STACK_SECONDS
         self.lines = open(f"{REPORT}-{os.getpid()}", "wb")
@@ -2866,8 +2958,9 @@ class Report:
 
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self):
-        """Shortly before the gate's limit the stacks are written down; pytest disarms this at a failure."""
-        faulthandler.dump_traceback_later(max(0.1, self.deadline - time.monotonic()), file=self.stack)
+        """Have the stacks written shortly before the limit; pytest disarms this at a failure."""
+        left = max(0.1, self.deadline - time.monotonic())
+        faulthandler.dump_traceback_later(left, file=self.stack)
 
     def event(self, event, **facts):
         line = json.dumps({"event": event, **facts}).encode() + b"\\n"
@@ -2909,14 +3002,18 @@ class Report:
 
     def close(self, config):
         faulthandler.cancel_dump_traceback_later()
-        files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-        wrong = [f"{name} ({file})" for name, file in files.items() if isinstance(file, str) and moved(file) != file]
-        inside = [place for place in sys.path if place and (place + os.sep).startswith(HERE + os.sep)]
+        wrong = []
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and moved(file) != file:
+                wrong.append(f"{name} ({file})")
+        inside = [place for place in sys.path if place and is_inside(place + os.sep)]
         roots = sorted({os.path.relpath(place, HERE) for place in inside})
         for plugin in config.pluginmanager.get_plugins():
             self.used.plugin(plugin)
-        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots, used=self.used.paths(),
-                   reads=sorted(self.used.reads), doctests=self.used.inside(self.used.doctests - self.used.files),
+        doctests = self.used.inside(self.used.doctests - self.used.files)
+        self.event("closed", worker=self.worker, wrong_origin=sorted(wrong), roots=roots,
+                   used=self.used.paths(), reads=sorted(self.used.reads), doctests=doctests,
                    files=config.getini("python_files"), folders=config.getini("testpaths"),
                    digest=self.digest.hexdigest())
         self.lines.close()
@@ -2964,7 +3061,8 @@ def pytest_report(report: Path) -> PytestReport:
                 else:
                     closed.append(event)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            trouble = f"and its report cannot be used: {one_line(str(getattr(error, 'strerror', error)))[:200]}"
+            reason = one_line(str(getattr(error, "strerror", error)))[:200]
+            trouble = f"and its report cannot be used: {reason}"
     facts: dict[str, Any] = {}
     if any(not event["worker"] for event in closed):
         facts = {key: sorted({value for event in closed for value in event[key]})
@@ -2980,7 +3078,7 @@ REPORT_LIMIT = 400_000_000  # bytes that are read of one pytest report, a line a
 
 
 def report_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of one process's report; raises OSError or ValueError where it is not what the plugin wrote."""
+    """The events of one process's report; raises OSError, or ValueError where it was altered."""
     import hashlib
     digest = hashlib.sha256()
     with file_open(path, REPORT_LIMIT) as file:
@@ -2998,8 +3096,8 @@ EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
     "collected": {"tests": list},
     "started": {"test": str},
     "ended": {"test": str, "when": str, "outcome": str},
-    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "reads": list, "doctests": list,
-               "files": list, "folders": list},
+    "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "reads": list,
+               "doctests": list, "files": list, "folders": list},
 }
 
 
@@ -3020,9 +3118,11 @@ def event_parse(line: bytes) -> dict[str, Any]:
     return event
 
 
-def report_ended(event: dict[str, Any], tests: dict[str, str], failures: dict[tuple[str, str, str], Failure]) -> None:
-    """Add one phase of a test that has ended to its way, and to the failures where it is one."""
-    test, phase, outcome, sub = event["test"], event["when"], event["outcome"], event.get("sub", "")
+def report_ended(event: dict[str, Any], tests: dict[str, str],
+                 failures: dict[tuple[str, str, str], Failure]) -> None:
+    """Add one phase of a test to how that ended, and to the failures where it is one."""
+    test, phase, sub = event["test"], event["when"], event.get("sub", "")
+    outcome = event["outcome"]
     if outcome == "failed":
         tests[test] = "failed"
         failures[test, phase, sub] = Failure(test, phase, sub, event["text"], event["printed"])
@@ -3063,7 +3163,7 @@ def base_red(before: GateResult, after: GateResult | None = None) -> list[str]:
 
 
 def check_problems(before: CheckResult | None, after: CheckResult, strict: bool) -> list[str]:
-    """What stands against the result of a check: where it must be green all of it, else what is worse than before."""
+    """What stands against a check: all findings where it must be green, else what is worse."""
     everything = after.findings or [after.reason]
     if after.ok:
         return []
@@ -3071,12 +3171,14 @@ def check_problems(before: CheckResult | None, after: CheckResult, strict: bool)
         return everything
     if after.lint and before.lint:
         return distill_lint([str(finding) for finding in lint_new(before.lint, after.lint)])
-    if not after.facts and not after.tests:  # a command, or a report that is missing as it was before
+    if not after.facts and not after.tests:  # a command, or a report is missing as it was before
         return [] if before.broken == after.broken and not before.lint else everything
     if before.broken and not before.tests:
         return []  # nothing ran before
-    unlike = after.broken and not before.broken or after.facts.get("only_exit") and not before.facts.get("only_exit")
-    if unlike or after.facts.get("wrong_origin") or not {"passed", *RED_WAYS} & {*after.tests.values()}:
+    breaks = after.broken and not before.broken
+    exits = after.facts.get("only_exit") and not before.facts.get("only_exit")
+    ran = {"passed", *RED_WAYS} & {*after.tests.values()}
+    if breaks or exits or after.facts.get("wrong_origin") or not ran:
         return everything
     worse = tests_worse(before.tests, after.tests)
     failures = distill_tests([failure for failure in after.failures if failure.test in worse])
@@ -3089,35 +3191,41 @@ def base_red_lines(base: GateResult, gate: GateResult) -> list[str]:
 
 
 def files_rewritten(base: GateResult, gate: GateResult, recheck: Recheck) -> list[Violation]:
-    """The files that something wrote to after the change was laid out, so that others were judged than those."""
+    """The files that were written to after the change was laid out, so that others were judged."""
     results = [gate, recheck.result] if recheck.result else [gate]
     prepared = set().union(*(result.prepared for result in results))
     written = {path for result in results for path in result.rewritten} - {*base.rewritten}
-    return [Violation("rewritten", path, "was written to by --setup" if path in prepared else
-                      "was modified while the tests ran") for path in sorted(written)
-            if path in prepared or gate_role(source_of(path), recheck.gate_files)]
+    violations = []
+    for path in sorted(written):
+        if path in prepared:
+            violations.append(Violation("rewritten", path, "was written to by --setup"))
+        elif gate_role(source_of(path), recheck.gate_files):
+            violations.append(Violation("rewritten", path, "was modified while the tests ran"))
+    return violations
 
 
 def lost_tests(base: GateResult, gate: GateResult, recheck: Recheck, sources: list[Source],
-                     allow: list[str]) -> dict[str, str]:
-    """The tests of the base that did not run with the change, each with a line on what became of it."""
+               allow: list[str]) -> dict[str, str]:
+    """The tests of the base that did not run with the change: {test: what became of it}."""
     after, moved = {check.name: check for check in gate.checks}, tests_moved(sources)
-    rechecked = {test for check in (recheck.result.checks if recheck.result else []) for test in check.tests}
+    results = recheck.result.checks if recheck.result else []
+    rechecked = {test for check in results for test in check.tests}
     lost = {}
     for check in base.checks:
         now = after.get(check.name)
         if now and now.tests:  # no report at all is red enough
             for test, what in tests_lost(check.tests, now.tests, moved, rechecked).items():
                 if not glob_match(file_of(test), allow):
-                    lost[test] = (f"{check.name}: {test} {what}; on the base it {check.tests[test]}, "
-                                  "and it must still be there and pass")
+                    lost[test] = (f"{check.name}: {test} {what}; on the base it "
+                                  f"{check.tests[test]}, and it must still be there and pass")
     return lost
 
 
 def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The tests that fail or do not end now, and did neither on the base, if they were there at all."""
+    """The tests that fail or do not end now, and did neither on the base; new ones, too."""
     # Ids may change from run to run (a time, an address): those of one function are counted.
-    room = Counter(function_of(test) for test, way in before.items() if way in RED_WAYS and test not in after)
+    room = Counter(function_of(test) for test, way in before.items()
+                   if way in RED_WAYS and test not in after)
     worse = []
     for test, way in after.items():
         known = before.get(test) in RED_WAYS or before.get(file_of(test)) in RED_WAYS
@@ -3132,15 +3240,17 @@ def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str
 
 
 def tests_lost(before: Mapping[str, str], after: Mapping[str, str],
-               moved: Mapping[str, set[str]] | None = None, stable: Collection[str] = ()) -> dict[str, str]:
-    """The tests of the base that did not run now, and what became of each: {"t.py::test_a": "is gone"}.
+               moved: Mapping[str, set[str]] | None = None,
+               stable: Collection[str] = ()) -> dict[str, str]:
+    """The tests of the base that did not run now: {"t.py::test_a": "is gone"}.
 
-    Ids of parameters may change from run to run, but for those that are `stable`: there a row was replaced.
+    Ids of parameters may change from run to run; where one is `stable`, its row was replaced.
     """
     became = {"skipped": "is skipped now", "unfinished": "did not end", "gone": "is gone"}
     ran = {test for test, way in after.items() if way in ("passed", "failed")}
     room = Counter(function_of(test) for test in ran if test not in before)
-    files, functions = {file_of(test) for test in after if "::" in test}, {function_of(test) for test in ran}
+    files = {file_of(test) for test in after if "::" in test}
+    functions = {function_of(test) for test in ran}
     lost = {}
     for test, way in before.items():
         now, function = after.get(test, "gone"), function_of(test)
@@ -3159,7 +3269,7 @@ RED_WAYS = ("failed", "unfinished")
 
 
 def lint_new(before: Sequence[Lint], after: Sequence[Lint]) -> list[Lint]:
-    """The findings of ruff that were not there before, by rule and text: lines and files may move."""
+    """The findings of ruff that are new, by rule and text: lines and files may move."""
     room = Counter((finding.rule, finding.message) for finding in before)
     new = []
     for finding in after:
@@ -3187,7 +3297,8 @@ def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
     if not skipped:
         return []
     what = "1 new test was" if len(skipped) == 1 else f"{len(skipped)} new tests were"
-    return [f"{what} skipped: {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}"]
+    more = " ..." if len(skipped) > 5 else ""
+    return [f"{what} skipped: {', '.join(skipped[:5])}{more}"]
 
 
 # === Chapter 10. The recheck ================================================
@@ -3198,11 +3309,14 @@ def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
 
 
 class Recheck:
-    """The second question: the gate with the base's gate files laid over the change, as far as that can differ."""
+    """The second question: the gate with the base's gate files laid over the change."""
 
-    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate_files: GateFiles) -> None:
-        self.judge, self.attempt, self.sources, self.gate_files = judge, attempt, sources, gate_files
-        self.touched = [source.change for source in sources if gate_role(source.change.path, gate_files)]
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source],
+                 gate_files: GateFiles) -> None:
+        self.judge, self.attempt, self.sources = judge, attempt, sources
+        self.gate_files, self.base = gate_files, judge.gates.baseline()
+        changes = [source.change for source in sources]
+        self.touched = [change for change in changes if gate_role(change.path, gate_files)]
         self.allowed = [change for change in self.touched if glob_match(change.path, judge.allow)]
         self.result: GateResult | None = None
         self.findings: list[str] = []
@@ -3220,67 +3334,80 @@ class Recheck:
         if not checks:
             return None
         undone = [change.undone() for change in touched]
-        overlay = tree_put(judge.run.job.repo, self.attempt.tree, undone, judge.gates.private / "overlay-index")
-        return gate_step(f"{name}, attempt {number}", judge.gates.base, overlay, f"{number}-{name}", checks, modules)
+        index = judge.gates.private / "overlay-index"
+        overlay = tree_put(judge.run.job.repo, self.attempt.tree, undone, index)
+        return gate_step(f"{name}, attempt {number}", judge.gates.base, overlay,
+                         f"{number}-{name}", checks, modules)
 
     def narrowed(self, touched: list[Change]) -> tuple[list[str], list[str]]:
-        """The checks that can differ, and the only test modules that can (none named: all of them)."""
-        checks, base = self.judge.run.job.checks, self.judge.run.baseline
+        """The checks that can differ, and the test modules that can (none named: all of them)."""
+        run = self.judge.run
+        checks = run.job.checks
         if not all(is_test_module(change, self.gate_files) for change in touched):
             return [check.name for check in checks], []
-        red = {file_of(test) for check in (base.checks if base else []) for test, way in check.tests.items()
+        red = {file_of(test) for check in self.base.checks for test, way in check.tests.items()
                if way in RED_WAYS}
-        there = tree_paths(self.judge.run.job.repo, self.judge.run.base.tree)
-        modules = red & there | self.importing() | {change.path for change in touched if change.old_mode}
+        modules = red & tree_paths(run.job.repo, run.base.tree)
+        modules |= self.importing()
+        modules |= {change.path for change in touched if change.old_mode}
         kinds = ("command", "pytest") if modules else ("command",)
         return [check.name for check in checks if check.kind in kinds], sorted(modules)
 
     def importing(self) -> set[str]:
-        """The base's test modules that import what changes of the product: another may have repaired it for them."""
+        """The base's test modules that import changed product code, which another may have fixed."""
         run = self.judge.run
         product = [source for source in self.sources if source.change not in self.touched]
-        modules = {file_of(test) for check in (run.baseline.checks if run.baseline else []) for test in check.tests}
-        return {*modules_importing(run.job.repo, run.base.tree, sorted(modules), product)}
+        modules = sorted(tests_files(self.base.checks))
+        return {*modules_importing(run.job.repo, run.base.tree, modules, product)}
 
     def violations(self, gate: GateResult) -> list[Violation]:
         """What the recheck has against a change that the gate itself passes."""
         problems = self.problems(gate, self.result, self.touched)
-        self.about_allowed = [allowed_line(change.path, problems) for change in self.allowed if change.old_mode]
+        self.about_allowed = [allowed_line(change.path, problems)
+                              for change in self.allowed if change.old_mode]
         touched = [change for change in self.touched if change not in self.allowed]
-        if problems and self.allowed and touched:  # once more without what is allowed: that may be the reason
+        # Once more without what is allowed: that may be the reason.
+        if problems and self.allowed and touched:
             problems = self.problems(gate, self._run(touched, "recheck-rest"), touched)
         if not problems or not touched:
             return []
-        self.findings = [f"with the base's gate files, {text}" for text in dict.fromkeys(problems.values()) if text]
+        self.findings = [f"with the base's gate files, {text}"
+                         for text in dict.fromkeys(problems.values()) if text]
         files = {file_of(test) for test in problems}
         guilty = [change for change in touched if change.path in files] or touched
-        return [Violation("weakened", change.path, self._reason(change, problems)) for change in guilty]
+        return [Violation("weakened", change.path, self._reason(change, problems))
+                for change in guilty]
 
-    def problems(self, gate: GateResult, result: GateResult | None, touched: list[Change]) -> dict[str, str]:
-        """The tests (or checks) that fail in the recheck and not in the gate, or not on the base: their findings."""
-        base = self.judge.run.baseline
-        before, passed = ({check.name: check for check in each.checks} for each in (base, gate) if each)
-        configured = any(gate_role(change.path, self.gate_files) == "configuration" for change in touched)
+    def problems(self, gate: GateResult, result: GateResult | None,
+                 touched: list[Change]) -> dict[str, str]:
+        """The tests (or checks) that fail in the recheck and should not, with their findings."""
+        before = {check.name: check for check in self.base.checks}
+        passed = {check.name: check for check in gate.checks}
+        paths = [change.path for change in touched]
+        configured = any(gate_role(path, self.gate_files) == "configuration" for path in paths)
         problems = {}
         for check in result.checks if result else []:
-            if check.name not in passed:  # the set-up failed
-                found = {check.name: check.findings}
+            name = check.name
+            if name not in passed:  # the set-up failed
+                findings = {name: check.findings}
             elif check.facts.get("only_exit") and not configured:
-                found = {}  # a threshold, of coverage say, need not be met without the agent's own tests
+                continue  # a threshold (of coverage) need not be met without the agent's own tests
             else:
-                found = recheck_problems(before[check.name], passed[check.name], check, [c.path for c in touched])
-            problems |= {what: "\n".join(f"{check.name}: {text}" for text in texts) for what, texts in found.items()}
+                findings = recheck_problems(before[name], passed[name], check, paths)
+            for test, texts in findings.items():
+                problems[test] = "\n".join(f"{name}: {text}" for text in texts)
         return problems
 
     def _reason(self, change: Change, problems: Mapping[str, str]) -> str:
-        """Why a change of one file is refused: the tests that fail, and how their expectations changed."""
+        """Why a change of a file is refused: the failing tests, and their expectations' change."""
         mine = [test for test in problems if file_of(test) == change.path] or [*problems]
         source = next(source for source in self.sources if source.change == change)
-        changed = "".join(f"; {text}" for text in expectations_changed(source, mine)[:5])
-        return f"with the base's version of this file the gate fails: {tests_listed(change.path, mine)}{changed}"
+        failing = tests_listed(change.path, mine)
+        reason = f"with the base's version of this file the gate fails: {failing}"
+        return "; ".join([reason, *expectations_changed(source, mine)[:5]])
 
     def notes(self) -> list[str]:
-        """For the reviewer: allowed files, tests of the base that are rewritten, and other gate files that change."""
+        """For the reviewer: allowed files, rewritten tests of the base, other gate files."""
         lines = list(self.about_allowed)
         for source in self.sources:
             change, path = source.change, source.change.path
@@ -3288,7 +3415,8 @@ class Recheck:
                 continue
             if tests := tests_rewritten(source):
                 lines.append(f"rewrites tests of the base: {path}: {', '.join(tests[:10])}")
-            if change.old_mode and not (is_test_module(change, self.gate_files) and is_same_beside_tests(source)):
+            in_module = is_test_module(change, self.gate_files)
+            if change.old_mode and not (in_module and is_same_beside_tests(source)):
                 lines.append(f"changes what the tests use, or configuration: {path}")
             elif not change.old_mode and gate_role(path, self.gate_files) == "configuration":
                 lines.append(f"adds configuration: {path}")
@@ -3297,19 +3425,23 @@ class Recheck:
 
 def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,
                      touched: list[str]) -> dict[str, list[str]]:
-    """What fails in one check of the recheck and should not: the findings by test (or by the check's name)."""
+    """What fails in one check of the recheck and should not: findings by test (or check)."""
     if check.ok or (check.facts and not base.tests and not check.tests):
         return {}  # where the base has no tests, there is nothing that could fail
     if check.lint:
-        old = [finding for finding in check.lint if finding.path in touched and finding in base.lint]
+        old = [finding for finding in check.lint
+               if finding.path in touched and finding in base.lint]
         new = lint_new([*gate.lint, *old], check.lint)
         return {check.name: distill_lint([str(finding) for finding in new])} if new else {}
-    if check.broken and not base.broken or not check.tests or not base.tests:
+    breaks = check.broken and not base.broken
+    if breaks or not check.tests or not base.tests:
         return {check.name: check.findings} if gate.ok else {}
-    ran = {file_of(test) for test in check.tests}
+    ran = tests_files([check])
     mine = {test: way for test, way in base.tests.items() if file_of(test) in ran}
-    worse = dict.fromkeys([*tests_worse(mine, check.tests), *tests_worse(gate.tests, check.tests)])
-    problems = {test: distill_tests([failure for failure in check.failures if failure.test == test]) for test in worse}
+    problems = {}
+    for test in (*tests_worse(mine, check.tests), *tests_worse(gate.tests, check.tests)):
+        failures = [failure for failure in check.failures if failure.test == test]
+        problems[test] = distill_tests(failures)
     problems |= {test: [f"{test} {what}"] for test, what in tests_lost(mine, check.tests).items()}
     return problems or ({check.name: check.findings} if gate.ok and not check.failures else {})
 
@@ -3321,11 +3453,12 @@ def tests_listed(path: str, tests: Sequence[str]) -> str:
 
 
 def allowed_line(path: str, problems: Mapping[str, str]) -> str:
-    """What the reviewer reads of an allowed gate file: what its base's version says."""
+    """For the reviewer of an allowed gate file: how the gate ends with the base's version."""
     mine = [test for test in problems if file_of(test) == path]
+    ends = f"the gate {'fails' if problems else 'passes'}"
     if mine:
-        return f"allowed: {path}; with the base's version {len(mine)} failed: {tests_listed(path, mine)}"
-    return f"allowed: {path}; with the base's version the gate {'fails' if problems else 'passes'}"
+        ends = f"{len(mine)} failed: {tests_listed(path, mine)}"
+    return f"allowed: {path}; with the base's version {ends}"
 
 
 # === Chapter 11. The blind twin =============================================
