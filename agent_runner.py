@@ -1727,15 +1727,16 @@ def lint_unseen(base: GateResult, gate: GateResult,
     repo, old, new = recheck.judge.run.job.repo, recheck.judge.run.base.tree, recheck.attempt.tree
     unseen, others = {}, set()
     for name in before.keys() & now.keys():
-        hidden = (before[name] | ruled.get(name, set())) & tree_paths(repo, new) - now[name]
+        looked_at = before[name] | ruled.get(name, set())
+        hidden = (looked_at & tree_paths(repo, new)) - now[name]
         unseen |= dict.fromkeys(hidden, "without this change ruff looks at it, and now it does not")
         new_files = [source for source in recheck.sources
                      if not source.change.old_mode and source.change.path not in now[name]]
-        emptied = {s.change.path for s in recheck.sources if new_files and is_mostly_gone(s)}
-        gone = before[name] & emptied
-        unseen |= {path: f"holds what was in {moved}, and ruff does not look at it"
-                   for path, moved in (tree_moves(repo, old, new) if gone else {}).items()
-                   if moved in gone and path not in now[name]}
+        known = [source for source in recheck.sources if source.change.path in before[name]]
+        gone = {source.change.path for source in known if new_files and is_mostly_gone(source)}
+        for path, moved in (tree_moves(repo, old, new) if gone else {}).items():
+            if moved in gone and path not in now[name]:
+                unseen[path] = f"holds what was in {moved}, and ruff does not look at it"
         others |= {source.change.path for source in new_files if is_python(source)} - {*unseen}
     violations = [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())]
     if not others:
@@ -1957,7 +1958,7 @@ def shadow_names(run: Run, sources: list[Source],
     changes = [source.change for source in sources]
     there = tree_paths(run.job.repo, run.base.tree)
     roots = {""} if "src/__init__.py" in there else {"", "src/"}
-    results = [*gate.checks, *(run.baseline.checks if run.baseline else [])]
+    results = [*gate.checks, *run.baseline.checks]
     roots |= {f"{root}/" for root in observed(results, "roots")}
     gone = {change.path for change in changes if not change.new_mode}
     return {name: (path, before, sorted(before - gone))
@@ -2120,7 +2121,8 @@ class Gates:
             if done and not self.change.checkout.index.exists():
                 self.change, self.base = self.base, self.change
             return
-        before, self.change, self.base = (self.change, self.base), self.gate_new(), self.gate_new()
+        before = [self.change, self.base]
+        self.change, self.base = self.gate_new(), self.gate_new()
         self.change.remember(before[0])
         if done or not self.future:
             directory_remove(*(gate.private for gate in before))
