@@ -1396,9 +1396,9 @@ def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
     product = [source for source in python if not gate_role(source.change.path, gate_files)]
     violations += [Violation("test-detection", f"{path}:{line}", reason)
                    for path, line, reason in added(product, test_detection)]
-    marks, notes = guard_suppressions(python, checks)
+    suppressions, notes = guard_suppressions(python, checks)
     tests = [source for source in python if gate_role(source.change.path, gate_files) == "test"]
-    return violations + marks + guard_assertions(tests), notes
+    return violations + suppressions + guard_assertions(tests), notes
 
 
 def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:
