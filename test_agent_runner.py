@@ -2305,11 +2305,11 @@ def test_what_is_too_much_to_be_read() -> None:
     sources = [changed_source(path, b"", text) for path, text in texts.items()]
     module.APART_SECONDS, seconds = 1, module.APART_SECONDS
     try:
-        assert [violation.path for violation in module.guard_read(sources)] == ["b.py", "c.py"]
+        assert [violation.path for violation in module.guard_readable(sources)] == ["b.py", "c.py"]
     finally:
         module.APART_SECONDS = seconds
     assert module.read(module.tests_read, "new a.py")["test_a"].asserts == ["assert a"]
-    assert module.read(module.marks_read, "new c.py") == []
+    assert module.read(module.suppressions_read, "new c.py") == []
 
 
 def test_a_process_apart_has_bounds() -> None:
@@ -2337,7 +2337,7 @@ def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
 ])
 def test_a_mark_is_read(source: str) -> None:
     """In every spelling that the tools accept."""
-    assert len(runner_module().marks_read(source.encode())) == 1
+    assert len(runner_module().suppressions_read(source.encode())) == 1
 
 
 @pytest.mark.parametrize("source", [
@@ -2346,7 +2346,7 @@ def test_a_mark_is_read(source: str) -> None:
 ])
 def test_words_alone_are_no_mark(source: str) -> None:
     """In strings and prose they are words."""
-    assert runner_module().marks_read(source.encode()) == []
+    assert runner_module().suppressions_read(source.encode()) == []
 
 
 @pytest.mark.parametrize(("path", "role"), [
@@ -2689,7 +2689,7 @@ def test_two_sessions_are_compared(before, after, worse, lost):
 def test_a_test_that_asserts_less(old, new, reason):
     module = runner_module()
     sources = [changed_source("tests/test_a.py", *(f"def test_a(self):\n    {body}\n".encode() for body in (old, new)))]
-    violations = module.guard_read(sources) + module.guard_assertions(sources)
+    violations = module.guard_readable(sources) + module.guard_assertions(sources)
     assert [violation.rule for violation in violations] == ["weakened"] * bool(reason)
     assert all(reason in violation.reason for violation in violations), violations
 
