@@ -3194,7 +3194,7 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 # === Chapter 11. The blind twin =============================================
 # Called by: Judge.by_evidence.
-# Promises: a test that passes whatever it expects is found, without a false alarm.
+# Promises: it finds a test that passes whatever it expects, without a false alarm.
 # At first: read these lines and BlindTwin; the rules are for a lesson on mutation testing.
 #
 # Who tests the tests? Mutation testing breaks a program a little and wants its
@@ -3256,13 +3256,13 @@ class BlindTwin:
         if lost:  # once more, one by one: two runs at once may have been in each other's way
             _, more, lost = self.compare("-alone", at_once=False)
             green |= more
-        found = self.blind(green) if green else []
-        self.passed = sum(violation.rule == "blind" for violation in found)
+        violations = self.blind(green) if green else []
+        self.passed = sum(violation.rule == "blind" for violation in violations)
         for test in self.unexplained(lost) if lost else []:
-            found.append(Violation("blind", file_of(test),
+            violations.append(Violation("blind", file_of(test),
                                    f"{test.partition('::')[2]} passes in the gate, and fails "
                                    "when it is run again with a comment added to its file"))
-        return found
+        return violations
 
     def compare(self, which: str,
                 at_once: bool = True) -> tuple[Draw, dict[str, Alteration], set[str]]:
@@ -3280,17 +3280,17 @@ class BlindTwin:
         still = draw.green(self.run({"twin-again": draw.twin}, draw)[0])
         draw = self.draw([*still.keys() & self.known], self.base.tree, lines)
         on_base = draw.green(self.run({"twin-base": draw.twin}, draw)[0])
-        found = []
+        violations = []
         for test, one in still.items():
             if one.line < 0 and test in draw.altered.keys() - on_base.keys():
                 reason = (f"{one.test} passes although all that it expects was altered: "
                           "nothing of it is reached")
-                found.append(Violation("weakened", file_of(test), reason))
+                violations.append(Violation("weakened", file_of(test), reason))
             elif one.line >= 0 and test not in on_base:
-                found.append(Violation("blind", file_of(test),
+                violations.append(Violation("blind", file_of(test),
                                        f"{one.test} passes although it expects something else: "
                                        f"`{one.old[:200]}` became `{one.new[:200]}`"))
-        return found
+        return violations
 
     def unexplained(self, lost: set[str]) -> list[str]:
         """Those that do not fail on the base, run in the same way, as well."""
@@ -3336,8 +3336,8 @@ class BlindTwin:
             at = {name: lines[f"{path}::{name}"] for name in files[path]} if lines else {}
             here = {name for name in files[path]
                     if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
-            answers = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
-            source, alterations, _ = answers[0] if answers else (data, [], [])
+            results = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
+            source, alterations, _ = results[0] if results else (data, [], [])
             altered |= {f"{path}::{one.test}": one for one in alterations}
             for changes, text in ((twins, source), (controls, data)) if alterations else ():
                 new = git(self.repo, "hash-object", "-w", "--stdin",
@@ -3446,16 +3446,21 @@ def twin_alter(
             line, edits = twin.draw((lines or {}).get(names[function][0], -1))
             if not edits and any(name in rewritten for name in names[function]):
                 line, edits = -1, twin.everything()
-            for row, column, drop, new in sorted(edits, reverse=True):
-                rest = after[row - 1][column + drop:]
-                after[row - 1] = after[row - 1][:column] + new.encode() + rest
             if edits:
+                edits_make(edits, after)
                 old, new = (rows[min(edits).line - 1].decode().strip() for rows in (before, after))
                 altered += [Alteration(name, line, old, new) for name in names.pop(function)]
         result = b"".join(after).decode().encode(encoding)
     except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return source, [], sorted(tests or ())
     return result, altered, sorted(name for group in names.values() for name in group)
+
+
+def edits_make(edits: list[Edit], lines: list[bytes]) -> None:
+    """Make some edits in the lines of a source, the last one first: so the columns stay right."""
+    for row, column, drop, new in sorted(edits, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new.encode() + line[column + drop:]
 
 
 class Edit(NamedTuple):
@@ -3713,10 +3718,9 @@ def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
 # Promises: some hundred bytes of maybe 20 MB; no input makes it fail.
 # At first: skip it.
 #
-# What the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
-# are told, not tests: the same exception at the same place is one finding, with examples
-# and a count. Nothing here runs or reads anything, and no input makes it fail: text comes
-# in, findings come out.
+# A finding is a cause, not a test: the same exception at the same place is one finding,
+# with examples and a count. Nothing here runs or reads anything: text comes in, findings
+# come out.
 
 FINDINGS_FULL, CHECK_LIMIT = 2600, 6000  # bytes: of the findings shown whole, of all of a check
 
@@ -4012,7 +4016,7 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    state = {str(file): mark for file in files if (mark := signature(file))}
+    state = {str(file): mark for file in files if (mark := fingerprint(file))}
     for place in places:
         state |= configuration_above(place)
     for place in places_read:
@@ -4026,7 +4030,7 @@ def configuration_above(place: Path) -> dict[str, str]:
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml",
              "tox.ini", "setup.cfg", "ruff.toml", ".ruff.toml", "conftest.py")
     files = (folder / name for folder in place.parents for name in names)
-    return {str(file): mark for file in files if (mark := signature(file))}
+    return {str(file): mark for file in files if (mark := fingerprint(file))}
 
 
 def pythons_of(checks: Iterable[Check]) -> set[str]:
@@ -4036,10 +4040,10 @@ def pythons_of(checks: Iterable[Check]) -> set[str]:
 
 def python_places(python: str) -> list[Path]:
     """Where an interpreter finds modules; nowhere if it is gone, which its own signature shows."""
-    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
+    code = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
     with contextlib.suppress(Stop):
-        ran = program_call([python, "-I", "-c", ask])
-        return [Path(place) for place in (json.loads(ran.out) if not ran.exit else [])]
+        ran = program_call([python, "-I", "-c", code])
+        return [] if ran.exit else [Path(place) for place in json.loads(ran.out)]
     return []
 
 
@@ -4111,7 +4115,7 @@ def place_state(place: Path) -> dict[str, str]:
     """The state of a place, also where it is a link; of a folder, that of each of its entries."""
     link = os.readlink(place) if place.is_symlink() else ""
     if not place.is_dir():
-        return {f"home {place}": f"{link} {signature(place)}".strip()}
+        return {f"home {place}": f"{link} {fingerprint(place)}".strip()}
     inside = packages_state(place, PLACE_FILES)
     state = {f"home {place / name}": digest for name, digest in inside.items()}
     return {f"home {place}": f"{link}/"} | state
@@ -4131,20 +4135,21 @@ def repository_state(repo: Repo) -> dict[str, str]:
     state["ref HEAD"] = head.strip().removeprefix("ref: ")
     state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # -v: with "assume unchanged"
     hooks = {common / "hooks"}
-    for scope, name, value in settings_listed(repo):
+    for scope, _, entry in settings_listed(repo):
+        name, _, value = entry.partition("\n")
         if name == "core.hookspath":
             hooks.add(repo.root / os.path.expanduser(value))
         if scope in ("local", "worktree"):  # several values of one name are a line each
             state[f"config {name}"] = "\n".join(filter(None, (state.get(f"config {name}"), value)))
-    state |= {f"hook {file}": signature(file)
+    state |= {f"hook {file}": fingerprint(file)
               for folder in hooks for file in folder.glob("*") if file.suffix != ".sample"}
     for name in ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates"):
-        state[f"file {common / name}"] = signature(common / name)
+        state[f"file {common / name}"] = fingerprint(common / name)
     index = repo.git_dir / "index"
     with git_frozen(repo) as (frozen, env):  # to compare a file, git runs its filter
         listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z",
                      index=index, env=env).split("\0")
-    state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
+    state["files"] = "\0".join(f"{name} {fingerprint(repo.root / name)}" for name in listed if name)
     return state | unfinished_state(repo)
 
 
@@ -4154,19 +4159,12 @@ def unfinished_state(repo: Repo) -> dict[str, str]:
     # A rebase, a series of patches or of picks: git runs what these name.
     hooks = ("rebase-merge/git-rebase-todo", "rebase-apply/next", "sequencer/todo")
     files = ("MERGE_HEAD", "CHERRY_PICK_HEAD")
-    state = {f"hook {folder / name}": signature(folder / name) for name in hooks}
-    state |= {f"file {folder / name}": signature(folder / name) for name in files}
+    state = {f"hook {folder / name}": fingerprint(folder / name) for name in hooks}
+    state |= {f"file {folder / name}": fingerprint(folder / name) for name in files}
     state |= {f"record {record}": "is there" for record in (repo.root / ".agent-runs").glob("*")}
     state[f"log {log}"] = os.fsdecode(log.read_bytes()) if log.is_file() else ""
     return state
 
-
-def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
-    """The settings that git reads from files and those they include: (scope, name, value)."""
-    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
-    entries = [(scope, *entry.partition("\n")[::2])
-               for scope, entry in zip(listed[::2], listed[1::2])]
-    return [entry for entry in entries if entry[0] != "command"]
 
 
 def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
@@ -4262,7 +4260,7 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
     return not blobs.isdisjoint(blob.decode() for blob in brought)
 
 
-def signature(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """The state of a file: a digest if it is small, else size and times; "" if there is none."""
     import hashlib
     try:
@@ -4277,11 +4275,9 @@ def signature(path: Path) -> str:
 
 # === Chapter 14. The record =================================================
 # Called by: blueprint, run_whole.
-# Promises: what people and programs need after a run, without the value of a secret.
+# Promises: facts for programs, a proposal or a handoff for a reviewer, all without the value of a
+#   secret.
 # At first: read proposal_text and handoff_text.
-#
-# What a run leaves behind for the people after it: facts for programs, a
-# proposal or a handoff for a reviewer. Secrets' values are masked in all of it.
 
 
 def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
@@ -4629,8 +4625,7 @@ def result_text(run: Run) -> str:
 # Promises: what a sandbox puts out of reach, nobody has to look for afterwards.
 # At first: skip it; bwrap_words is for a lesson on containers.
 #
-# One prefix before what somebody else wrote (the agent, and the gate's tests,
-# which the agent wrote). What it puts out of reach, nobody has to look for afterwards.
+# One prefix before what somebody else wrote: the agent, and the tests that it wrote.
 
 
 class Reach(NamedTuple):
@@ -4931,15 +4926,14 @@ CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # a name of ours, or ho
 # Promises: bounded in time and output, and its whole process tree ends with it.
 # At first: skip it; the supervisor is for a lesson on processes.
 #
-# One door to everything that is not Python: bounded in time and output, and
-# its whole process tree ends with it. A failing program is an answer, not an
-# exception. Signals only set a flag, which is looked at where a program is
-# waited for: so nothing is ever torn apart in the middle.
+# One door to everything that is not Python. A failing program is a result, not an
+# exception. Signals only set a flag, which is looked at where a program is waited
+# for: so nothing is torn apart in the middle.
 
 ENDING = threading.Event()  # programs that are running are to be ended now
 CLOSING = threading.Event()  # the run is being wound up: short calls go through again
 GRACE = 2.0  # seconds between asking a program to end and making it end
-OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # told of every program that has ended
+OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # called when a program has ended
 SUPERVISED = sys.platform == "linux"
 LIVE: set[int] = set()  # what we started and still wait for
 LIVE_LOCK = threading.Lock()
@@ -4956,15 +4950,14 @@ class Ran(NamedTuple):
     timed_out: bool = False
 
     def last_line(self) -> str:
-        """The last line that says something, for a one-line message."""
+        """The last line of the output, for a one-line message."""
         lines = (self.err or self.out).decode("utf-8", "replace").strip().splitlines()
         return MASK.text(lines[-1].strip()) if lines else f"exit {self.exit}, no output"
 
 
 def program_open() -> None:
     """From now on signals end programs, not us; orphans come to us; our environment is our own."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
     for name in ("git", "rm", "chmod"):
@@ -4990,9 +4983,9 @@ def program_close() -> None:
 def program_report(ran: Ran) -> None:
     """Report to the observers that a program has ended."""
     for observer in OBSERVERS:
-        observer({"name": Path(ran.argv[0]).name, "argv": ran.argv,
+        observer({"name": Path(ran.argv[0]).name, "argv": ran.argv, "exit": ran.exit,
                   "seconds": round(ran.seconds, 3),
-                  "exit": ran.exit, "result": "timed_out" if ran.timed_out else "ended"})
+                  "result": "timed_out" if ran.timed_out else "ended"})
 
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
@@ -5014,14 +5007,8 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
             LIVE.add(child.pid)
         limit = started + seconds if seconds else float("inf")
-        ended = program_pump(child, sink, limit, idle=idle or float("inf"))
-        for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
-            if child.poll() is None:
-                group_signal(child.pid, name)
-                program_pump(child, sink, time.monotonic() + grace, heed=False)
-        child.stdout.close()  # type: ignore[union-attr]
-        child.wait()
-        program_sweep(child)
+        ended = program_copy(child, sink, limit, idle=idle or float("inf"))
+        program_end(child, sink, soft)
     timed_out = not ended and not ENDING.is_set()
     code = child.returncode if ended else None
     ran = Ran(argv, code, time.monotonic() - started, timed_out=timed_out)
@@ -5031,7 +5018,7 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
     return ran
 
 
-def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
+def program_copy(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
                  idle: float = float("inf")) -> bool:
     """Copy a program's output until it ends (True), or at a limit or ENDING (False)."""
     pipe = child.stdout.fileno()  # type: ignore[union-attr]
@@ -5057,6 +5044,17 @@ def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 limit = min(limit, time.monotonic() + GRACE)
 
 
+def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str) -> None:
+    """End a program, if it still runs, by ever harder signals; then all that it has left behind."""
+    for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
+        if child.poll() is None:
+            group_signal(child.pid, name)
+            program_copy(child, sink, time.monotonic() + grace, heed=False)
+    child.stdout.close()  # type: ignore[union-attr]
+    child.wait()
+    program_sweep(child)
+
+
 def program_sweep(child: subprocess.Popen[bytes]) -> None:
     """End what a program left behind where no supervisor could: it was killed, or there is none."""
     with LIVE_LOCK:
@@ -5064,7 +5062,7 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
         if SUPERVISED and (child.returncode or 0) >= 0:
             return
         group_signal(child.pid, "SIGKILL")
-        for pid in program_kin(os.getpid(), LIVE) if SUPERVISED else []:
+        for pid in program_descendants(os.getpid(), LIVE) if SUPERVISED else []:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -5072,7 +5070,7 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
                  stdin: bytes = b"", out_file: Path | None = None, seconds: float = 900,
                  heed: bool = True) -> Ran:
-    """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
+    """How a short program that we trust (git, mostly) ended; raises Stop where it cannot start.
 
     `seconds` limits it, and so does an interrupt, which then raises Interrupted, if it is to
     `heed` that. Without `env` it gets our environment but for the secrets: others may be able to
@@ -5169,7 +5167,7 @@ def command_split(text: str, what: str) -> list[str]:
 
 # --- The supervisor. On Linux somebody else's program runs under a small parent of its own that
 # adopts orphans: what it puts in the background or in another session, or forks twice, is still
-# found and ended. It also ends everything when the runner itself is killed. The four functions
+# found and ended. It also ends everything when the runner itself is killed. The five functions
 # after the next two are that parent's whole program, started from their source alone.
 
 
@@ -5183,7 +5181,8 @@ def supervised(argv: list[str]) -> list[str]:
 @functools.cache
 def supervisor_source() -> str:
     """The text of the supervisor's program."""
-    parts = (program_kin, supervisor_reap, supervisor_signal, supervisor_main)
+    parts = (program_descendants, supervisor_reap, supervisor_signal, supervisor_end,
+             supervisor_main)
     main = "sys.exit(supervisor_main(int(sys.argv[1]), sys.argv[2:]))"
     return "\n".join(["import os, signal, sys, time", *map(inspect.getsource, parts), main])
 
@@ -5216,16 +5215,21 @@ def supervisor_main(runner: int, argv: list[str]) -> int:
             supervisor_signal(os.killpg, child, signal.SIGINT)
         limit = time.monotonic() + 2.0 if number == signal.SIGTERM else 0.0
         supervisor_reap(codes)
-    asked, limit = set(), limit or time.monotonic() + 0.5
-    while kin := program_kin(os.getpid()):
-        late = time.monotonic() > limit
-        for pid in kin if late else set(kin) - asked:
-            supervisor_signal(os.kill, pid, signal.SIGKILL if late else signal.SIGTERM)
-        asked.update(kin)
-        signal.sigtimedwait({signal.SIGCHLD}, 0.01)
-        supervisor_reap(codes)
+    supervisor_end(codes, limit or time.monotonic() + 0.5)
     code = codes.get(child, -15)
     return code if code >= 0 else 128 - code
+
+
+def supervisor_end(codes: dict[int, int], limit: float) -> None:
+    """End all offspring: each is asked to end, and killed after the limit."""
+    signalled = set()
+    while kin := program_descendants(os.getpid()):
+        late = time.monotonic() > limit
+        for pid in kin if late else set(kin) - signalled:
+            supervisor_signal(os.kill, pid, signal.SIGKILL if late else signal.SIGTERM)
+        signalled.update(kin)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.01)
+        supervisor_reap(codes)
 
 
 def supervisor_signal(send, pid, number):  # type: ignore[no-untyped-def]
@@ -5245,7 +5249,7 @@ def supervisor_reap(codes: dict[int, int]) -> None:
         pass
 
 
-def program_kin(top: int, spare: set[int] = frozenset()) -> list[int]:  # type: ignore[assignment]
+def program_descendants(top: int, spare: set[int] | tuple[()] = ()) -> list[int]:
     """The living descendants of a process, from /proc (proc(5)), without those below `spare`."""
     children: dict[int, list[int]] = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -5274,12 +5278,12 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
     end the process (Python's parser does that for deep source).
     """
     seconds = APART_SECONDS if seconds is None else seconds
-    with tempfile.TemporaryFile() as answers:
+    with tempfile.TemporaryFile() as output:
         with LIVE_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of our threads: the child needs no lock of theirs
             child = os.fork()
             if not child:
-                apart_child(readings, answers, int(seconds) + 1)
+                apart_child(readings, output, int(seconds) + 1)
             LIVE.add(child)
         limit = time.monotonic() + 2 * seconds
         while not os.waitpid(child, os.WNOHANG)[0]:
@@ -5289,11 +5293,11 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
         LIVE.discard(child)
         if program_interrupted():
             raise Interrupted
-        answers.seek(0)
+        output.seek(0)
         results = []
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
             while True:
-                results.append(pickle.load(answers))
+                results.append(pickle.load(output))
         return results
 
 
@@ -5308,7 +5312,7 @@ def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
     return results + [None] * (len(readings) - len(results))
 
 
-def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes],
+def apart_child(readings: Sequence[Callable[[], Any]], output: IO[bytes],
                 seconds: int) -> NoReturn:
     """Write one result after the other, until all are there or a bound is reached; then exit."""
     with contextlib.suppress(BaseException):
@@ -5316,8 +5320,8 @@ def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes],
                            (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(what, (most, most))
         for reading in readings:
-            pickle.dump(reading(), answers)
-            answers.flush()
+            pickle.dump(reading(), output)
+            output.flush()
     os._exit(0)
 
 
@@ -5328,9 +5332,7 @@ def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes],
 # At first: skip it.
 #
 # What was tested is what is proposed: both are the same tree, hash for hash.
-# The user's git directory is used through plumbing and private indexes alone;
-# their index, HEAD, refs and files stay as they are, and no git command here
-# reads a configuration that an agent could have written.
+# The user's git directory is used through plumbing and private indexes alone.
 
 GIT_OLDEST = (2, 31)  # for `rev-parse --path-format` and `init --object-format` (release notes)
 GIT_SETTINGS = [word for setting in (
@@ -5380,7 +5382,7 @@ UNREADABLE = "could not open directory"  # git's words, also where a path is too
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
             stdin: bytes = b"", out_file: Path | None = None,
             env: Mapping[str, str] | None = None) -> Ran:
-    """What a git command on the user's git directory answered."""
+    """How a git command on the user's git directory ended, and what it printed."""
     environ = git_environ(os.environ) | dict(env or {})
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
                 "GIT_NO_REPLACE_OBJECTS": "1"}
@@ -5412,10 +5414,10 @@ def git_check() -> None:
 def repo_open(start: Path) -> Repo:
     """The repository around a directory; raises Stop where there is none to work with."""
     git_check()
-    def ask(*args: str) -> Ran:
+    def parsed(*args: str) -> Ran:
         return program_call(["git", "rev-parse", *args], cwd=start,
                             env=git_environ(os.environ) | {"LC_ALL": "C"})
-    ran = ask("--is-bare-repository", "--is-inside-work-tree")
+    ran = parsed("--is-bare-repository", "--is-inside-work-tree")
     if ran.exit:
         raise Stop(EXIT_MISSING, f"no usable git repository here: {ran.last_line()}; "
                                  "run this inside one, or `git init`")
@@ -5424,9 +5426,9 @@ def repo_open(start: Path) -> Repo:
         kind = "a bare repository" if bare == b"true" else "inside a .git directory"
         raise Stop(EXIT_MISSING,
                    f"{start} is {kind}: there are no files to work on; run this in a checkout")
-    root, git_dir = (Path(os.fsdecode(ask(what).out.removesuffix(b"\n")))
+    root, git_dir = (Path(os.fsdecode(parsed(what).out.removesuffix(b"\n")))
                      for what in ("--show-toplevel", "--absolute-git-dir"))
-    if ask("--verify", "--quiet", "HEAD^{commit}").exit:
+    if parsed("--verify", "--quiet", "HEAD^{commit}").exit:
         raise Stop(EXIT_MISSING, f"{root} has no commit yet; make one first (git add, git commit)")
     return Repo(root, git_dir)
 
@@ -5460,6 +5462,14 @@ def git_settings(repo: Repo, pattern: str) -> dict[str, str]:
     return dict(entry.split("\n", 1) for entry in listed if "\n" in entry)
 
 
+def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings that git reads from files and those they include: (scope, origin, entry)."""
+    words = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z")
+    words = words.split("\0")
+    entries = zip(words[::3], words[1::3], words[2::3])
+    return [entry for entry in entries if entry[0] != "command"]
+
+
 class Frozen:
     """The user's and the system's git configuration at a run's start, with all that it includes.
 
@@ -5476,17 +5486,14 @@ class Frozen:
         place.mkdir()
         self.place = place
         git_treatment(repo)  # now, before any agent runs
-        listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin",
-                     "-z").split("\0")
-        entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3])
-                   if entry[0] in ("system", "global")]
+        listed = settings_listed(repo)
+        entries = [entry for entry in listed if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
         lines = [git_setting(entry) for *_, entry in entries
                  if not re.match(r"include(if)?\.", entry)]
         files = {}
         for key, name in (("core.excludesfile", "ignore"), ("core.attributesfile", "attributes")):
-            values = [(scope, entry.partition("\n")[2])
-                      for scope, entry in zip(listed[::3], listed[2::3])
+            values = [(scope, entry.partition("\n")[2]) for scope, _, entry in listed
                       if entry.startswith(f"{key}\n")]
             scope, value = values[-1] if values else ("global", "")
             if scope in ("system", "global"):  # else the repository's own counts
@@ -5514,10 +5521,9 @@ FROZEN = Frozen()  # it holds nothing until a run begins
 @functools.cache
 def git_treatment(repo: Repo) -> dict[str, bytes]:
     """What says how git treats files, as it is when this is first called: {name: contents}."""
-    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
     elsewhere = (r"include(if)?\.|core\.(worktree|bare)\n"
                  r"|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n")
-    lines = [git_setting(entry) for scope, entry in zip(listed[::2], listed[1::2])
+    lines = [git_setting(entry) for scope, _, entry in settings_listed(repo)
              if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
     files = {"HEAD": b"ref: refs/heads/none\n",
              "config": "".join(lines).encode("utf-8", "surrogateescape")}
@@ -5848,7 +5854,7 @@ class Mask:
             self.names[os.fsencode(value).decode("utf-8", "replace")] = name
         values = sorted(self.names, key=len, reverse=True)
         data = [value.encode("utf-8", "surrogateescape") for value in values]
-        self.reach = max(map(len, data), default=1) - 1  # bytes
+        self.overlap = max(map(len, data), default=1) - 1  # bytes
         self.pattern = re.compile("|".join(map(re.escape, values)) or r"(?!)")
         self.raw = re.compile(b"|".join(map(re.escape, data)) or rb"(?!)")
 
@@ -5873,38 +5879,38 @@ class Log:
 
     def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
         self.file = file_new(path)
-        self.room, self.lost, self.kept = room, 0, 0
+        self.head_left, self.dropped, self.tail_size = room, 0, 0
         self.tail: deque[bytes] = deque()
-        self.carry = b""  # the end of what came: a secret may be cut in two there
+        self.pending = b""  # the end of what came: a secret may be cut in two there
 
     def __enter__(self) -> Self:
         return self
 
     def write(self, data: bytes) -> None:
         """Take the next bytes of output."""
-        data = MASK.bytes(self.carry + data)
-        cut = max(0, len(data) - MASK.reach)
-        self.carry = data[cut:]
+        data = MASK.bytes(self.pending + data)
+        cut = max(0, len(data) - MASK.overlap)
+        self.pending = data[cut:]
         self._store(data[:cut])
 
     def _store(self, data: bytes) -> None:
         """Write masked bytes while there is room, then keep the newest."""
-        if self.room:
-            self.file.write(data[: self.room])
+        if self.head_left:
+            self.file.write(data[: self.head_left])
             self.file.flush()
-            data, self.room = data[self.room:], max(0, self.room - len(data))
+            data, self.head_left = data[self.head_left:], max(0, self.head_left - len(data))
         if data:
             self.tail.append(data)
-            self.kept += len(data)
-        while self.kept > LOG_TAIL:
+            self.tail_size += len(data)
+        while self.tail_size > LOG_TAIL:
             old = self.tail.popleft()
-            self.kept -= len(old)
-            self.lost += len(old)
+            self.tail_size -= len(old)
+            self.dropped += len(old)
 
     def __exit__(self, *_: object) -> None:
-        self._store(self.carry)
-        if self.lost:
-            self.file.write(f"\n[... {self.lost} bytes left out ...]\n".encode())
+        self._store(self.pending)
+        if self.dropped:
+            self.file.write(f"\n[... {self.dropped} bytes left out ...]\n".encode())
         self.file.writelines(self.tail)
         self.file.close()
 
@@ -5929,7 +5935,7 @@ def file_new(path: Path) -> IO[bytes]:
 
 
 def file_open(path: Path, limit: int) -> IO[bytes]:
-    """A file that somebody else may have replaced (an answer, a report, a log), to be read.
+    """A file that somebody else may have replaced (a report, a log), opened to be read.
 
     Raises OSError where it is no regular file of at most `limit` bytes; a FIFO is not waited for.
     """
@@ -5960,23 +5966,23 @@ def json_read(path: Path, limit: int, kind: type) -> Any:
 
 
 def file_write(path: Path, text: str) -> None:
-    """Write a whole masked text file, then rename it: a reader never sees half of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with file_new(part) as file:
-            file.write(MASK.text(text).encode("utf-8", "backslashreplace"))
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    """Write a whole masked text file."""
+    with file_part(path) as part, file_new(part) as file:
+        file.write(MASK.text(text).encode("utf-8", "backslashreplace"))
 
 
 def file_mask(source: Path, path: Path) -> None:
-    """Write a masked copy of a file of any size, then rename it."""
+    """Write a masked copy of a file of any size."""
+    with file_part(path) as part, open(source, "rb") as file, Log(part, sys.maxsize) as sink:
+        shutil.copyfileobj(file, sink)
+
+
+@contextlib.contextmanager
+def file_part(path: Path) -> Iterator[Path]:
+    """A path to write to, which is renamed at the end: a reader never sees half a file."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(source, "rb") as file, Log(part, sys.maxsize) as sink:
-            shutil.copyfileobj(file, sink)
+        yield part
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -6344,7 +6350,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
         args = parser_build().parse_args(argv)
-        return args.bridge(args)
+        return args.handler(args)
     except Stop as stop:
         CONSOLE.say(f"agent_runner: {stop}")
         return stop.exit_code
@@ -6460,7 +6466,7 @@ def parser_build() -> Parser:
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
-        command.set_defaults(bridge=cmd_run)
+        command.set_defaults(handler=cmd_run)
     again = commands.add_parser(
         "rejudge", help="a recorded change is judged again, without the agent", allow_abbrev=False,
         description="Put the change of an earlier run before the gate again: on the same base, "
@@ -6470,13 +6476,13 @@ def parser_build() -> Parser:
     again.add_argument("--strict", action="store_true",
                        help="ask for a green gate, also where the base is red")
     gate_options_add(again)
-    again.set_defaults(bridge=cmd_rejudge)
+    again.set_defaults(handler=cmd_rejudge)
     runs = commands.add_parser(
         "runs", help="list the past runs", allow_abbrev=False,
         description="List the past runs of this repository, the newest last.")
-    runs.add_argument("--prune", type=number_positive, metavar="DAYS",
+    runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
                       help="delete the records that are older")
-    runs.set_defaults(bridge=cmd_runs)
+    runs.set_defaults(handler=cmd_runs)
     return parser
 
 
@@ -6487,13 +6493,13 @@ def options_add(parser: Parser, attempts: int) -> None:
     parser.set_defaults(recorded={})
     add("--simulate", choices=SIMULATIONS, metavar="|".join(SIMULATIONS), default="",
         help=f"play it on a demo repository without an agent: {variants}")
-    add("--fix-attempts", type=number_count, metavar="N", default=attempts,
+    add("--fix-attempts", type=number_whole, metavar="N", default=attempts,
         help=f"repairs the agent may try (default {attempts})")
     add("--base", metavar="REV", default="",
         help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
-    add("--timeout", type=number_positive, metavar="SECONDS",
+    add("--timeout", type=number_decimal, metavar="SECONDS",
         help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
-    add("--idle-timeout", type=number_positive, metavar="SECONDS", default=0,
+    add("--idle-timeout", type=number_decimal, metavar="SECONDS", default=0,
         help="limit of an agent's silence (default 0: none)")
     gate_options_add(parser)
 
@@ -6522,14 +6528,14 @@ def gate_options_add(parser: Parser) -> None:
     add("--json", action="store_true", help="print the run's summary on stdout, as JSON")
 
 
-def number_count(text: str) -> int:
+def number_whole(text: str) -> int:
     """A whole number from 0 to 1000."""
-    if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or int(text) > 1000:
+    if not re.fullmatch(r"\d{1,3}|1000", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 1000")
     return int(text)
 
 
-def number_positive(text: str) -> float:
+def number_decimal(text: str) -> float:
     """A number of seconds or days, 0 or more."""
     if not re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number (0 or more)")
@@ -6555,7 +6561,7 @@ def glob_list(text: str) -> list[str]:
 def environ_seconds(name: str, default: float) -> float:
     """The seconds that an environment variable gives; raises Stop."""
     try:
-        return number_positive(os.environ[name]) if os.environ.get(name) else default
+        return number_decimal(os.environ[name]) if os.environ.get(name) else default
     except argparse.ArgumentTypeError as error:
         raise Stop(EXIT_USAGE, f"{name}: {error}; correct or unset it") from None
 
@@ -6563,7 +6569,7 @@ def environ_seconds(name: str, default: float) -> float:
 def job_build(args: argparse.Namespace) -> Job:
     """What was asked for, checked before anything is started; raises Stop."""
     simulated, environ = args.simulate, os.environ
-    issue = issue_asked(args)
+    issue = issue_wanted(args)
     seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
     gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
     by_default = "auto" if simulated else environ.get("AGENT_SANDBOX") or "auto"
@@ -6576,7 +6582,7 @@ def job_build(args: argparse.Namespace) -> Job:
     else:
         agent_cmd = agent_command(environ.get("AGENT_CMD"), in_image)
     options_check(args)
-    setup = setup_asked(args, in_image)
+    setup = setup_words(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
     if issue and repo:
         issue_check(issue, repo.root)
@@ -6620,11 +6626,11 @@ def options_check(args: argparse.Namespace) -> None:
         raise Stop(EXIT_USAGE, "two --check options have the same name; give each its own")
 
 
-def issue_asked(args: argparse.Namespace) -> Issue | None:
+def issue_wanted(args: argparse.Namespace) -> Issue | None:
     """The issue to work on; a simulated run plays its own, and only checks a file that is there."""
     if args.command != "issue-to-pr":
         return None
-    if args.recorded:  # what it wanted was said to the agent; its globs are among the options
+    if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
         return issue_read(args.issue)
@@ -6636,7 +6642,7 @@ def issue_asked(args: argparse.Namespace) -> Issue | None:
     return issue
 
 
-def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
+def setup_words(args: argparse.Namespace, in_image: bool) -> list[str]:
     """The --setup command in words; raises Stop where it cannot be run."""
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):
