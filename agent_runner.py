@@ -3274,7 +3274,7 @@ class BlindTwin:
 
     def blind(self, green: Mapping[str, Alteration]) -> list[Violation]:
         """Violations by tests that stay green: on a second draw as well, and not on the base."""
-        # The same statements once more: another one that fails would say nothing of these.
+        # The same statements once more: another one that fails would prove nothing about these.
         lines = {test: one.line for test, one in green.items()}
         draw = self.draw([*green], self.attempt.tree, lines)
         still = draw.green(self.run({"twin-again": draw.twin}, draw)[0])
@@ -3508,7 +3508,7 @@ class Twin:
         return list({edit for node in statements for edit in self.assertion(node)})
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
-        """The statements that every test which ended well has run."""
+        """The statements that a test which passes is sure to have run."""
         for node in body:
             yield node
             if isinstance(node, ast.With | ast.AsyncWith):
@@ -3543,8 +3543,10 @@ class Twin:
         if isinstance(node, ast.Assert):
             return self.claim(node.test)
         parts = [item.context_expr for item in getattr(node, "items", [])]
-        calls = [*parts, getattr(node, "value", None)]
-        return next((edits for call in calls if (edits := self.call(call))), [])
+        for call in (*parts, getattr(node, "value", None)):
+            if edits := self.call(call):
+                return edits
+        return []
 
     def claim(self, test: ast.expr) -> list[Edit]:
         """For an expression that is true: one that is false."""
@@ -3581,11 +3583,14 @@ class Twin:
 
     def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
         """For two equal values: a literal of one of them, else the salt in place of the right."""
-        made = [any(isinstance(part, ast.Call) and twin_name(part)[:1].isupper()
-                    for part in self.origins(side)) for side in (left, right)]
-        if all(made):  # the equality of two objects may leave out what they were made of
-            return self.salted(right)
+        if self.is_made(left) and self.is_made(right):
+            return self.salted(right)  # the equality of objects may ignore what they are made of
         return self.value(right) or self.value(left) or self.salted(right)
+
+    def is_made(self, node: ast.expr) -> bool:
+        """Whether a value is made by a constructor, a call with a capital letter."""
+        return any(isinstance(part, ast.Call) and twin_name(part)[:1].isupper()
+                   for part in self.origins(node))
 
     def salted(self, node: ast.expr) -> list[Edit]:
         """For any value: a text in its place (long lists that differ are compared for minutes)."""
@@ -3700,11 +3705,17 @@ def twin_origins(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) ->
             continue
         heads = re.findall(r"\w+", ast.unparse(mark.args[0]))  # of "a, b", or of ("a", "b")
         if name in heads and all(keyword.arg != "indirect" for keyword in mark.keywords):
-            rows = [getattr(row, "args", []) if twin_name(row) == "param"
-                    else twin_rows(row) if heads[1:] else [row] for row in twin_rows(mark.args[1])]
+            rows = [twin_row(row, len(heads)) for row in twin_rows(mark.args[1])]
             fits = all(len(row) == len(heads) for row in rows)
             return [row[heads.index(name)] for row in rows] if fits else []
     return []
+
+
+def twin_row(row: ast.expr, length: int) -> list[ast.expr]:
+    """The values of a row of `parametrize`, for so many names: of (1, 2), or of param(1, 2)."""
+    if twin_name(row) == "param":
+        return getattr(row, "args", [])
+    return twin_rows(row) if length > 1 else [row]
 
 
 def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
@@ -4002,7 +4013,7 @@ def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
 
 
 def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
-    """The files that decide what the gate's tools do in some places: {path: signature}."""
+    """The files that decide what the gate's tools do in some places: {path: fingerprint}."""
     checks = job.checks
     pythons = pythons_of(checks)
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])}
@@ -4016,21 +4027,20 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    state = {str(file): mark for file in files if (mark := fingerprint(file))}
+    state = fingerprints(files)
     for place in places:
         state |= configuration_above(place)
     for place in places_read:
         if place.name.endswith("-packages"):
-            state |= {str(place / name): mark for name, mark in packages_state(place).items()}
+            state |= {str(place / name): digest for name, digest in packages_state(place).items()}
     return state
 
 
 def configuration_above(place: Path) -> dict[str, str]:
-    """The files above a place that configure ruff and pytest there: {path: signature}."""
+    """The files above a place that configure ruff and pytest there: {path: fingerprint}."""
     names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml",
              "tox.ini", "setup.cfg", "ruff.toml", ".ruff.toml", "conftest.py")
-    files = (folder / name for folder in place.parents for name in names)
-    return {str(file): mark for file in files if (mark := fingerprint(file))}
+    return fingerprints(folder / name for folder in place.parents for name in names)
 
 
 def pythons_of(checks: Iterable[Check]) -> set[str]:
@@ -4260,6 +4270,11 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
     return not blobs.isdisjoint(blob.decode() for blob in brought)
 
 
+def fingerprints(files: Iterable[Path]) -> dict[str, str]:
+    """The state of each of some files that is there: {path: fingerprint}."""
+    return {str(file): digest for file in files if (digest := fingerprint(file))}
+
+
 def fingerprint(path: Path) -> str:
     """The state of a file: a digest if it is small, else size and times; "" if there is none."""
     import hashlib
@@ -4381,7 +4396,7 @@ def record_finish(run: Run) -> None:
 
 
 def record_release(run: Run) -> None:
-    """The record is closed: from now on nobody has to do that for us."""
+    """Mark the record as closed: no later run has to do that."""
     with contextlib.suppress(OSError):
         folder_check(run.folder)
         (run.folder / "running").unlink(missing_ok=True)
@@ -4802,8 +4817,8 @@ RUNS_LATER = {  # places of a home directory that are read-only for the agent in
     "editors run it": ".vimrc .vim .config/nvim .emacs .emacs.d",
     "debuggers and shells of Python run it": ".pdbrc .ipython",
     "direnv and tmux run it": ".config/direnv .tmux.conf",
-    "each new shell takes from it what a key does": ".inputrc",
-    "package managers take from it what they run, and where from": (
+    "each new shell reads from it what the keys do": ".inputrc",
+    "package managers read from it what they run, and from where": (
         ".cargo/config.toml .npmrc .config/pip .pip .pypirc"),
     "coding agents run what it names": (
         ".claude/settings.json .codex/config.toml .gemini/settings.json"),
@@ -5040,7 +5055,7 @@ def program_copy(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 time.sleep(0.005)  # it closed its output, and goes on
             if time.monotonic() > min(limit, heard + idle) or (heed and ENDING.is_set()):
                 return ended
-            if ended:  # something outside its tree may hold the pipe open, and talk
+            if ended:  # something outside its tree may hold the pipe open, and write to it
                 limit = min(limit, time.monotonic() + GRACE)
 
 
@@ -5188,10 +5203,7 @@ def supervisor_source() -> str:
 
 
 def supervisor_main(runner: int, argv: list[str]) -> int:
-    """Run argv with all its offspring; its exit code, as a shell would give it. Ends all of them.
-
-    SIGINT asks the program to stop, SIGTERM ends the tree: asked first, then killed.
-    """
+    """Run argv, and end all its offspring; its exit code, as a shell would give it."""
     import ctypes
     prctl = ctypes.CDLL(None).prctl  # prctl(2)
     prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
@@ -5211,7 +5223,7 @@ def supervisor_main(runner: int, argv: list[str]) -> int:
     codes, limit = {}, 0.0
     while child not in codes and not limit:
         number = signal.sigwait(heard)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT:  # asks the program to stop; SIGTERM ends the tree
             supervisor_signal(os.killpg, child, signal.SIGINT)
         limit = time.monotonic() + 2.0 if number == signal.SIGTERM else 0.0
         supervisor_reap(codes)
@@ -5309,7 +5321,8 @@ def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
         results += apart(readings[len(results):], left)
         if len(results) < len(readings):
             results.append(None)
-    return results + [None] * (len(readings) - len(results))
+    missing = len(readings) - len(results)
+    return results + [None] * missing
 
 
 def apart_child(readings: Sequence[Callable[[], Any]], output: IO[bytes],
@@ -6380,6 +6393,22 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
         base = base._replace(head=job.recorded["head"], left_out=[])
     FROZEN.freeze(job.repo, bench / "git")
     run = run_open(job, base, own, bench)
+    run_announce(run)
+    try:
+        try:
+            run.outcome = blueprint(run)
+        except Interrupted:
+            run.outcome = "interrupted"
+        record_finish(run)
+    finally:
+        if not run.outcome:
+            record_abandon(run, sys.exc_info()[1])
+    return result_show(run, args.json)
+
+
+def run_announce(run: Run) -> None:
+    """Print what is about to run, and what a user may not expect of it."""
+    job, base = run.job, run.base
     title = f", {job.issue.title!r}" if job.issue else ""
     CONSOLE.say(f"run {run.run_id}: {job.command}{title}, base {base.commit[:12]}, "
                 + job.sandbox.phrase())
@@ -6393,16 +6422,6 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
         CONSOLE.say(hint)
     if base.left_out:
         CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
-    try:
-        try:
-            run.outcome = blueprint(run)
-        except Interrupted:
-            run.outcome = "interrupted"
-        record_finish(run)
-    finally:
-        if not run.outcome:
-            record_abandon(run, sys.exc_info()[1])
-    return result_show(run, args.json)
 
 
 def result_show(run: Run, as_json: bool) -> int:
@@ -6439,6 +6458,9 @@ def result_show(run: Run, as_json: bool) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is a Stop like any other: one line, exit 64."""
 
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         """Raise Stop with the reason and the way on."""
         raise Stop(EXIT_USAGE, f"{message}; see: {self.prog} --help")
@@ -6448,42 +6470,51 @@ def parser_build() -> Parser:
     """The parser of the whole command line."""
     parser = Parser(prog="agent_runner.py",
                     description="An issue, or a red build, becomes a checked commit proposal. "
-                    "It never pushes and never merges.", allow_abbrev=False)
+                                "It never pushes and never merges.")
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=Parser)
     issue = commands.add_parser(
-        "issue-to-pr", help="an issue file becomes a proposal", allow_abbrev=False,
+        "issue-to-pr", help="an issue file becomes a proposal",
         description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
     issue.add_argument("issue", metavar="ISSUE.md", type=Path,
                        help="a Markdown file whose first heading is the title")
-    issue.add_argument("--strict", action="store_true",
-                       help="ask for a green gate, also where the base is red (default: nothing "
-                            "may be worse)")
+    strict_add(issue)
     heal = commands.add_parser(
-        "self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
+        "self-heal", help="a red gate becomes a proposal",
         description="Where the gate is red, let the agent fix it; propose what passes.")
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
         command.set_defaults(handler=cmd_run)
+    past_runs_add(commands)
+    return parser
+
+
+def past_runs_add(commands: Any) -> None:
+    """Add the commands on past runs to the parsers of the others."""
     again = commands.add_parser(
-        "rejudge", help="a recorded change is judged again, without the agent", allow_abbrev=False,
+        "rejudge", help="a recorded change is judged again, without the agent",
         description="Put the change of an earlier run before the gate again: on the same base, "
                     "with that run's options and what you add here.")
     again.add_argument("run_id", metavar="RUN_ID",
                        help="of a run that has a diff.patch; `runs` lists them")
-    again.add_argument("--strict", action="store_true",
-                       help="ask for a green gate, also where the base is red")
+    strict_add(again)
     gate_options_add(again)
     again.set_defaults(handler=cmd_rejudge)
     runs = commands.add_parser(
-        "runs", help="list the past runs", allow_abbrev=False,
+        "runs", help="list the past runs",
         description="List the past runs of this repository, the newest last.")
     runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
                       help="delete the records that are older")
     runs.set_defaults(handler=cmd_runs)
-    return parser
+
+
+def strict_add(parser: Parser) -> None:
+    """Add the option that asks for more than "not worse"."""
+    parser.add_argument("--strict", action="store_true",
+                        help="ask for a green gate, also where the base is red (default: nothing "
+                             "may be worse)")
 
 
 def options_add(parser: Parser, attempts: int) -> None:
@@ -6572,15 +6603,10 @@ def job_build(args: argparse.Namespace) -> Job:
     issue = issue_wanted(args)
     seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
     gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
-    by_default = "auto" if simulated else environ.get("AGENT_SANDBOX") or "auto"
-    sandbox_words = args.sandbox or by_default
+    from_environ = "" if simulated else environ.get("AGENT_SANDBOX")
+    sandbox_words = args.sandbox or from_environ or "auto"
     in_image = sandbox_words.partition(" ")[0] in ENGINES
-    if args.recorded:
-        agent_cmd = shlex.split(args.recorded["agent_cmd"])
-    elif simulated:
-        agent_cmd = simulator_command(simulated, in_image)
-    else:
-        agent_cmd = agent_command(environ.get("AGENT_CMD"), in_image)
+    agent_cmd = agent_wanted(args, in_image)
     options_check(args)
     setup = setup_words(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
@@ -6590,25 +6616,42 @@ def job_build(args: argparse.Namespace) -> Job:
     if not repo:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
-    called = [] if args.recorded else [agent_cmd]
-    programs = [argv[0] for argv in (*called, setup, *(check.argv for check in checks)) if argv]
-    tools = [name for name in programs if os.sep not in name]
-    sandbox = sandbox_open(sandbox_words, environ.get("AGENT_IMAGE", ""), repo, tools)
-    if sandbox.kind == "bwrap":  # there an agent may not write to the tools that judge it
-        shown = [place.resolve() for place in tool_environments(checks)]
-        sandbox = sandbox._replace(shown=[*sandbox.shown, *shown])
+    called = [setup] if args.recorded else [agent_cmd, setup]
+    sandbox = sandbox_wanted(sandbox_words, repo, called, checks)
+    options = {"check": args.check, "setup": args.setup, "carry": args.carry,
+               "strict": args.strict, "allow": args.allow + (issue.allow if issue else [])}
     return Job(
         command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks,
         strict=args.strict, setup=setup, carried=carried_files(repo, args.carry),
-        fix_attempts=args.fix_attempts, recorded=args.recorded, options={
-            "check": args.check, "setup": args.setup, "carry": args.carry, "strict": args.strict,
-            "allow": args.allow + (issue.allow if issue else [])},
+        fix_attempts=args.fix_attempts, recorded=args.recorded, options=options,
         agent_seconds=seconds if args.timeout is None else args.timeout,
         idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
         conventions="" if simulated else environ.get("AGENT_CONFIG"),
         scope=args.scope or (["greeting.py", "tests"] if simulated == "rogue" else []),
         allow=args.allow, simulated=simulated, dry_run=args.dry_run, keep=args.keep,
         sandbox=sandbox)
+
+
+def agent_wanted(args: argparse.Namespace, in_image: bool) -> list[str]:
+    """The agent's command in words; raises Stop where it cannot be run."""
+    if args.recorded:
+        return shlex.split(args.recorded["agent_cmd"])
+    if args.simulate:
+        return simulator_command(args.simulate, in_image)
+    return agent_command(os.environ.get("AGENT_CMD"), in_image)
+
+
+def sandbox_wanted(words: str, repo: Repo, called: list[list[str]],
+                   checks: list[Check]) -> Sandbox:
+    """The sandbox that is named, tried out with all that is called in it; raises Stop."""
+    programs = [argv[0] for argv in (*called, *(check.argv for check in checks)) if argv]
+    tools = [name for name in programs if os.sep not in name]
+    sandbox = sandbox_open(words, os.environ.get("AGENT_IMAGE", ""), repo, tools)
+    if sandbox.kind != "bwrap":
+        return sandbox
+    # There an agent may write where the user may, but not to the tools that judge it.
+    shown = [place.resolve() for place in tool_environments(checks)]
+    return sandbox._replace(shown=[*sandbox.shown, *shown])
 
 
 def options_check(args: argparse.Namespace) -> None:
