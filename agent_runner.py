@@ -3259,9 +3259,9 @@ class BlindTwin:
         violations = self.blind(green) if green else []
         self.passed = sum(violation.rule == "blind" for violation in violations)
         for test in self.unexplained(lost) if lost else []:
-            violations.append(Violation("blind", file_of(test),
-                                   f"{test.partition('::')[2]} passes in the gate, and fails "
-                                   "when it is run again with a comment added to its file"))
+            reason = (f"{test.partition('::')[2]} passes in the gate, and fails when it is run "
+                      "again with a comment added to its file")
+            violations.append(Violation("blind", file_of(test), reason))
         return violations
 
     def compare(self, which: str,
@@ -3287,9 +3287,9 @@ class BlindTwin:
                           "nothing of it is reached")
                 violations.append(Violation("weakened", file_of(test), reason))
             elif one.line >= 0 and test not in on_base:
-                violations.append(Violation("blind", file_of(test),
-                                       f"{one.test} passes although it expects something else: "
-                                       f"`{one.old[:200]}` became `{one.new[:200]}`"))
+                reason = (f"{one.test} passes although it expects something else: "
+                          f"`{one.old[:200]}` became `{one.new[:200]}`")
+                violations.append(Violation("blind", file_of(test), reason))
         return violations
 
     def unexplained(self, lost: set[str]) -> list[str]:
@@ -3340,12 +3340,11 @@ class BlindTwin:
             source, alterations, _ = results[0] if results else (data, [], [])
             altered |= {f"{path}::{one.test}": one for one in alterations}
             for changes, text in ((twins, source), (controls, data)) if alterations else ():
-                new = git(self.repo, "hash-object", "-w", "--stdin",
-                          stdin=twin_comment(text, rng)).strip()
+                contents = twin_comment(text, rng)
+                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=contents).strip()
                 changes.append(Change(path, mode, mode, blob, new))
-        twin, control = (tree_put(self.repo, tree, changes,
-                                  self.judge.gates.private / "overlay-index")
-                         for changes in (twins, controls))
+        index = self.judge.gates.private / "overlay-index"
+        twin, control = (tree_put(self.repo, tree, changes, index) for changes in (twins, controls))
         return Draw(altered, [change.path for change in twins], twin, control)
 
     def line(self) -> str:
@@ -3775,20 +3774,26 @@ def distill_failure(test: str, text: str) -> Failed:
         if block:
             error = next((part for part in block if part[4:5].strip()), block[0])
             lines += distill_message(block)
-        block = [] if line else block
-        lines += [line] if line else []
-    frames = [frame for line in lines if (frame := re.match(FRAME, line[:1000]))]
-    if not error:  # an exception group, or plain words
-        group = re.search(r"^ *\| (?! |Traceback ).*", text, re.MULTILINE)
-        words = [line for line in lines
-                 if re.match(r"\S*[A-Za-z]", line) and not re.match(FRAME, line[:1000])]
-        first_or_last = (words or ["failed"])[-1 if frames else 0]
-        error = group[0] if group else first_or_last
+        if line:
+            block = []
+            lines.append(line)
+    frames = list(filter(None, (re.match(FRAME, line[:1000]) for line in lines)))
+    place = f"{frames[-1][2] or frames[-1][4]}:{frames[-1][3] or frames[-1][5]}" if frames else ""
+    error = error or distill_plain(lines, text, bool(frames))
     if error in lines:  # it is in the headline: its last line goes
         del lines[len(lines) - 1 - lines[::-1].index(error)]
     error = re.sub(r"^(?:E| *\|) +(?:AssertionError: (?=assert ))?", "", error)
-    place = f"{frames[-1][2] or frames[-1][4]}:{frames[-1][3] or frames[-1][5]}" if frames else ""
     return Failed(test, error, place, distill_middle(lines, 8, 14))
+
+
+def distill_plain(lines: list[str], text: str, has_frames: bool) -> str:
+    """The headline where there is no E line: of an exception group, or of plain words."""
+    if group := re.search(r"^ *\| (?! |Traceback ).*", text, re.MULTILINE):
+        return group[0]
+    words = [line for line in lines
+             if re.match(r"\S*[A-Za-z]", line) and not re.match(FRAME, line[:1000])]
+    words = words or ["failed"]
+    return words[-1] if has_frames else words[0]
 
 
 def distill_cause(group: list[Failed], printed: str) -> str:
@@ -3807,8 +3812,9 @@ def distill_cause(group: list[Failed], printed: str) -> str:
         lines.append(f"and {more} more for the same cause")
     short = [line for line in printed[:1000].splitlines() if line.strip()]
     is_short = len(printed) < 1000 and len(short) <= 3
-    loud = short if is_short else distill_loud(printed, 5) or short[:2]
-    return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in loud)])
+    loud = [] if is_short else distill_loud(printed, 5)
+    output = loud or short[:3 if is_short else 2]
+    return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in output)])
 
 
 def distill_trace(text: str) -> list[str]:
