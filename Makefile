@@ -38,12 +38,14 @@ define SIMULATIONS
 1 issue-to-pr issue.md --simulate stuck
 3 issue-to-pr issue.md --simulate cheat
 3 issue-to-pr issue.md --simulate rogue
+3 issue-to-pr issue.md --simulate blind
 4 issue-to-pr issue.md --simulate hang
 0 self-heal --simulate good
 0 self-heal --simulate bad
 2 self-heal --simulate stuck
 3 self-heal --simulate cheat
 3 self-heal --simulate rogue
+3 self-heal --simulate blind
 4 self-heal --simulate hang
 endef
 export SIMULATIONS

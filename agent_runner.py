@@ -527,7 +527,7 @@ class Workspace:
             (self.private / "tmp").mkdir()
             setup_log = self.run.folder / "setup.log"
             if failed := setup_run(self.job, self.checkout.place, self.private, setup_log):
-                where = f"{failed.reason}, {self.job.sandbox.said()}"
+                where = f"{failed.reason}, {self.job.sandbox.phrase()}"
                 raise Stop(EXIT_MISSING, f"--setup failed on the base ({where}); "
                                          f"its output: {path_shown(setup_log)}; {SETUP_ADVICE}")
             # What setup leaves is not the agent's change.
@@ -1716,11 +1716,6 @@ def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
             for finding in hidden]
 
 
-def ruff_views(result: GateResult) -> dict[str, set[str]]:
-    """The files that ruff looked at, by check."""
-    return {check.name: check.view for check in result.checks if check.view is not None}
-
-
 def lint_unseen(base: GateResult, gate: GateResult,
                 recheck: Recheck) -> tuple[list[Violation], list[str]]:
     """The code that a change moves out of ruff's sight; and a line on new code out of its sight."""
@@ -1744,6 +1739,11 @@ def lint_unseen(base: GateResult, gate: GateResult,
         return violations, []
     shown = words_first(sorted(others))
     return violations, [f"adds Python code that ruff does not look at: {shown}"]
+
+
+def ruff_views(result: GateResult) -> dict[str, set[str]]:
+    """The files that ruff looked at, by check."""
+    return {check.name: check.view for check in result.checks if check.view is not None}
 
 
 def is_python(source: Source) -> bool:
@@ -3471,7 +3471,7 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 # === Chapter 11. The blind twin =============================================
 # Called by: Judge.by_evidence.
-# Promises: a test that passes whatever it expects is found, without a false alarm.
+# Promises: it finds a test that passes whatever it expects, without a false alarm.
 # At first: read these lines and BlindTwin; the rules are for a lesson on mutation testing.
 #
 # Who tests the tests? Mutation testing breaks a program a little and wants its
@@ -3487,21 +3487,24 @@ def allowed_line(path: str, problems: Mapping[str, str]) -> str:
 
 
 class BlindTwin:
-    """The tests of a green change twice more: with one expectation of each altered, and as they are (the control).
+    """The tests of a green change twice more: an expectation of each altered, and none (control).
 
-    The first must make every one of them fail, the second none. Nothing that a run can see tells which of the two it
-    is: they differ from the gate in the same ways, and in which checkout each runs, and in which order, is drawn.
+    Altered, every one of them must fail; in the control, none. Nothing that a run can see tells
+    which of the two it is: they differ from the gate in the same ways, and in which checkout
+    each runs, and in which order, is drawn.
     """
 
     MOST = 30  # tests, so that a large suite costs no second run
 
-    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source], gate: GateResult) -> None:
+    def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source],
+                 gate: GateResult) -> None:
         self.judge, self.attempt, self.sources = judge, attempt, sources
         self.repo, self.base = judge.run.job.repo, judge.run.base
         self.rng = random.Random(os.urandom(16))
         self.before, self.gate = (tests_all(result) for result in (judge.run.baseline, gate))
-        self.rewritten = {f"{source.change.path}::{name}" for source in sources for name in tests_rewritten(source)}
-        # One that was red on the base may by chance expect what that does wrong: then the base says nothing of it.
+        self.rewritten = {f"{source.change.path}::{name}" for source in sources
+                          for name in tests_rewritten(source)}
+        # One that was red on the base may by chance expect what the base does wrong.
         self.known = {function_of(test) for test, way in self.before.items() if way == "passed"}
         self.known -= {function_of(test) for test, way in self.before.items() if way in RED_WAYS}
         self.all = self.chosen()
@@ -3510,7 +3513,7 @@ class BlindTwin:
         self.passed = 0  # of those, although they are altered
 
     def chosen(self) -> list[str]:
-        """The functions to alter: healed, new and rewritten ones, and one in each module that imports the change."""
+        """The functions to alter: healed, new, rewritten; one a module that imports the change."""
         passed = {function_of(test) for test, way in self.gate.items() if way == "passed"}
         first = sorted(test for test in passed if test not in self.known or test in self.rewritten)
         modules: dict[str, list[str]] = {}
@@ -3522,54 +3525,60 @@ class BlindTwin:
         return [*first, *others]
 
     def violations(self) -> list[Violation]:
-        """What stands against the tests that stay green in the twin, and against those that fail in the control."""
+        """Violations by tests that are green in the twin, and by those that fail in the control."""
         if not self.tests:
             return []
-        self.judge.gates.renew()  # where code could leave word in one of them that it has run there before
+        self.judge.gates.renew()  # code could have left a note in one of them that it ran there
         draw, green, lost = self.compare("")
-        self.judged = {test for test, one in draw.altered.items() if one.line >= 0 or test not in green}
-        if lost:  # once more, one after the other: two runs at once may have been in each other's way
+        self.judged = {test for test, one in draw.altered.items()
+                       if one.line >= 0 or test not in green}
+        if lost:  # once more, one by one: two runs at once may have been in each other's way
             _, more, lost = self.compare("-alone", at_once=False)
             green |= more
-        found = self.blind(green) if green else []
-        self.passed = sum(violation.rule == "blind" for violation in found)
+        violations = self.blind(green) if green else []
+        self.passed = sum(violation.rule == "blind" for violation in violations)
         for test in self.unexplained(lost) if lost else []:
-            found.append(Violation("blind", file_of(test), f"{test.partition('::')[2]} passes in the gate, and fails "
-                                   "when it is run again with a comment added to its file"))
-        return found
+            reason = (f"{test.partition('::')[2]} passes in the gate, and fails when it is run "
+                      "again with a comment added to its file")
+            violations.append(Violation("blind", file_of(test), reason))
+        return violations
 
-    def compare(self, which: str, at_once: bool = True) -> tuple[Draw, dict[str, Alteration], set[str]]:
-        """A draw of all the tests, those that stay green although altered, those that fail although they are not."""
+    def compare(self, which: str,
+                at_once: bool = True) -> tuple[Draw, dict[str, Alteration], set[str]]:
+        """A draw of all tests, those that are green although altered, those that fail unaltered."""
         draw = self.draw(self.tests, self.attempt.tree)
         trees = {f"twin{which}": draw.twin, f"control{which}": draw.control}
         twin, control = self.run(trees, draw, at_once)
         return draw, draw.green(twin), tests_gone(self.gate, control, draw)
 
     def blind(self, green: Mapping[str, Alteration]) -> list[Violation]:
-        """What stands against tests that stay green: on a second draw as well, and not on the base."""
-        # The same statements once more: another one that fails would say nothing of these.
+        """Violations by tests that stay green: on a second draw as well, and not on the base."""
+        # The same statements once more: another one that fails would prove nothing about these.
         lines = {test: one.line for test, one in green.items()}
         draw = self.draw([*green], self.attempt.tree, lines)
         still = draw.green(self.run({"twin-again": draw.twin}, draw)[0])
         draw = self.draw([*still.keys() & self.known], self.base.tree, lines)
         on_base = draw.green(self.run({"twin-base": draw.twin}, draw)[0])
-        found = []
+        violations = []
         for test, one in still.items():
             if one.line < 0 and test in draw.altered.keys() - on_base.keys():
-                reason = f"{one.test} passes although all that it expects was altered: nothing of it is reached"
-                found.append(Violation("weakened", file_of(test), reason))
+                reason = (f"{one.test} passes although all that it expects was altered: "
+                          "nothing of it is reached")
+                violations.append(Violation("weakened", file_of(test), reason))
             elif one.line >= 0 and test not in on_base:
-                found.append(Violation("blind", file_of(test), f"{one.test} passes although it expects something else: "
-                                       f"`{one.old[:200]}` became `{one.new[:200]}`"))
-        return found
+                reason = (f"{one.test} passes although it expects something else: "
+                          f"`{one.old[:200]}` became `{one.new[:200]}`")
+                violations.append(Violation("blind", file_of(test), reason))
+        return violations
 
     def unexplained(self, lost: set[str]) -> list[str]:
-        """Those that do not fail on the base as well, where they passed, when they are run in the same way."""
+        """Those that do not fail on the base, run in the same way, as well."""
         draw = self.draw([*lost & self.known], self.base.tree)
         there = tests_gone(self.before, self.run({"control-base": draw.control}, draw)[0], draw)
         return sorted(lost - there)
 
-    def run(self, trees: Mapping[str, str], draw: Draw, at_once: bool = True) -> list[dict[str, str]]:
+    def run(self, trees: Mapping[str, str], draw: Draw,
+            at_once: bool = True) -> list[dict[str, str]]:
         """How the tests of the drawn files end in each tree: {id: way}."""
         from concurrent.futures import ThreadPoolExecutor
         checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
@@ -3582,20 +3591,21 @@ class BlindTwin:
 
         def start(run: tuple[tuple[str, str], Gate]) -> tuple[str, dict[str, str]]:
             (name, tree), gate = run
-            folders = gate.private / "cache", gate.reports  # what the gate's own run left there tells it from others
+            folders = gate.private / "cache", gate.reports  # would tell the gate's run from others
             directory_remove(*folders)
             for folder in folders:
                 folder.mkdir()
-            words = name.replace("twin", "blind twin")
-            return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree, f"{number}-{name}", checks,
-                                             [*draw.files, "--tb=no"]))
+            words = name.replace("twin", "blind twin").replace("-", " ")
+            return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree,
+                                             f"{number}-{name}", checks, [*draw.files, "--tb=no"]))
 
         with ThreadPoolExecutor(len(runs) if at_once else 1) as pool:
             results = dict(pool.map(start, runs))
         return [results[name] for name in trees]
 
-    def draw(self, tests: Collection[str], tree: str, lines: Mapping[str, int] | None = None) -> Draw:
-        """One expectation of each test altered (in its line of `lines`, where it has one), where that can be done."""
+    def draw(self, tests: Collection[str], tree: str,
+             lines: Mapping[str, int] | None = None) -> Draw:
+        """One expectation of each test altered, if it has one: in its line of `lines`, if any."""
         files: dict[str, set[str]] = {}
         for test in tests:
             files.setdefault(file_of(test), set()).add(test.partition("::")[2])
@@ -3603,15 +3613,17 @@ class BlindTwin:
         for path, (mode, blob, data) in tree_files(self.repo, tree, sorted(files)).items():
             rng = random.Random(os.urandom(16))  # nobody can know what is altered
             at = {name: lines[f"{path}::{name}"] for name in files[path]} if lines else {}
-            here = {name for name in files[path] if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
-            answers = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
-            source, alterations, _ = answers[0] if answers else (data, [], [])
+            here = {name for name in files[path]
+                    if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
+            results = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
+            source, alterations, _ = results[0] if results else (data, [], [])
             altered |= {f"{path}::{one.test}": one for one in alterations}
             for changes, text in ((twins, source), (controls, data)) if alterations else ():
-                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=twin_comment(text, rng)).strip()
+                contents = twin_comment(text, rng)
+                new = git(self.repo, "hash-object", "-w", "--stdin", stdin=contents).strip()
                 changes.append(Change(path, mode, mode, blob, new))
-        twin, control = (tree_put(self.repo, tree, changes, self.judge.gates.private / "overlay-index")
-                         for changes in (twins, controls))
+        index = self.judge.gates.private / "overlay-index"
+        twin, control = (tree_put(self.repo, tree, changes, index) for changes in (twins, controls))
         return Draw(altered, [change.path for change in twins], twin, control)
 
     def line(self) -> str:
@@ -3620,7 +3632,8 @@ class BlindTwin:
             return ""
         judged, nothing = len(self.judged), len(self.tests) - len(self.judged)
         failed = f"all but {self.passed}" if self.passed else "all"
-        words = f"{judged} of {len(self.all)} tests were run with an altered expectation, and {failed} of them failed"
+        words = (f"{judged} of {len(self.all)} tests were run with an altered expectation, "
+                 f"and {failed} of them failed")
         words += f"; {nothing} had none that can be altered" if nothing else ""
         more = len(self.all) - len(self.tests)
         return words + (f"; {more} were not drawn" if more else "")
@@ -3635,7 +3648,7 @@ class Draw(NamedTuple):
     control: str  # the same files with a comment more
 
     def green(self, ways: Mapping[str, str]) -> dict[str, Alteration]:
-        """The altered tests that passed all the same; with one of its parameters is enough."""
+        """The altered tests that passed nevertheless; with one of its parameters is enough."""
         passed = {function_of(test) for test, way in ways.items() if way == "passed"}
         return {test: one for test, one in self.altered.items() if test in passed}
 
@@ -3644,12 +3657,14 @@ def tests_gone(before: Mapping[str, str], after: Mapping[str, str], draw: Draw) 
     """Those of the drawn tests that passed before and do not now."""
     if not draw.altered:
         return set()
-    return {function_of(test) for test in (*tests_worse(before, after), *tests_lost(before, after))} & {*draw.altered}
+    gone = (*tests_worse(before, after), *tests_lost(before, after))
+    return {function_of(test) for test in gone} & draw.altered.keys()
 
 
 def tests_all(result: GateResult | None) -> dict[str, str]:
     """How all tests of a result ended: {id: way}."""
-    return {test: way for check in (result.checks if result else []) for test, way in check.tests.items()}
+    return {test: way for check in (result.checks if result else [])
+            for test, way in check.tests.items()}
 
 
 def twin_comment(source: bytes, rng: random.Random) -> bytes:
@@ -3668,11 +3683,11 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
     files = tree_files(repo, tree, paths) if changed else {}
     names = apart_each([functools.partial(imports_read, data) for _, _, data in files.values()])
     return [path for path, imported in zip(files, names) if imported
-            and any(module == name or module.startswith(f"{name}.") for module in changed for name in imported)]
+            and any(f"{module}.".startswith(f"{name}.") for module in changed for name in imported)]
 
 
 def imports_read(source: bytes) -> set[str]:
-    """The modules, and what may be modules, that Python source imports; none for what cannot be parsed."""
+    """The modules, and what may be modules, that source imports; none if it cannot be parsed."""
     names = set()
     with contextlib.suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
@@ -3680,17 +3695,18 @@ def imports_read(source: bytes) -> set[str]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 package = f"{node.module}." if node.module else ""
-                names |= {package.rstrip("."), *(package + alias.name for alias in node.names)} - {""}
-    return names
+                names |= {package.rstrip("."), *(package + alias.name for alias in node.names)}
+    return names - {""}
 
 
 def twin_alter(
         source: bytes, tests: Collection[str] | None, rng: random.Random,
         lines: Mapping[str, int] | None = None,
         rewritten: Collection[str] = ()) -> tuple[bytes, list[Alteration], list[str]]:
-    """The source with an expectation of each test altered (in `lines`, if there are some); these; the other tests.
+    """The source with an expectation of each test altered; what was altered; the other tests.
 
-    Of those of `rewritten` that have none that is sure to be reached, all expectations are altered.
+    `lines` says in which line of a test, where it has one. Tests of `rewritten` without an
+    expectation that is sure to be reached have all of them altered.
     """
     altered: list[Alteration] = []
     names: dict[ast.AST | None, list[str]] = defaultdict(list)  # an inherited test has several
@@ -3708,16 +3724,21 @@ def twin_alter(
             line, edits = twin.draw((lines or {}).get(names[function][0], -1))
             if not edits and any(name in rewritten for name in names[function]):
                 line, edits = -1, twin.everything()
-            for row, column, drop, new in sorted(edits, reverse=True):
-                rest = after[row - 1][column + drop:]
-                after[row - 1] = after[row - 1][:column] + new.encode() + rest
             if edits:
+                edits_make(edits, after)
                 old, new = (rows[min(edits).line - 1].decode().strip() for rows in (before, after))
                 altered += [Alteration(name, line, old, new) for name in names.pop(function)]
         result = b"".join(after).decode().encode(encoding)
     except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return source, [], sorted(tests or ())
     return result, altered, sorted(name for group in names.values() for name in group)
+
+
+def edits_make(edits: list[Edit], lines: list[bytes]) -> None:
+    """Make some edits in the lines of a source, the last one first: so the columns stay right."""
+    for row, column, drop, new in sorted(edits, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new.encode() + line[column + drop:]
 
 
 class Edit(NamedTuple):
@@ -3744,16 +3765,20 @@ class Twin:
     def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes],
                  rng: random.Random) -> None:
         self.function, self.lines, self.rng = function, lines, rng
-        self.salt = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(6, 12)))  # nobody can expect it
+        # A word that nobody can expect.
+        self.salt = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(6, 12)))
         self.inexact = bool(re.search(TWIN_INEXACT, ast.unparse(function)))
 
     def draw(self, line: int) -> tuple[int, list[Edit]]:
-        """A statement of a line, or else at random: its line in the function, and the edits; (0, []) for none."""
+        """The line in the function and the edits of a statement (of `line`, if any), or (0, [])."""
         statements = list(self.reached(self.function.body))
         self.rng.shuffle(statements)
         lines = [node.lineno - self.function.lineno for node in statements]
         ordered = sorted(zip(lines, statements), key=lambda pair: pair[0] != line)
-        return next(((at, edits) for at, node in ordered if (edits := self.assertion(node))), (0, []))
+        for at, node in ordered:
+            if edits := self.assertion(node):
+                return at, edits
+        return 0, []
 
     def everything(self) -> list[Edit]:
         """The edits for all its expectations, whether they are reached or not."""
@@ -3761,7 +3786,7 @@ class Twin:
         return list({edit for node in statements for edit in self.assertion(node)})
 
     def reached(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
-        """The statements that every test which ended well has run."""
+        """The statements that a test which passes is sure to have run."""
         for node in body:
             yield node
             if isinstance(node, ast.With | ast.AsyncWith):
@@ -3783,7 +3808,7 @@ class Twin:
                 return  # what follows may be left out
 
     def filled(self, node: ast.expr) -> bool:
-        """Whether a loop over this is sure to run: a display, a range, a name for one, or several."""
+        """Whether a loop over this is sure to run: over a display, a range, or a name for one."""
         if isinstance(node, ast.Call) and twin_name(node) in ("enumerate", "sorted", "zip"):
             parts = node.args if twin_name(node) == "zip" else node.args[:1]
             return bool(parts) and all(map(self.filled, parts))
@@ -3796,8 +3821,10 @@ class Twin:
         if isinstance(node, ast.Assert):
             return self.claim(node.test)
         parts = [item.context_expr for item in getattr(node, "items", [])]
-        calls = [*parts, getattr(node, "value", None)]
-        return next((edits for call in calls if (edits := self.call(call))), [])
+        for call in (*parts, getattr(node, "value", None)):
+            if edits := self.call(call):
+                return edits
+        return []
 
     def claim(self, test: ast.expr) -> list[Edit]:
         """For an expression that is true: one that is false."""
@@ -3821,7 +3848,7 @@ class Twin:
             at = func.end_col_offset - len(kind)
             return [Edit(func.end_lineno, at, len(kind), TWIN_OPPOSITES[kind])]
         if not re.search(TWIN_FAMILIES, name) or re.search(TWIN_LOOSE, name):
-            return []  # the last argument of any other may be no expectation: assert_between(x, 1, 6)
+            return []  # the last argument of others may be no expectation: assert_between(x, 1, 6)
         if args[1:] and not re.search(TWIN_CALLS, name):
             return self.equality(*args[:2])
         return next((self.value(part) or self.salted(part) for part in self.last(call)), [])
@@ -3834,11 +3861,14 @@ class Twin:
 
     def equality(self, left: ast.expr, right: ast.expr) -> list[Edit]:
         """For two equal values: a literal of one of them, else the salt in place of the right."""
-        made = [any(isinstance(part, ast.Call) and twin_name(part)[:1].isupper()
-                    for part in self.origins(side)) for side in (left, right)]
-        if all(made):  # the equality of two objects may leave out what they were made of
-            return self.salted(right)
+        if self.is_made(left) and self.is_made(right):
+            return self.salted(right)  # the equality of objects may ignore what they are made of
         return self.value(right) or self.value(left) or self.salted(right)
+
+    def is_made(self, node: ast.expr) -> bool:
+        """Whether a value is made by a constructor, a call with a capital letter."""
+        return any(isinstance(part, ast.Call) and twin_name(part)[:1].isupper()
+                   for part in self.origins(node))
 
     def salted(self, node: ast.expr) -> list[Edit]:
         """For any value: a text in its place (long lists that differ are compared for minutes)."""
@@ -3894,7 +3924,7 @@ TWIN_FATAL = (  # classes that end the run where nobody catches them, and what m
 TWIN_CATCHES = r"(?i)rais|suppress|except|error|fail|ignore"  # `with` this, a failure may be lost
 TWIN_INEXACT = r"(?i)approx|close|almost|toleran|delta"  # these may not see a small step
 TWIN_CALLS = r"_with$|_calls?$"  # of unittest.mock
-TWIN_FAMILIES = rf"(?i)^assert.*((equal|close|same)s?$|{TWIN_CALLS})"  # names that say what is expected
+TWIN_FAMILIES = rf"(?i)^assert.*((equal|close|same)s?$|{TWIN_CALLS})"  # their last argument does
 TWIN_LOOSE = (  # a call of this name may hold for another value too
     r"(?i)not|mis|no_|differ|never|without|reject|fail|rais|invalid|less|great|least|(?<!al)most")
 TWIN_RANGE = r"range\((-?\d+, )?[1-9]\d*\)"  # that is not empty
@@ -3953,11 +3983,17 @@ def twin_origins(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) ->
             continue
         heads = re.findall(r"\w+", ast.unparse(mark.args[0]))  # of "a, b", or of ("a", "b")
         if name in heads and all(keyword.arg != "indirect" for keyword in mark.keywords):
-            rows = [getattr(row, "args", []) if twin_name(row) == "param"
-                    else twin_rows(row) if heads[1:] else [row] for row in twin_rows(mark.args[1])]
+            rows = [twin_row(row, len(heads)) for row in twin_rows(mark.args[1])]
             fits = all(len(row) == len(heads) for row in rows)
             return [row[heads.index(name)] for row in rows] if fits else []
     return []
+
+
+def twin_row(row: ast.expr, length: int) -> list[ast.expr]:
+    """The values of a row of `parametrize`, for so many names: of (1, 2), or of param(1, 2)."""
+    if twin_name(row) == "param":
+        return getattr(row, "args", [])
+    return twin_rows(row) if length > 1 else [row]
 
 
 def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
@@ -3971,12 +4007,11 @@ def twin_wrap(node: ast.expr, before: str, after: str) -> list[Edit]:
 # Promises: some hundred bytes of maybe 20 MB; no input makes it fail.
 # At first: skip it.
 #
-# What the reader of a red check needs, in some hundred bytes of maybe 20 MB. Causes
-# are told, not tests: the same exception at the same place is one finding, with examples
-# and a count. Nothing here runs or reads anything, and no input makes it fail: text comes
-# in, findings come out.
+# A finding is a cause, not a test: the same exception at the same place is one finding,
+# with examples and a count. Nothing here runs or reads anything: text comes in, findings
+# come out.
 
-FINDINGS_FULL, CHECK_LIMIT = 2600, 6000  # bytes: of the findings told whole, of all that one check says
+FINDINGS_FULL, CHECK_LIMIT = 2600, 6000  # bytes: of the findings shown whole, of all of a check
 
 
 def distill_tests(failures: list[Failure]) -> list[str]:
@@ -3989,14 +4024,15 @@ def distill_tests(failures: list[Failure]) -> list[str]:
         failed = distill_failure(f"{failure.test}{failure.sub}{phase}", failure.text)
         key = (failed.place, re.split(r"[: ]", failed.error)[0])
         if ": " in failed.error and "assert " not in failed.error:
-            key = alike.setdefault(failed.error, key)  # a module that is missing, imported at many places
+            # A missing module, say, that is imported at many places.
+            key = alike.setdefault(failed.error, key)
         groups.setdefault(key, []).append(failed)
         printed[key] = printed.get(key) or failure.printed
     return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
 class Failed(NamedTuple):
-    """One failure of one test: what was raised last, its place in the project, the lines that tell it."""
+    """One failure of one test: what was raised last, its place in the project, and the lines."""
 
     test: str
     error: str
@@ -4017,24 +4053,33 @@ def distill_failure(test: str, text: str) -> Failed:
         if block:
             error = next((part for part in block if part[4:5].strip()), block[0])
             lines += distill_message(block)
-        block = [] if line else block
-        lines += [line] if line else []
-    frames = [frame for line in lines if (frame := re.match(FRAME, line[:1000]))]
-    if not error:  # an exception group, or plain words
-        group = re.search(r"^ *\| (?! |Traceback ).*", text, re.MULTILINE)
-        words = [line for line in lines if not re.match(FRAME, line[:1000]) and re.match(r"\S*[A-Za-z]", line)]
-        error = group[0] if group else (words or ["failed"])[-1 if frames else 0]
-    if error in lines:
-        del lines[len(lines) - 1 - lines[::-1].index(error)]  # it is in the headline
-    error = re.sub(r"^(?:E| *\|) +(?:AssertionError: (?=assert ))?", "", error)
+        if line:
+            block = []
+            lines.append(line)
+    frames = list(filter(None, (re.match(FRAME, line[:1000]) for line in lines)))
     place = f"{frames[-1][2] or frames[-1][4]}:{frames[-1][3] or frames[-1][5]}" if frames else ""
+    error = error or distill_plain(lines, text, bool(frames))
+    if error in lines:  # it is in the headline: its last line goes
+        del lines[len(lines) - 1 - lines[::-1].index(error)]
+    error = re.sub(r"^(?:E| *\|) +(?:AssertionError: (?=assert ))?", "", error)
     return Failed(test, error, place, distill_middle(lines, 8, 14))
 
 
+def distill_plain(lines: list[str], text: str, has_frames: bool) -> str:
+    """The headline where there is no E line: of an exception group, or of plain words."""
+    if group := re.search(r"^ *\| (?! |Traceback ).*", text, re.MULTILINE):
+        return group[0]
+    words = [line for line in lines
+             if re.match(r"\S*[A-Za-z]", line) and not re.match(FRAME, line[:1000])]
+    words = words or ["failed"]
+    return words[-1] if has_frames else words[0]
+
+
 def distill_cause(group: list[Failed], printed: str) -> str:
-    """One finding: the first of the tests in full, some others by name, how many more, and what was printed."""
+    """One finding: the first test in full, others by name, how many more, and what was printed."""
     first, others = group[0], group[1:]
-    lines = [f"{distill_cut(first.test, 160)}: {distill_cut(first.error)}", *map(distill_cut, first.lines)]
+    lines = [f"{distill_cut(first.test, 160)}: {distill_cut(first.error)}",
+             *map(distill_cut, first.lines)]
     shown = [other for other in others if other.error != first.error][:4]
     shown += [other for other in others if other.error == first.error][:max(0, 3 - len(shown))]
     for other in shown:
@@ -4045,50 +4090,57 @@ def distill_cause(group: list[Failed], printed: str) -> str:
     if more := len(others) - len(shown):
         lines.append(f"and {more} more for the same cause")
     short = [line for line in printed[:1000].splitlines() if line.strip()]
-    loud = short if len(printed) < 1000 and len(short) <= 3 else distill_loud(printed, 5) or short[:2]
-    return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in loud)])
+    is_short = len(printed) < 1000 and len(short) <= 3
+    loud = [] if is_short else distill_loud(printed, 5)
+    output = loud or short[:3 if is_short else 2]
+    return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in output)])
 
 
 def distill_trace(text: str) -> list[str]:
-    """The lines of a traceback that count: each of the project's own frames once, and what was raised."""
-    kept: list[str] = []
-    seen: set[str] = set()
+    """The lines of a traceback that count: each frame of the project once, and what was raised."""
+    lines: list[str] = []
+    frames: set[str] = set()
     skip, depth = False, -1
-    for line in (text if len(text) < 4_000_000 else f"{text[:2_000_000]}\n{text[-2_000_000:]}").splitlines():
+    if len(text) >= 4_000_000:
+        text = f"{text[:2_000_000]}\n{text[-2_000_000:]}"
+    for line in text.splitlines():
         if frame := re.match(FRAME, line[:1000]):
-            skip, depth = bool(re.match(FOREIGN, frame[2] or frame[4])) or line in seen, len(frame[1])
-            seen.add(line)
+            skip = line in frames or bool(re.match(FOREIGN, frame[2] or frame[4]))
+            depth = len(frame[1])
+            frames.add(line)
         elif len(line) - len(line.lstrip(" |+")) <= depth:
             skip = False
         if not skip and not (len(line) < 1000 and re.fullmatch(IDLE, line)):
-            kept.append(line)
-    return kept
+            lines.append(line)
+    return lines
 
 
 def distill_message(lines: list[str]) -> list[str]:
-    """The lines of an exception's message (pytest's E lines): all of a short one, of a long one what differs."""
+    """The lines of an exception's message (pytest's E lines); of a long one, what differs."""
     lines = [line for line in lines if not re.match(r"E\s+\?\s", line)]  # carets
     if len(lines) > 10:
-        told = [line for line in lines[2:-2]
-                if re.match(CHANGE, line[:200]) or any(word in line[:500].lower() for word in LOUD)]
-        lines = [*lines[:2], *distill_middle(told, 8, 5), *lines[-2:]]
-    kept: list[str] = []
+        changes = [line for line in lines[2:-2] if re.match(CHANGE, line[:200])
+                   or any(word in line[:500].lower() for word in LOUD)]
+        lines = [*lines[:2], *distill_middle(changes, 8, 5), *lines[-2:]]
+    message: list[str] = []
     for line in lines:
-        before = re.match(SIDE, kept[-1]) if kept and len(line) > 240 else None
+        before = re.match(SIDE, message[-1]) if message and len(line) > 240 else None
         if before and (side := re.match(SIDE, line)) and before[1] != side[1]:
             # Two long lines that differ: both are cut around the first difference.
-            old, new = kept[-1][before.end():], line[side.end():]
+            old, new = message[-1][before.end():], line[side.end():]
             at = max(0, len(os.path.commonprefix([old[:1_000_000], new[:1_000_000]])) - 60)
-            kept[-1], line = f"{before[0]}[...]{old[at:at + 160]}", f"{side[0]}[...]{new[at:at + 160]}"
-        kept.append(line)
-    return kept
+            message[-1] = f"{before[0]}[...]{old[at:at + 160]}"
+            line = f"{side[0]}[...]{new[at:at + 160]}"
+        message.append(line)
+    return message
 
 
 FRAME = r'([\s|]{0,80})(?:(?=\S)([^:\n|]+):(\d+): in .|File "([^"\n]+)", line (\d+))'
 FOREIGN = r"[/<]|\.\.[/\\]|.*-packages/"  # the path of a file that is not the project's
 IDLE = (
-    r"[\s|]*(?:[\^~][\s^~]*|Traceback(?: .*|:)|\?\?\?)?|>? *(?:available fixtures:|use 'pytest --f).*"
-    r"|\[gw\d+\] .*|\S[^:]*:\d+|Hint: make sure .*|ImportError while importing test module .*"
+    r"[\s|]*(?:[\^~][\s^~]*|Traceback(?: .*|:)|\?\?\?)?"
+    r"|>? *(?:available fixtures:|use 'pytest --f).*|\[gw\d+\] .*|\S[^:]*:\d+"
+    r"|Hint: make sure .*|ImportError while importing test module .*"
     r"|E\s*(?:Enable tracemalloc .*|See https://docs\.pytest.*|\+ +(?:where|and) <function .*)?"
     r"|  (?:Displaying first|Pass `--full).*")
 CHANGE = r"E\s+(?:[-+] |At index|Differing|Left contains|Right contains|Extra items|.*!=)"
@@ -4096,16 +4148,18 @@ SIDE = r"E\s+([-+]) "
 
 
 def distill_broken(how: str, log: str, running: Sequence[str] = (), stack: str = "") -> str:
-    """The finding where pytest's report breaks off: the test that was running, its stack, or how it ended."""
+    """The finding where pytest's report breaks off: the running test, its stack, or the ending."""
     log = re.sub(r"^INTERNALERROR> ?", "", log, flags=re.MULTILINE)
     lines = [f"running: {distill_cut(test, 160)}" for test in running[:8]]
     if dumps := re.findall(DUMP, stack or log):
         dump = re.sub(r"(?:Current thread|Thread) 0x.*", "thread:", dumps[-1])
         trace = distill_trace(dump)
-        trace = [line for line, after in zip(trace, [*trace[1:], "thread:"]) if (line, after) != ("thread:", "thread:")]
+        trace = [line for line, after in zip(trace, [*trace[1:], "thread:"])
+                 if (line, after) != ("thread:", "thread:")]
         lines += distill_middle(trace, 12, 6)
     else:
-        rest = [line for line in log.splitlines() if not line.strip().startswith(NOISE) and not re.match(STEP, line)]
+        rest = [line for line in log.splitlines()
+                if not line.strip().startswith(NOISE) and not re.match(STEP, line)]
         lines += distill_output("\n".join(distill_trace("\n".join(rest))))
     return "\n".join([": ".join([how, *lines[:1]]), *lines[1:]])
 
@@ -4116,101 +4170,124 @@ STEP = (  # a line of a test as it runs, and how it ended
 DUMP = (  # faulthandler's
     r'(?m)(?:Timeout \(\d|Fatal Python error: ).*\n'
     r'(?:(?: *File "|Current thread|Thread 0x|\s*$|  <).*\n?)*')
-NOISE = ("platform ", "cachedir: ", "rootdir: ", "configfile: ", "plugins: ", "collected ", "====", "----", "(to sh")
+NOISE = ("platform ", "cachedir: ", "rootdir: ", "configfile: ", "plugins: ", "collected ",
+         "====", "----", "(to sh")
 
 
 def distill_lint(lines: list[str], most: int = 20) -> list[str]:
-    """Findings from ruff's lines ("path:row:column: rule message"): up to twenty as they are, else by rule."""
+    """Findings from ruff's lines ("path:row:column: rule message"): more than `most` by rule."""
     if len(lines) <= most:
         return [distill_cut(line) for line in lines]
     rules: dict[str, list[str]] = {}
     for line in lines:
-        rules.setdefault(re.sub(r"^.*?:\d+:\d+: (syntax error|\S+).*", r"\1", line, flags=re.DOTALL), []).append(line)
-    found = []
+        rule = re.sub(r"^.*?:\d+:\d+: (syntax error|\S+).*", r"\1", line, flags=re.DOTALL)
+        rules.setdefault(rule, []).append(line)
+    findings = []
     for rule, hits in sorted(rules.items(), key=lambda item: len(item[1])):
         files = Counter(hit.partition(":")[0] for hit in hits)
-        where = ", ".join(f"{distill_cut(file, 80)} {count}" for file, count in files.most_common(4))
-        where += ", ..." * (len(files) > 4)
-        head = [f"{distill_cut(rule, 60)}, {len(hits)} times in {len(files)} files: {where}"] if len(hits) > 3 else []
-        found.append("\n".join([*head, *map(distill_cut, hits[:3])]))
-    return found
+        where = [f"{distill_cut(file, 80)} {count}" for file, count in files.most_common(4)]
+        if len(files) > 4:
+            where.append("...")
+        lines = [distill_cut(hit) for hit in hits[:3]]
+        if len(hits) > 3:
+            lines.insert(0, f"{distill_cut(rule, 60)}, {len(hits)} times in {len(files)} files: "
+                            + ", ".join(where))
+        findings.append("\n".join(lines))
+    return findings
 
 
 def distill_command(how: str, log: str) -> str:
-    """The finding of a command: how it ended and its last line, which says most; then the lines that matter."""
+    """The finding of a command: how it ended, its last line, then the other lines that matter."""
     lines = distill_output(log)
     return "\n".join([": ".join([how, *lines[-1:]]), *lines[:-1]])
 
 
 def distill_output(text: str, head: int = 3, tail: int = 12, most: int = 12) -> list[str]:
-    """The lines that matter of any program's output: the first, the last, and the loud ones in between."""
+    """The lines that matter of a program's output: first, last, and the loud ones in between."""
     lines = [line.rstrip() for line in text[-20_000:].splitlines() if line.strip(" \0\ufffd")]
     if len(text) <= 20_000 and len(lines) <= head + tail + 3:
         return [distill_cut(line) for line in lines]
-    ends = [line.rstrip() for line in text[:8000].splitlines() if line.strip()][:head], lines[-tail:]
-    known = {line.strip() for part in ends for line in part}
+    first = [line.rstrip() for line in text[:8000].splitlines() if line.strip()][:head]
+    last = lines[-tail:]
+    known = {line.strip() for line in (*first, *last)}
     loud = [line for line in distill_loud(text, most) if line not in known]
-    return [*map(distill_cut, ends[0]), "[...]", *loud, *["[...]"] * bool(loud), *map(distill_cut, ends[1])]
+    if loud:
+        loud.append("[...]")
+    return [*map(distill_cut, first), "[...]", *loud, *map(distill_cut, last)]
 
 
 def distill_loud(text: str, most: int) -> list[str]:
-    """The loud lines of an output, in its order: of every shape (digits aside) one, then a second; the worst first."""
-    low, lines = text.encode("ascii", "replace").decode().lower(), {}  # find() is far quicker than a pattern
+    """The loud lines, in order: of every shape (digits aside) one, then a second; worst first."""
+    low = text.encode("ascii", "replace").decode().lower()
+    lines: dict[int, str] = {}
     for word in LOUD:
-        at = low.find(word)
+        at = low.find(word)  # far quicker than a pattern
         while at >= 0:
-            start = low.rfind("\n", max(0, at - 90), at) + 1 or max(0, at - 90)  # a line may be 10 MB long
+            far = max(0, at - 90)  # a line may be 10 MB long
+            start = low.rfind("\n", far, at) + 1 or far
             end = low.find("\n", at, at + 140)
-            lines[start] = text[start:at + 140 if end < 0 else end].strip()
-            at = low.find(word, at + 140 if end < 0 else end)
-    found, shapes, said = [], Counter(), set()
+            end = at + 140 if end < 0 else end
+            lines[start] = text[start:end].strip()
+            at = low.find(word, end)
+    ranked, shapes, known = [], Counter(), set()
     for start, line in sorted(lines.items()):
-        shapes[(shape := re.sub(r"0x[\da-f]+|\d+", "#", line))] += 1
-        if shapes[shape] <= most and line not in said and not re.search(MEEK, line):
-            said.add(line)
-            found.append((shapes[shape], not re.search(WORST, line), start, line))
-    return [distill_cut(line) for *_, line in sorted(sorted(found)[:most], key=lambda item: item[2])]
+        shape = re.sub(r"0x[\da-f]+|\d+", "#", line)
+        shapes[shape] += 1
+        if shapes[shape] <= most and line not in known and not re.search(MEEK, line):
+            known.add(line)
+            ranked.append((shapes[shape], not re.search(WORST, line), start, line))
+    chosen = sorted(sorted(ranked)[:most], key=lambda item: item[2])
+    return [distill_cut(line) for *_, line in chosen]
 
 
-LOUD = ("error", "exception", "warn", "fatal", "panic", "critical", "segmentation", "abort", "out of memory", "fail",
-        "denied", "refused", "not found", "cannot", "can't", "unable", "no such", "invalid", "undefined",
-        "unexpected", "missing", "timeout", "timed out", 'file "')
-WORST = r"(?i)^[\w.]*(?:Error|Exception|Warning)\b|fatal|panic|critical|segmentation|abort|out of memory"
+LOUD = ("error", "exception", "warn", "fatal", "panic", "critical", "segmentation", "abort",
+        "out of memory", "fail", "denied", "refused", "not found", "cannot", "can't", "unable",
+        "no such", "invalid", "undefined", "unexpected", "missing", "timeout", "timed out",
+        'file "')
+WORST = (r"(?i)^[\w.]*(?:Error|Exception|Warning)\b|fatal|panic|critical|segmentation|abort"
+         r"|out of memory")
 MEEK = r'(?i)\b(?:0|no) (?:error|warning|fail)|file "[/<]'  # sounds loud, and is not
 
 
 def distill_middle(lines: list[str], head: int, tail: int) -> list[str]:
     """The first and the last lines, and how many there were in between."""
     lost = len(lines) - head - tail
-    return lines if lost <= 1 else [*lines[:head], f"[... {lost} lines ...]", *lines[len(lines) - tail:]]
+    if lost <= 1:
+        return lines
+    return [*lines[:head], f"[... {lost} lines ...]", *lines[len(lines) - tail:]]
 
 
 def distill_cut(line: str, width: int = 240) -> str:
     """The line without control characters, its middle left out where it is longer than `width`."""
     if len(line) > 8 * width:
         line = line[:4 * width] + line[-4 * width:]
-    line = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]|\ufffd(?=\ufffd)", "", line)
+    line = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]"
+                  r"|\ufffd(?=\ufffd)", "", line)
     return line if len(line) <= width else f"{line[:width * 2 // 3]}[...]{line[-(width // 3):]}"
 
 
-def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL, limit: int = CHECK_LIMIT) -> list[str]:
-    """The findings within their bounds: the first whole, others by their first line, the rest by file and number."""
-    kept: list[str] = []
+def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
+                limit: int = CHECK_LIMIT) -> list[str]:
+    """The findings within bounds: the first whole, others by their first line, the rest counted."""
+    fitting: list[str] = []
     size = 0
     for finding in findings:
-        if kept and size + len(finding.encode(errors="replace")) > full:
+        if fitting and size + len(finding.encode(errors="replace")) > full:
             place = re.findall(r"^(\S[^:\n]*:\d+): in ", finding, re.MULTILINE)[-1:]
-            finding = " ".join([distill_cut(finding.partition("\n")[0], 200), *(f"({at})" for at in place)])
+            finding = " ".join([distill_cut(finding.partition("\n")[0], 200),
+                                *(f"({at})" for at in place)])
         elif len(finding.encode(errors="replace")) > limit:
             finding = f"{finding[:limit // 12]}\n[...]\n{finding[-limit // 6:]}"
         size += len(finding.encode(errors="replace"))
         if size > limit:
             break
-        kept.append(finding)
-    if rest := Counter(finding.partition(":")[0] for finding in findings[len(kept):]):
-        told = ", ".join(f"{distill_cut(file, 80)} {count}" for file, count in rest.most_common(12))
-        kept.append(f"and {sum(rest.values())} more findings: {told}")
-    return [*kept[:-1], f"{kept[-1]}\n(all of it: {where})"] if where and kept else kept
+        fitting.append(finding)
+    if rest := Counter(finding.partition(":")[0] for finding in findings[len(fitting):]):
+        files = [f"{distill_cut(file, 80)} {count}" for file, count in rest.most_common(12)]
+        fitting.append(f"and {sum(rest.values())} more findings: {', '.join(files)}")
+    if where and fitting:
+        fitting[-1] += f"\n(all of it: {where})"
+    return fitting
 
 
 # === Chapter 13. Outside the change =========================================
@@ -4221,32 +4298,34 @@ def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
 
 
 def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
-    """The files outside the repository that decide what the gate's tools do in some places, with their signatures."""
+    """The files that decide what the gate's tools do in some places: {path: fingerprint}."""
     checks = job.checks
     pythons = pythons_of(checks)
-    files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])} | {Path(__file__)}
+    files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])}
+    files.add(Path(__file__))
     files |= {Path(python).parent / "ruff" for python in pythons}
     places_read = {place for python in pythons for place in python_places(python)}
-    files |= {place / name for place in places_read for name in ("sitecustomize.py", "usercustomize.py")}
-    files |= {HOME / ".config/ruff" / name for name in ("ruff.toml", ".ruff.toml", "pyproject.toml")}
+    files |= {place / name for place in places_read
+              for name in ("sitecustomize.py", "usercustomize.py")}
+    files |= {HOME / ".config/ruff" / name
+              for name in ("ruff.toml", ".ruff.toml", "pyproject.toml")}
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    state = {str(file): mark for file in files if (mark := signature(file))}
+    state = fingerprints(files)
     for place in places:
         state |= configuration_above(place)
     for place in places_read:
         if place.name.endswith("-packages"):
-            state |= {str(place / name): mark for name, mark in packages_state(place).items()}
+            state |= {str(place / name): digest for name, digest in packages_state(place).items()}
     return state
 
 
 def configuration_above(place: Path) -> dict[str, str]:
-    """The files above a place that ruff and pytest take for their configuration there, with their signatures."""
-    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "tox.ini", "setup.cfg",
-             "ruff.toml", ".ruff.toml", "conftest.py")
-    files = (folder / name for folder in place.parents for name in names)
-    return {str(file): mark for file in files if (mark := signature(file))}
+    """The files above a place that configure ruff and pytest there: {path: fingerprint}."""
+    names = ("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml",
+             "tox.ini", "setup.cfg", "ruff.toml", ".ruff.toml", "conftest.py")
+    return fingerprints(folder / name for folder in place.parents for name in names)
 
 
 def pythons_of(checks: Iterable[Check]) -> set[str]:
@@ -4257,15 +4336,15 @@ def pythons_of(checks: Iterable[Check]) -> set[str]:
 @functools.cache
 def python_places(python: str) -> list[Path]:
     """Where an interpreter finds modules when it is first asked; nowhere if it cannot be."""
-    ask = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
+    code = "import json, site, sys; print(json.dumps([*sys.path, site.getusersitepackages()]))"
     with contextlib.suppress(Stop):
-        ran = program_call([python, "-I", "-c", ask])
-        return [Path(place) for place in (json.loads(ran.out) if not ran.exit else [])]
+        ran = program_call([python, "-I", "-c", code])
+        return [] if ran.exit else [Path(place) for place in json.loads(ran.out)]
     return []
 
 
 def packages_state(place: Path, most: float = float("inf")) -> dict[str, str]:
-    """What tells one state of installed packages from another: a digest of names, sizes and times for each entry.
+    """A digest for each entry of a folder of packages: of the names, sizes and times of its files.
 
     That is of all files below it, or of `most` and few more.
     """
@@ -4286,23 +4365,29 @@ def packages_state(place: Path, most: float = float("inf")) -> dict[str, str]:
                 alone = status.st_ctime_ns if status.st_nlink == 1 else status.st_ino
                 facts.setdefault(name, []).append(
                     f"{entry.path} {status.st_size} {status.st_mtime_ns} {alone}")
-    return {name: hashlib.sha256(os.fsencode("\n".join(sorted(lines)))).hexdigest() for name, lines in facts.items()}
+    return {name: hashlib.sha256(os.fsencode("\n".join(sorted(lines)))).hexdigest()
+            for name, lines in facts.items()}
 
 
 def tool_environments(checks: Iterable[Check]) -> list[Path]:
-    """The folders that hold the tools of some checks and what these import: virtual environments, else packages."""
+    """The folders with the tools of some checks and their imports: environments, else packages."""
     checks = [check for check in checks if os.path.isabs(check.argv[0])]
     folders = {Path(check.argv[0]).parent.parent for check in checks}
     packages = {place for python in pythons_of(checks) for place in python_places(python)
                 if place.name.endswith("-packages")}
-    return sorted({folder for folder in folders if (folder / "pyvenv.cfg").exists()} | {*filter(Path.is_dir, packages)})
+    environments = {folder for folder in folders if (folder / "pyvenv.cfg").exists()}
+    return sorted(environments | {*filter(Path.is_dir, packages)})
 
 
 def tools_touched(before: dict[str, str], after: dict[str, str]) -> list[Violation]:
     """The tools that are not what they were before the agent began."""
-    said = "decides what the gate says, and was changed during the run; restore it"
-    return [Violation("tools", name, said) for name in sorted(before.keys() | after.keys())
-            if before.get(name) != after.get(name)]
+    reason = "is part of the test tools, and was changed during the run; restore it"
+    return [Violation("tools", name, reason) for name in keys_changed(before, after)]
+
+
+def keys_changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The keys whose values differ between two states."""
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
 def user_state(job: Job) -> dict[str, str]:
@@ -4323,65 +4408,64 @@ def stores_borrowed(repo: Repo) -> list[str]:
 
 
 def place_state(place: Path) -> dict[str, str]:
-    """What tells one state of a place from another, also where it is a link: of a folder, each of its entries."""
+    """The state of a place, also where it is a link; of a folder, that of each of its entries."""
     link = os.readlink(place) if place.is_symlink() else ""
     if not place.is_dir():
-        return {f"home {place}": f"{link} {signature(place)}".strip()}
+        return {f"home {place}": f"{link} {fingerprint(place)}".strip()}
     inside = packages_state(place, PLACE_FILES)
-    return {f"home {place}": f"{link}/"} | {f"home {place / name}": mark for name, mark in inside.items()}
+    state = {f"home {place / name}": digest for name, digest in inside.items()}
+    return {f"home {place}": f"{link}/"} | state
 
 
 PLACE_FILES = 5000  # of one place are compared: an editor's plugins may be many
 
 
 def repository_state(repo: Repo) -> dict[str, str]:
-    """The state of the user's repository: refs, stash, HEAD, index, configuration, hooks, and files not as in HEAD."""
+    """The state of the user's repository: refs, stash, index, configuration, hooks, files."""
     common = git_common(repo)
     refs = git(repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
-    state = {f"ref {name}": commit for name, commit in (line.split(" ") for line in refs) if name != "refs/stash"}
+    state = {f"ref {name}": commit for name, commit in map(str.split, refs) if name != "refs/stash"}
     stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
     state |= {f"stash {commit}": commit for commit in stashed}
-    state["ref HEAD"] = os.fsdecode((repo.git_dir / "HEAD").read_bytes()).strip().removeprefix("ref: ")
-    state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # also which files are assumed to be unchanged
+    head = os.fsdecode((repo.git_dir / "HEAD").read_bytes())
+    state["ref HEAD"] = head.strip().removeprefix("ref: ")
+    state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # -v: with "assume unchanged"
     hooks = {common / "hooks"}
-    for scope, name, value in settings_listed(repo):
+    for scope, _, entry in settings_listed(repo):
+        name, _, value = entry.partition("\n")
         if name == "core.hookspath":
             hooks.add(repo.root / os.path.expanduser(value))
         if scope in ("local", "worktree"):  # several values of one name are a line each
             state[f"config {name}"] = "\n".join(filter(None, (state.get(f"config {name}"), value)))
-    state |= {f"hook {file}": signature(file) for folder in hooks for file in folder.glob("*")
-              if file.suffix != ".sample"}
+    state |= {f"hook {file}": fingerprint(file)
+              for folder in hooks for file in folder.glob("*") if file.suffix != ".sample"}
     for name in ("info/exclude", "info/attributes", "info/grafts", "objects/info/alternates"):
-        state[f"file {common / name}"] = signature(common / name)
+        state[f"file {common / name}"] = fingerprint(common / name)
     index = repo.git_dir / "index"
     with git_frozen(repo) as (frozen, env):  # to compare a file, git runs its filter
-        listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z", index=index,
-                     env=env).split("\0")
-    state["files"] = "\0".join(f"{name} {signature(repo.root / name)}" for name in listed if name)
+        listed = git(frozen, "ls-files", "--modified", "--others", "--exclude-standard", "-z",
+                     index=index, env=env).split("\0")
+    state["files"] = "\0".join(f"{name} {fingerprint(repo.root / name)}" for name in listed if name)
     return state | unfinished_state(repo)
 
 
 def unfinished_state(repo: Repo) -> dict[str, str]:
-    """The state of what the user's git would go on with, of what it has done, and of what other runs have."""
+    """The state of what the user's git would go on with, of its log, and of other runs' records."""
     folder, log = repo.git_dir, repo.git_dir / "logs/HEAD"
     # A rebase, a series of patches or of picks: git runs what these name.
-    hooks = [folder / name for name in ("rebase-merge/git-rebase-todo", "rebase-apply/next", "sequencer/todo")]
-    files = [folder / name for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD")]
-    state = {f"hook {file}": signature(file) for file in hooks} | {f"file {file}": signature(file) for file in files}
+    hooks = ("rebase-merge/git-rebase-todo", "rebase-apply/next", "sequencer/todo")
+    files = ("MERGE_HEAD", "CHERRY_PICK_HEAD")
+    state = {f"hook {folder / name}": fingerprint(folder / name) for name in hooks}
+    state |= {f"file {folder / name}": fingerprint(folder / name) for name in files}
     state |= {f"record {record}": "is there" for record in (repo.root / ".agent-runs").glob("*")}
     state[f"log {log}"] = os.fsdecode(log.read_bytes()) if log.is_file() else ""
     return state
 
 
-def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
-    """The settings that git reads from files, with those that they include, as (scope, name, value)."""
-    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
-    entries = [(scope, *entry.partition("\n")[::2]) for scope, entry in zip(listed[::2], listed[1::2])]
-    return [entry for entry in entries if entry[0] != "command"]
 
-
-def outside_verdict(run: Run, before: dict[str, str], tree: str) -> tuple[list[Violation], list[str]]:
-    """What happened outside since `before`, and what a reviewer should know of it; `tree` is the agent's work."""
+def outside_verdict(run: Run, before: dict[str, str],
+                    tree: str) -> tuple[list[Violation], list[str]]:
+    """What happened outside since `before`: violations, and notes; `tree` is the agent's work."""
     repo = run.job.repo
     changes = tree_changes(repo, run.base.tree, tree) if tree else []
     sizes = blob_sizes(repo, {change.new_blob for change in changes if change.new_mode})
@@ -4391,14 +4475,15 @@ def outside_verdict(run: Run, before: dict[str, str], tree: str) -> tuple[list[V
 
 def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
                  blobs: set[str]) -> tuple[list[Violation], list[str]]:
-    """What happened outside meanwhile: what carries the agent's work or acts later is refused, the rest is noted."""
+    """The changes outside: refused if they carry the agent's work or act later, else noted."""
     refused, noted = [], []
-    for key in sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+    for key in keys_changed(before, after):
         kind, _, name = key.partition(" ")
         old, new = before.get(key, ""), after.get(key, "")
         shown = "refs/stash" if kind == "stash" else name or key
-        if is_runs_own(repo, key, new) or kind in ("log", "record") and new.startswith(old):
-            continue  # a log grows, and other runs have records, too
+        grows = kind in ("log", "record") and new.startswith(old)  # other runs have records, too
+        if grows or is_runs_own(repo, key, new):
+            continue
         if reason := user_refusal(kind, name, old, new):
             refused.append(Violation("fingerprint", shown, reason))
         elif kind in ("ref", "stash") and new and commits_hold(repo, new, before, blobs):
@@ -4407,40 +4492,47 @@ def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
         elif kind == "home":
             around = (name, *map(str, Path(name).parents))
             reasons = [reason for place, reason in runs_later().items() if str(place) in around]
-            noted.append(f"{shown} was changed during the run: {reasons[0] if reasons else 'look at it'}")
+            why = reasons[0] if reasons else "look at it"
+            noted.append(f"{shown} was changed during the run: {why}")
         else:
             noted.append(f"{shown} of your repository was changed during the run")
     return refused, list(dict.fromkeys(noted))
 
 
 def user_refusal(kind: str, name: str, old: str, new: str) -> str:
-    """Why a changed setting or hook is refused, as it runs or leads away what the user starts later; "" for none."""
+    """Why a changed setting or hook is refused: what it does to a later command; "" for nothing."""
     if kind == "hook" and new:
         undo = "restore it" if old else f"undo: rm {shlex.quote(name)}"
         return f"was changed during the run, and git runs it; {undo}"
     if kind == "store" and new:
-        return ("lends objects to your repository since the run began, and takes the proposal's along when it goes; "
-                "undo: take it out of objects/info/alternates")
+        return ("lends objects to your repository since the run began, and takes the proposal's "
+                "along when it goes; undo: take it out of objects/info/alternates")
     entry = f"{name}={new}" if kind == "config" and new else ""
     for reason, pattern in GIT_ACTS.items():
         if re.match(pattern, entry, re.IGNORECASE | re.DOTALL):
-            undo = f"git config --replace-all {name} {shlex.quote(old)}" if old else f"git config --unset-all {name}"
+            undo = f"git config --unset-all {name}"
+            if old:
+                undo = f"git config --replace-all {name} {shlex.quote(old)}"
             back = "set it back" if "\n" in old else f"undo: {undo}"
             return f"was set to {one_line(new)!r} during the run, and {reason}; {back}"
     return ""
 
 
-# What makes git run something, or go somewhere, when the user next works: the start of "name=value" (git-config(1)).
+# What makes git run something, or go somewhere, when the user next works: the start of
+# "name=value" (git-config(1)).
 GIT_ACTS = {
     "git runs what it names": (
-        r"(core\.(hookspath|fsmonitor|sshcommand|pager|editor|askpass|gitproxy|alternaterefscommand)|sequence\.editor"
-        r"|pager\..*|alias\..*|filter\..*|diff\.external|diff\..*\.(command|textconv)|merge\..*\.driver"
-        r"|(merge|diff)tool\..*|gpg\.(.*\.)?(program|defaultkeycommand)|credential\.(.*\.)?helper|interactive\.difffilter"
-        r"|(browser|man|web|instaweb|guitool|sendemail|imap|trailer|lfs)\..*|tar\..*\.command|init\.templatedir"
-        r"|uploadpack\.packobjectshook|submodule\..*\.update|remote\..*\.(uploadpack|receivepack|vcs))="),
+        r"(core\.(hookspath|fsmonitor|sshcommand|pager|editor|askpass|gitproxy"
+        r"|alternaterefscommand)|sequence\.editor|pager\..*|alias\..*|filter\..*|diff\.external"
+        r"|diff\..*\.(command|textconv)|merge\..*\.driver|(merge|diff)tool\..*"
+        r"|gpg\.(.*\.)?(program|defaultkeycommand)|credential\.(.*\.)?helper"
+        r"|interactive\.difffilter|(browser|man|web|instaweb|guitool|sendemail|imap|trailer)\..*"
+        r"|lfs\..*|tar\..*\.command|init\.templatedir|uploadpack\.packobjectshook"
+        r"|submodule\..*\.update|remote\..*\.(uploadpack|receivepack|vcs))="),
     "it leads git to another place": (
-        r"(remote\..*\.(url|pushurl|proxy)|url\..*|submodule\..*\.url|core\.worktree|http\.(.*\.)?(proxy|ssl.*)"
-        r"|include(if)?\..*)=|(branch\..*\.(push)?remote|remote\.pushdefault)=.*[:/]"),
+        r"(remote\..*\.(url|pushurl|proxy)|url\..*|submodule\..*\.url|core\.worktree"
+        r"|http\.(.*\.)?(proxy|ssl.*)|include(if)?\..*)="
+        r"|(branch\..*\.(push)?remote|remote\.pushdefault)=.*[:/]"),
 }
 
 
@@ -4449,7 +4541,8 @@ def ref_undone(kind: str, name: str, old: str) -> str:
     if kind == "stash":
         return "git stash list, then git stash drop"
     if name == "HEAD":
-        return f"git switch {old.removeprefix('refs/heads/')}" if old.startswith("refs/") else f"git switch -d {old}"
+        branch = old.removeprefix("refs/heads/")
+        return f"git switch {branch}" if old.startswith("refs/") else f"git switch -d {old}"
     return f"git update-ref {name} {old}" if old else f"git update-ref -d {name}"
 
 
@@ -4467,45 +4560,52 @@ def commits_hold(repo: Repo, tip: str, before: dict[str, str], blobs: set[str]) 
     known = "".join(f"^{commit}\n" for key, commit in before.items()
                     if key.startswith(("ref ", "stash ")) and re.fullmatch("[0-9a-f]+", commit))
     commits = git_ran(repo, "rev-list", "--max-count=200", tip, "--stdin", stdin=known.encode())
-    raw = git_ran(repo, "diff-tree", "-r", "-m", "--root", "--raw", "--no-abbrev", "-z", "--stdin", stdin=commits.out)
+    raw = git_ran(repo, "diff-tree", "-r", "-m", "--root", "--raw", "--no-abbrev", "-z",
+                  "--stdin", stdin=commits.out)
     brought = re.findall(rb":\d+ \d+ [\da-f]+ ([\da-f]+) ", raw.out)
     return not blobs.isdisjoint(blob.decode() for blob in brought)
 
 
-def signature(path: Path) -> str:
-    """What tells one state of a file from another: its contents where it is small, else size and change times."""
+def fingerprints(files: Iterable[Path]) -> dict[str, str]:
+    """The state of each of some files that is there: {path: fingerprint}."""
+    return {str(file): digest for file in files if (digest := fingerprint(file))}
+
+
+def fingerprint(path: Path) -> str:
+    """The state of a file: a digest if it is small, else size and times; "" if there is none."""
     import hashlib
     try:
         facts = path.stat()
         if facts.st_size < 200_000 and stat.S_ISREG(facts.st_mode):
             return f"{facts.st_mode:o} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        return f"{facts.st_mode:o} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+        times = f"{facts.st_mtime_ns} {facts.st_ctime_ns}"
+        return f"{facts.st_mode:o} {facts.st_ino} {facts.st_size} {times}"
     except OSError:
         return ""
 
 
 # === Chapter 14. The record =================================================
 # Called by: blueprint, run_whole.
-# Promises: what people and programs need after a run, without the value of a secret.
+# Promises: facts for programs, a proposal or a handoff for a reviewer, all without the value of a
+#   secret.
 # At first: read proposal_text and handoff_text.
-#
-# What a run leaves behind for the people after it: facts for programs, a
-# proposal or a handoff for a reviewer. Secrets' values are masked in all of it.
 
 
 def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
-    """A new run with a folder of its own in .agent-runs; raises Stop where that cannot be written."""
+    """A new run with its own folder in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     runs = job.repo.root / ".agent-runs"
-    run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"), [str(own), str(bench)])
-    # First of all: whoever finds that directory abandoned can close the record, at whatever moment we are killed.
+    run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"),
+              [str(own), str(bench)])
+    # First of all: at whatever moment we are killed, who finds that directory closes the record.
     (own / "record").write_bytes(os.fsencode(run.folder))
     try:
         run.folder.mkdir(parents=True)
         if not (runs / ".gitignore").exists():
             file_write(runs / ".gitignore", "*\n")
-        FOLDERS.update((place, (place.lstat().st_dev, place.lstat().st_ino)) for place in (run.folder, own, bench))
+        FOLDERS.update((place, (place.lstat().st_dev, place.lstat().st_ino))
+                       for place in (run.folder, own, bench))
         run.lock = lock_make(run.folder / "running")
         record_write(run)  # from now on it is a record
     except OSError as error:
@@ -4533,19 +4633,22 @@ def record_facts(run: Run) -> dict[str, Any]:
     job, began, judgement = run.job, datetime.fromisoformat(run.started), run.judgement
     return {
         "schema": 1, "run_id": run.run_id, "version": __version__, "command": job.command,
-        "issue": job.issue.source if job.issue else None, "title": job.issue.title if job.issue else None,
-        "simulated": job.simulated or None, "agent_cmd": shlex.join(job.agent_cmd), "repository": str(job.repo.root),
-        "sandbox": {key: getattr(job.sandbox, key) or None for key in ("kind", "why", "image", "mark")},
-        "base": run.base.commit, "head": run.base.head, "left_out": run.base.left_out[:100], "dry_run": job.dry_run,
-        "carried": job.carried, "options": job.options, "rejudged": job.recorded.get("run_id"),
-        "branch": run.branch or None, "commit": run.commit or None, "tree": run.tree or None,
-        "outcome": run.outcome or None, "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None,
+        "issue": job.issue.source if job.issue else None,
+        "title": job.issue.title if job.issue else None, "simulated": job.simulated or None,
+        "agent_cmd": shlex.join(job.agent_cmd), "repository": str(job.repo.root),
+        "sandbox": {key: getattr(job.sandbox, key) or None
+                    for key in ("kind", "why", "image", "mark")},
+        "base": run.base.commit, "head": run.base.head, "left_out": run.base.left_out[:100],
+        "dry_run": job.dry_run, "carried": job.carried, "options": job.options,
+        "rejudged": job.recorded.get("run_id"), "branch": run.branch or None,
+        "commit": run.commit or None, "tree": run.tree or None, "outcome": run.outcome or None,
+        "exit_code": OUTCOMES[run.outcome][0] if run.outcome else None,
         "error": run.error or None, "started": run.started,
         "seconds": round((datetime.now(UTC) - began).total_seconds(), 2),
         "attempts": [attempt_facts(attempt) for attempt in run.attempts],
         "baseline": run.baseline.facts() if run.baseline else None,
-        "recheck": judgement.recheck.facts() if judgement.recheck else None, "twin": judgement.twin or None,
-        "scope": run.scope or None, "findings": findings_shown(run),
+        "recheck": judgement.recheck.facts() if judgement.recheck else None,
+        "twin": judgement.twin or None, "scope": run.scope or None, "findings": findings_shown(run),
         "violations": [violation._asdict() for violation in judgement.violations],
         "look_first": list(judgement.look_first), "places": run.places,
         "next": [command for _, command in run.next],
@@ -4554,7 +4657,8 @@ def record_facts(run: Run) -> dict[str, Any]:
 
 def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     """An attempt as it stands in run_summary.json."""
-    facts = {name: getattr(attempt, name) for name in ("number", "agent_exit", "agent_seconds", "tree", "changed")}
+    facts = {name: getattr(attempt, name)
+             for name in ("number", "agent_exit", "agent_seconds", "tree", "changed")}
     gate = attempt.judgement.gate
     return facts | {"gate": gate.facts() if gate else None, "result": attempt.judgement.outcome}
 
@@ -4570,10 +4674,11 @@ def summary_write(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def record_finish(run: Run) -> None:
-    """Write what a person reads, the proposal or the handoff, and close the record; that changes no outcome."""
+    """Write the proposal or the handoff, and close the record; an error changes no outcome."""
     last = run.attempts[-1] if run.attempts else None
-    if last and not last.changed and run.tree not in ("", run.base.tree):  # it was ended before it was judged
-        last.changed = [change.path for change in tree_changes(run.job.repo, run.base.tree, run.tree)]
+    if last and not last.changed and run.tree not in ("", run.base.tree):  # it was not judged
+        changes = tree_changes(run.job.repo, run.base.tree, run.tree)
+        last.changed = [change.path for change in changes]
     run.next = next_commands(run)
     try:
         if run.outcome == "proposed":
@@ -4587,7 +4692,7 @@ def record_finish(run: Run) -> None:
 
 
 def record_release(run: Run) -> None:
-    """The record is closed: from now on nobody has to do that for us."""
+    """Mark the record as closed: no later run has to do that."""
     with contextlib.suppress(OSError):
         folder_check(run.folder)
         (run.folder / "running").unlink(missing_ok=True)
@@ -4628,7 +4733,8 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     job, patch, root = run.job, run.folder / "diff.patch", shlex.quote(str(run.job.repo.root))
     git_here = "git" if Path.cwd().is_relative_to(job.repo.root) else f"git -C {root}"
     if run.branch:
-        return [("look", f"{git_here} diff {run.base.commit[:12]} {run.branch}"), *publish_commands(run, git_here),
+        return [("look", f"{git_here} diff {run.base.commit[:12]} {run.branch}"),
+                *publish_commands(run, git_here),
                 ("discard", f"{git_here} branch -D {run.branch}")]
     commands = []
     if (files := run.folder / "files").is_dir():
@@ -4639,8 +4745,8 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         if options is not None:
             runner = shlex.join([Path(sys.executable).name, path_shown(Path(__file__).resolve())])
             here = "" if Path.cwd().is_relative_to(job.repo.root) else f"cd {root} && "
-            commands.append(("judge again", " ".join([f"{here}{runner} rejudge", run.run_id, *options])))
-    if patch.exists():
+            again = " ".join([f"{here}{runner} rejudge", run.run_id, *options])
+            commands.append(("judge again", again))
         # From the top: below it `git apply` leaves out what lies elsewhere, without a word.
         top = "git" if Path.cwd() == job.repo.root else f"git -C {root}"
         commands.append(("use it", f"{top} apply {shlex.quote(str(patch))}"))
@@ -4648,7 +4754,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
 
 
 def rejudge_options(run: Run) -> list[str] | None:
-    """The options with which `rejudge` may propose the change that was kept; None where no human decision would."""
+    """The options with which `rejudge` may propose the change; None where none can."""
     if run.outcome in ("interrupted", "agent_timed_out", "agent_failed"):
         return []
     judgement = run.judgement
@@ -4656,57 +4762,65 @@ def rejudge_options(run: Run) -> list[str] | None:
     if not scoped and not judgement.overrule:
         return None
     scope = sorted({*run.scope["globs"], *scoped}) if scoped else []
-    return [f"--{option} {shlex.quote(glob)}" for option, globs in (("allow", judgement.overrule), ("scope", scope))
-            for glob in globs]
+    return [*(f"--allow {shlex.quote(glob)}" for glob in judgement.overrule),
+            *(f"--scope {shlex.quote(glob)}" for glob in scope)]
 
 
 def publish_commands(run: Run, git_here: str) -> list[tuple[str, str]]:
-    """How a proposal goes on from its branch: to a remote, or where there is none into the current branch."""
+    """The commands that publish a branch: to a remote; without one, into the current branch."""
     remotes = git(run.job.repo, "remote").split()
     if not remotes:
         return [("take it over", f"{git_here} merge {run.branch}"),
-                ("no remote yet", f"{git_here} remote add NAME URL && {git_here} push -u NAME {run.branch}")]
+                ("no remote yet",
+                 f"{git_here} remote add NAME URL && {git_here} push -u NAME {run.branch}")]
     remote = "origin" if "origin" in remotes else remotes[0]
-    title = proposal_title(run.job)
+    title = shlex.quote(proposal_title(run.job))
     page = shlex.quote(f"{path_shown(run.folder)}/proposal.md")
-    return [("push", f"{git_here} push -u {remote} {run.branch}"),
-            ("pull request", f"gh pr create --draft --head {run.branch} --title {shlex.quote(title)} "
-                             + f"--body-file {page}")]
+    create = f"gh pr create --draft --head {run.branch} --title {title} --body-file {page}"
+    return [("push", f"{git_here} push -u {remote} {run.branch}"), ("pull request", create)]
 
 
 def proposal_text(run: Run) -> str:
     """proposal.md: the body of the pull request."""
     job = run.job
-    stat, look_first = tree_stat(job.repo, run.base.tree, run.tree), run.judgement.look_first
     maker = "the simulator" if job.simulated else f"`{shlex.join(job.agent_cmd)}`"
-    parts = [f"# {proposal_title(job)}",
-             f"Made by {maker} under agent_runner, run {job.recorded.get('run_id') or run.run_id}"
-             + (f", judged again in run {run.run_id}" if job.recorded else "")
-             + (f", from the issue `{job.issue.source}`." if job.issue else ", from a red gate."),
-             *(["## Look here first\n" + "\n".join(f"- {line}" for line in look_first)] if look_first else []),
-             f"## What changed\n```\n{stat}\n```",
-             "## Evidence\nThe tree that passed is the tree that is committed: " + f"`{run.tree}`.\n"
-             + "\n".join(evidence_lines(run)),
-             f"Attempts: {len(run.attempts)}. It has not been pushed. It will not be merged by this program."]
+    origin = f"Made by {maker} under agent_runner, run {job.recorded.get('run_id') or run.run_id}"
+    if job.recorded:
+        origin += f", judged again in run {run.run_id}"
+    origin += f", from the issue `{job.issue.source}`." if job.issue else ", from a red gate."
+    parts = [f"# {proposal_title(job)}", origin]
     if run.base.commit != run.base.head:
-        parts.insert(2, "The branch's first commit holds the uncommitted changes that the run started from; "
-                        "the second is the agent's.")
+        parts.append("The branch's first commit holds the uncommitted changes that the run "
+                     "started from; the second is the agent's.")
+    if run.judgement.look_first:
+        lines = [f"- {line}" for line in run.judgement.look_first]
+        parts.append("\n".join(["## Look here first", *lines]))
+    same = f"The tree that passed is the tree that is committed: `{run.tree}`."
+    parts += [f"## What changed\n```\n{tree_stat(job.repo, run.base.tree, run.tree)}\n```",
+              "\n".join(["## Evidence", same, *evidence_lines(run)]),
+              f"Attempts: {len(run.attempts)}. {NOT_PUSHED}"]
     return "\n\n".join(parts) + "\n"
+
+
+NOT_PUSHED = "It has not been pushed. It will not be merged by this program."
 
 
 def handoff_text(run: Run) -> str:
     """handoff.md: what failed, what was tried, why it stopped, the one decision needed."""
     tried = [f"- attempt {a.number}: {a.judgement.outcome or 'not finished'}; "
              f"changed {', '.join(a.changed) or 'nothing'}" for a in run.attempts]
-    found = "\n\n".join(findings_shown(run)) or "(no findings)"
+    findings = words_clip("\n\n".join(findings_shown(run)) or "(no findings)", FINDINGS_LIMIT)
+    issue = f", issue {run.job.issue.source}" if run.job.issue else ""
+    scope = []
+    if run.scope:
+        scope = [f"## The scope\n{', '.join(run.scope['globs'])} (from {run.scope['source']}) "
+                 + run.scope["why"]]
     decision = DECISIONS["stalled" if is_without_progress(run) else run.outcome]
     commands = [f"    {command}  # {word}" for word, command in run.next]
     return "\n\n".join([
         f"# {run.outcome}: {outcome_words(run)}",
-        f"Run {run.run_id}, {run.job.command}" + (f", issue {run.job.issue.source}" if run.job.issue else ""),
-        *([f"## The scope\n{', '.join(run.scope['globs'])} (from {run.scope['source']}) {run.scope['why']}"]
-          if run.scope else []),
-        "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{words_clip(found, FINDINGS_LIMIT)}\n~~~~",
+        f"Run {run.run_id}, {run.job.command}{issue}", *scope,
+        "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{findings}\n~~~~",
         "## What was tried\n" + ("\n".join(tried) or "- no agent was called"),
         f"## The decision needed\nDecide: {decision}",
         "## Next\n" + ("\n".join(commands) or "    (nothing was changed)"),
@@ -4714,16 +4828,23 @@ def handoff_text(run: Run) -> str:
 
 
 DECISIONS = {  # the one decision that a handoff asks for
-    "gate_failed": "is the issue clear and the gate right? Then try again with --fix-attempts, or do it by hand.",
+    "gate_failed": "is the issue clear and the gate right? Then try again with --fix-attempts, "
+                   "or do it by hand.",
     "no_change": "does the issue say enough to act on, and may the agent edit files (see its log)?",
-    "blocked": "is the refused part wanted? If so, judge it again with the --allow below; if not, try again.",
-    "scope_disagreement": "does the task need these files? If so, judge it again with the wider scope below.",
-    "gave_up": "fix it by hand from the newest findings, or give the agent more attempts with --fix-attempts.",
-    "stalled": "fix it by hand from the newest findings, or change what the agent reads (the issue, AGENTS.md): "
-               "without that one more call would do the same.",
-    "flaky": "find out why the same files are red and green; until then no verdict on a change can be trusted.",
-    "agent_failed": "make the agent's command work (see its last lines and its log), then run this again.",
-    "agent_timed_out": "give the agent more time with the option that is named above, or make the task smaller.",
+    "blocked": "is the refused part wanted? If so, judge it again with the --allow below; if not, "
+               "try again.",
+    "scope_disagreement": "does the task need these files? If so, judge it again with the wider "
+                          "scope below.",
+    "gave_up": "fix it by hand from the newest findings, or give the agent more attempts with "
+               "--fix-attempts.",
+    "stalled": "fix it by hand from the newest findings, or change what the agent reads (the "
+               "issue, AGENTS.md): without that one more call would do the same.",
+    "flaky": "find out why the same files are red and green; until then no verdict on a change can "
+             "be trusted.",
+    "agent_failed": "make the agent's command work (see its last lines and its log), then run this "
+                    "again.",
+    "agent_timed_out": "give the agent more time with the option that is named above, or make the "
+                       "task smaller.",
     "interrupted": "run it again, or go on by hand from diff.patch.",
 }
 
@@ -4732,15 +4853,18 @@ def evidence_lines(run: Run) -> list[str]:
     """What the gate saw, a line a check, before and after."""
     lines = []
     judgement = run.judgement
-    results = {"base": run.baseline, "change": judgement.gate, "change with the base's gate files": judgement.recheck}
+    results = {"base": run.baseline, "change": judgement.gate,
+               "change with the base's gate files": judgement.recheck}
     for when, result in results.items():
         for check in result.checks if result else []:
-            lines.append(f"- {check.name} on the {when}: {'passed' if check.ok else 'RED'} ({check.reason})")
+            way = "passed" if check.ok else "RED"
+            lines.append(f"- {check.name} on the {when}: {way} ({check.reason})")
     if judgement.twin:
         lines.append(f"- blind twin: {judgement.twin}")
     if run.baseline and judgement.gate:
         before = {test for check in run.baseline.checks for test in check.tests}
-        passed = {test for check in judgement.gate.checks for test, way in check.tests.items() if way == "passed"}
+        passed = {test for check in judgement.gate.checks
+                  for test, way in check.tests.items() if way == "passed"}
         lines += [f"- new test: `{test}`" for test in sorted(passed - before)[:20]]
     return lines
 
@@ -4749,8 +4873,10 @@ def outcome_words(run: Run) -> str:
     """What the outcome means, with what is known of this run."""
     last = run.attempts[-1] if run.attempts else None
     if last and is_without_progress(run):
-        before = f"left the same files as attempt {last.number - 1}" if last.number > 1 else "changed nothing"
-        return f"the agent made no progress: attempt {last.number} {before}"
+        what = "changed nothing"
+        if last.number > 1:
+            what = f"left the same files as attempt {last.number - 1}"
+        return f"the agent made no progress: attempt {last.number} {what}"
     if last and run.outcome in ("agent_failed", "agent_timed_out") and last.agent_exit != 0:
         return call_reason(run.job, last.agent_exit, last.agent_seconds)
     return OUTCOMES[run.outcome][1]
@@ -4764,11 +4890,13 @@ def is_without_progress(run: Run) -> bool:
 def findings_shown(run: Run) -> list[str]:
     """What stands against a change at its end; where the agent's call failed that comes first."""
     findings = list(run.judgement.findings)
-    return call_findings(run, findings) if run.outcome in ("agent_failed", "agent_timed_out") else findings
+    if run.outcome in ("agent_failed", "agent_timed_out"):
+        return call_findings(run, findings)
+    return findings
 
 
 def call_findings(run: Run, findings: list[str]) -> list[str]:
-    """The findings where the agent's call failed: why, what had changed by then, its last lines, its log."""
+    """The findings where the agent's call failed: why, what had changed, its last lines and log."""
     last = run.attempts[-1] if run.attempts else Attempt(0, 0)
     log = run.folder / f"agent-{last.number or 'scope'}.log"
     lines = [distill_cut(line) for line in log_read(log)[-9000:].strip().splitlines()[-10:]]
@@ -4785,16 +4913,17 @@ def result_text(run: Run) -> str:
     lines = [f"{run.outcome}: {outcome_words(run)}{dry}"]
     if run.outcome == "proposed":
         if run.branch:
-            attempts = f"{len(run.attempts)} attempt{'s' * (len(run.attempts) > 1)}"
-            lines[0] = f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"
+            attempts = words_counted(len(run.attempts), "attempt")
+            lines = [f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"]
         lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run),
                   *(f"! {line}" for line in run.judgement.look_first)]
     lines += [f"  {word:<13} {command}" for word, command in run.next]
-    pages = [run.folder / name for name in ("proposal.md", "handoff.md") if (run.folder / name).exists()]
+    pages = [run.folder / name for name in ("proposal.md", "handoff.md")
+             if (run.folder / name).exists()]
     lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
     lines.append(f"  {'record':<13} {path_shown(run.folder)}")
     if run.outcome == "proposed":
-        lines.append("It has not been pushed. It will not be merged by this program.")
+        lines.append(NOT_PUSHED)
     return "\n".join(lines)
 
 
@@ -4807,8 +4936,7 @@ def result_text(run: Run) -> str:
 # Promises: what a sandbox puts out of reach, nobody has to look for afterwards.
 # At first: skip it; bwrap_words is for a lesson on containers.
 #
-# One prefix before what somebody else wrote (the agent, and the gate's tests,
-# which the agent wrote). What it puts out of reach, nobody has to look for afterwards.
+# One prefix before what somebody else wrote: the agent, and the tests that it wrote.
 
 
 class Reach(NamedTuple):
@@ -4824,7 +4952,7 @@ class Reach(NamedTuple):
 
 
 class Sandbox(NamedTuple):
-    """A sandbox that has been tried out: none, bwrap, docker, podman, or prefix (a command of the user's)."""
+    """A sandbox that was tried out: none, bwrap, docker, podman, or prefix (the user's command)."""
 
     kind: str = "none"
     words: Sequence[str] = ()  # of the prefix, as far as it is always the same
@@ -4834,21 +4962,24 @@ class Sandbox(NamedTuple):
     mark: str = ""  # the names of this run's containers begin with it
     why: str = ""  # where auto came to none
 
-    def said(self) -> str:
+    def phrase(self) -> str:
         """The sandbox in one phrase."""
         return f"sandbox {self.kind}" + (f" ({self.why})" if self.why else "")
 
     def run(self, argv: list[str], reach: Reach, **how: Any) -> Ran:
-        """How a program ended that was run inside; see program_run. Raises Stop where the sandbox does not start."""
+        """How a program ended inside; see program_run. Raises Stop if bwrap does not start."""
         for _ in range(SANDBOX_TRIES):
             name = f"{self.mark}-{os.urandom(4).hex()}"
-            ran = program_run(argv, prefix=self.prefix(argv, reach, name), cwd=reach.workspace, **how)
+            prefix = self.prefix(argv, reach, name)
+            ran = program_run(argv, prefix=prefix, cwd=reach.workspace, **how)
             if ran.exit is None:
                 sandbox_end(self.kind, name)
-            said = log_read(how["log"])[:500] if self.kind == "bwrap" and ran.exit == 1 else ""
-            if not said.startswith("bwrap: "):
-                return ran  # a command that says the same gains nothing: without a sandbox there is no verdict
-        raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(said)}; "
+            if self.kind != "bwrap" or ran.exit != 1:
+                return ran
+            output = log_read(how["log"])[:500]
+            if not output.startswith("bwrap: "):
+                return ran  # a command that prints the same gains nothing: then there is no verdict
+        raise Stop(EXIT_MISSING, f"the sandbox bwrap did not start: {one_line(output)}; "
                                  "run this again, or use --sandbox none")
 
     def prefix(self, argv: list[str], reach: Reach, name: str = "") -> list[str]:
@@ -4859,29 +4990,33 @@ class Sandbox(NamedTuple):
             return [word.replace("{workspace}", str(reach.workspace)) for word in self.words]
         mounts = [engine_mount(path, "") for path in (reach.workspace, *reach.write)]
         mounts += [engine_mount(path, ",readonly") for path in reach.read]
-        return [*self.words, f"--name={name}", f"--workdir={reach.workspace}", *mounts,
-                *["--network=none"] * (not reach.network), *(f"--env={key}" for key in reach.names), self.image]
+        words = [*self.words, f"--name={name}", f"--workdir={reach.workspace}", *mounts]
+        if not reach.network:
+            words.append("--network=none")
+        return [*words, *(f"--env={key}" for key in reach.names), self.image]
 
 
 SANDBOXES = ("auto", "none", "bwrap", "docker", "podman")  # or a prefix command of the user's own
 SANDBOX_TRIES = 3
 
 
-def sandbox_open(asked: str, image: str, repo: Repo, tools: Iterable[str]) -> Sandbox:
-    """The sandbox that was asked for, tried out; raises Stop where it does not work."""
-    words = command_split(asked, "--sandbox")
+def sandbox_open(option: str, image: str, repo: Repo, tools: Iterable[str]) -> Sandbox:
+    """The sandbox that an option names, tried out; raises Stop where it does not work."""
+    words = command_split(option, "--sandbox")
     if words[0] in ENGINES:
         return sandbox_engine(words, image, tools)
-    if asked in ("auto", "bwrap"):
+    if option in ("auto", "bwrap"):
         sandbox, why = sandbox_bwrap(repo)
-        if why and asked == "bwrap":
-            raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; fix that, or use --sandbox none")
+        if why and option == "bwrap":
+            raise Stop(EXIT_MISSING, f"the sandbox bwrap does not work here: {why}; "
+                                     "fix that, or use --sandbox none")
         return Sandbox(why=why) if why else sandbox
-    if asked == "none":
+    if option == "none":
         return Sandbox()
     if not shutil.which(words[0]):
-        raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, nor a command that can "
-                                 "be run; correct --sandbox or AGENT_SANDBOX")
+        raise Stop(EXIT_MISSING, f"the sandbox {words[0]!r} is none of {', '.join(SANDBOXES)}, "
+                                 "nor a command that can be run; correct --sandbox or "
+                                 "AGENT_SANDBOX")
     return Sandbox("prefix", [program_path(words[0]), *words[1:]])
 
 
@@ -4891,76 +5026,104 @@ def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
     if not program:
         return Sandbox(), "bubblewrap is not installed"
     common = git_common(repo)
-    shown = [repo.root, *[common.parent] * (common.name == ".git")]
+    shown = [repo.root]
+    if common.name == ".git":  # of a linked worktree: its main one
+        shown.append(common.parent)
     hidden = [common] if repo.git_dir.is_relative_to(common) else [common, repo.git_dir]
+    # Signals do not end it, our death does; no process outside is visible in it; without
+    # capabilities (root has some) nothing in it undoes a mount.
     words = [*signals_set("1"), program, "--die-with-parent", "--unshare-pid", "--cap-drop", "ALL"]
     sandbox = Sandbox("bwrap", words, shown, hidden)
     with private_directory() as place:
-        for open_ in (True, False):
-            reach = Reach(place, place, network=open_, home=open_)
+        for is_open in (True, False):
+            reach = Reach(place, place, network=is_open, home=is_open)
             argv = [*sandbox.prefix([], reach), sys.executable, "-S", "-c", ""]
             # More than once: it fails where somebody else's mount comes or goes just then.
-            tries = (program_call(argv, cwd=place) for _ in range(SANDBOX_TRIES))
-            if (ran := next((ran for ran in tries if not ran.exit), None) or program_call(argv, cwd=place)).exit:
+            for _ in range(SANDBOX_TRIES):
+                ran = program_call(argv, cwd=place)
+                if not ran.exit:
+                    break
+            else:
                 return Sandbox(), ran.last_line()
     return sandbox, ""
 
 
 def bwrap_words(argv: list[str], reach: Reach, sandbox: Sandbox) -> list[str]:
-    """The options of bwrap(1) that give a command its reach: what is where, the outer of two places first."""
-    way = "--dev-bind" if reach.home else "--ro-bind"
-    mounts = {Path(place).resolve(): ["--bind", str(reach.temp)] for place in (
-        tempfile.gettempdir(), *["/tmp"] * (not reach.home))}
-    if not reach.network:
-        mounts[Path("/run").resolve()] = ["--tmpfs"]  # where docker, D-Bus and others listen
-    # What the command needs of these places is laid over them: its own, or its interpreter's.
-    needed = {*argv, *os.get_exec_path(), sys.executable, sys.prefix, str(HOME)}
-    needed |= {os.path.realpath(word) for word in needed if os.path.isabs(word)}
-    for place in list(mounts):
-        inside = {Path(word).relative_to(place).parts[:1] for word in needed if Path(word).is_relative_to(place)}
-        mounts |= {place / top[0]: [f"{way}-try", str(place / top[0])] for top in inside
-                   if top and not (place / top[0] / LOCK).exists()}
-    mounts = (runs_later_mounts() if reach.home else {}) | mounts
+    """The options of bwrap(1) that give a command its reach, the outer of two places first."""
+    mounts = runs_later_mounts() if reach.home else {}
+    mounts |= temp_mounts(argv, reach)
+    # The user's checkout may be read, the git directory with its tokens not even that.
     mounts |= {place: ["--ro-bind", str(place)] for place in (*sandbox.shown, *reach.read)}
     mounts |= {place: ["--tmpfs", str(place), "--remount-ro"] for place in sandbox.hidden}
-    mounts |= {place.resolve(): ["--tmpfs"] for place in [sandbox.shown[0] / ".agent-runs"] if place.is_dir()}
-    caches = [place for place in (Path(os.environ.get("XDG_CACHE_HOME", "")), *(HOME / name for name in CACHES))
-              if reach.network and place.is_absolute() and place.is_dir()]
-    mounts |= {place: ["--bind", str(place)] for place in (*caches, reach.workspace, reach.temp, *reach.write)}
-    words = [way, "/", "/", *["--dev", "/dev"] * (not reach.home), "--proc", "/proc", "--chdir", str(reach.workspace)]
-    words += ["--unshare-net", "--unshare-ipc"] * (not reach.network)
+    records = sandbox.shown[0] / ".agent-runs"
+    if records.is_dir():  # what other runs, and this one, wrote down
+        mounts[records.resolve()] = ["--tmpfs"]
+    writable = [reach.workspace, reach.temp, *reach.write]
+    if reach.network:  # without their caches, tools would load everything every time
+        caches = (Path(os.environ.get("XDG_CACHE_HOME", "")), *(HOME / name for name in CACHES))
+        writable += [place for place in caches if place.is_absolute() and place.is_dir()]
+    mounts |= {place: ["--bind", str(place)] for place in writable}
+    words = ["--dev-bind" if reach.home else "--ro-bind", "/", "/"]
+    if not reach.home:  # of the devices only null, random and the like
+        words += ["--dev", "/dev"]
+    words += ["--proc", "/proc", "--chdir", str(reach.workspace)]  # its processes, not ours
+    if not reach.network:  # nor shared memory and message queues
+        words += ["--unshare-net", "--unshare-ipc"]
     for place in sorted(mounts, key=lambda place: len(place.parts)):
         words += [*mounts[place], str(place)]
     return words
 
 
+def temp_mounts(argv: list[str], reach: Reach) -> dict[Path, list[str]]:
+    """The mounts that put a directory of its own in the temporary directory's place.
+
+    What the command needs of that place is laid over it: itself, its interpreter, what is on PATH.
+    """
+    way = "--dev-bind-try" if reach.home else "--ro-bind-try"
+    mounts = {Path(tempfile.gettempdir()).resolve(): ["--bind", str(reach.temp)]}
+    if not reach.home:
+        mounts[Path("/tmp").resolve()] = ["--bind", str(reach.temp)]
+    if not reach.network:
+        mounts[Path("/run").resolve()] = ["--tmpfs"]  # where docker, D-Bus and others listen
+    needed = {*argv, *os.get_exec_path(), sys.executable, sys.prefix, str(HOME)}
+    needed |= {os.path.realpath(word) for word in needed if os.path.isabs(word)}
+    for place in list(mounts):
+        inside = {Path(word).relative_to(place).parts[:1]
+                  for word in needed if Path(word).is_relative_to(place)}
+        tops = [place / parts[0] for parts in inside if parts]
+        # Not what has a lock: that is a private directory of a run.
+        mounts |= {top: [way, str(top)] for top in tops if not (top / LOCK).exists()}
+    return mounts
+
+
 CACHES = (  # in a home directory: without them --setup would load everything every time
-    ".cache", ".npm", ".yarn", ".bun/install/cache", ".local/share/pnpm", ".cargo/registry", ".cargo/git", "go/pkg",
-    ".m2", ".gradle", ".nuget",
+    ".cache", ".npm", ".yarn", ".bun/install/cache", ".local/share/pnpm", ".cargo/registry",
+    ".cargo/git", "go/pkg", ".m2", ".gradle", ".nuget",
 )
-RUNS_LATER = {  # places of a home directory that are read-only for the agent in bwrap, with the reason
+RUNS_LATER = {  # places of a home directory that are read-only for the agent in bwrap, by reason
     "git reads it, and runs what it names": ".gitconfig .config/git",
     "ssh reads it, and lets in whom it names": ".ssh",
     "each new shell runs it": (
-        ".bashrc .bash_profile .bash_login .bash_logout .bash_aliases .profile .zshrc .zshenv .zprofile .zlogin "
-        ".zlogout .config/fish"),
+        ".bashrc .bash_profile .bash_login .bash_logout .bash_aliases .profile .zshrc .zshenv "
+        ".zprofile .zlogin .zlogout .config/fish"),
     "it is run when you log in": (
-        ".config/systemd .config/autostart .config/environment.d .xprofile .xsession .xsessionrc .pam_environment "
-        "Library/LaunchAgents"),
+        ".config/systemd .config/autostart .config/environment.d .xprofile .xsession .xsessionrc "
+        ".pam_environment Library/LaunchAgents"),
     "programs are found there": ".local/bin bin",
     "editors run it": ".vimrc .vim .config/nvim .emacs .emacs.d",
     "debuggers and shells of Python run it": ".pdbrc .ipython",
     "direnv and tmux run it": ".config/direnv .tmux.conf",
-    "each new shell takes from it what a key does": ".inputrc",
-    "package managers take from it what they run, and where from": (
+    "each new shell reads from it what the keys do": ".inputrc",
+    "package managers read from it what they run, and from where": (
         ".cargo/config.toml .npmrc .config/pip .pip .pypirc"),
-    "coding agents run what it names": ".claude/settings.json .codex/config.toml .gemini/settings.json",
+    "coding agents run what it names": (
+        ".claude/settings.json .codex/config.toml .gemini/settings.json"),
     "cron runs it": "/var/spool/cron /etc/cron.d /etc/crontab",
 }
 
 
 def runs_later() -> dict[Path, str]:
-    """The places where something is run, or read by what is run, when the user works again: why each is one."""
+    """What runs, or is read by what runs, when the user works again: {place: reason}."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or HOME / ".config")
     places = {}
     for reason, names in RUNS_LATER.items():
@@ -5003,36 +5166,44 @@ ENGINES = {  # with the words that some installations need besides
     "docker": "--user=0:0",  # a daemon without root: its containers' root is the user outside
 }
 ENGINE_OPTIONS = [
-    "--rm", "--interactive", "--pull=never", "--log-driver=none", "--entrypoint=", "--read-only", "--cap-drop=ALL",
-    "--security-opt=no-new-privileges", "--security-opt=label=disable", "--pids-limit=1000", "--memory=4g",
-    f"--cpus={min(2, os.cpu_count() or 1)}", "--stop-timeout=0", "--tmpfs=/tmp:rw,exec,mode=1777", "--env=HOME=/tmp"]
+    "--rm", "--interactive", "--stop-timeout=0",  # it ends with its program; a brief is its input
+    "--pull=never", "--entrypoint=",  # the image that is here, and of it the files alone
+    "--log-driver=none",  # the output is in the run's own logs, masked
+    "--read-only", "--tmpfs=/tmp:rw,exec,mode=1777", "--env=HOME=/tmp",  # what it writes is gone
+    "--cap-drop=ALL", "--security-opt=no-new-privileges",  # no way to become root
+    "--security-opt=label=disable",  # else SELinux forbids the mounts
+    "--pids-limit=1000", "--memory=4g", f"--cpus={min(2, os.cpu_count() or 1)}"]  # for the others
 
 
 def sandbox_engine(words: list[str], image: str, tools: Iterable[str]) -> Sandbox:
-    """The sandbox of a container engine, its image with the tools; raises Stop where it does not work.
+    """The sandbox of a container engine; raises Stop where it, or its image, does not work.
 
     `words` are the engine and further options of the user's own for its `run`.
     """
     engine = words[0]
     if not image:
-        raise Stop(EXIT_USAGE, f"the sandbox {engine} needs an image that holds the agent and the gate's tools; "
-                               "name it in AGENT_IMAGE")
+        raise Stop(EXIT_USAGE, f"the sandbox {engine} needs an image that holds the agent and the "
+                               "gate's tools; name it in AGENT_IMAGE")
     options = [*ENGINE_OPTIONS, f"--user={os.getuid()}:{os.getgid()}"]
     if engine == "podman" and os.getuid():
         options.append("--userns=keep-id")
     mark = f"agent-runner-{os.urandom(6).hex()}"
-    sandbox = Sandbox(engine, [program_path(engine), "run", *options, *words[1:]], image=image, mark=mark)
+    command = [program_path(engine), "run", *options, *words[1:]]
+    sandbox = Sandbox(engine, command, image=image, mark=mark)
     with private_directory() as place:
         prefix = sandbox.prefix([], Reach(place, place, network=True), mark)
         ran = program_call([*prefix, "sh", "-c", ENGINE_PROBE, "sh", *tools], seconds=120)
         written = [file.stat().st_uid for file in place.glob("probe")]
     if ran.exit or written != [os.getuid()]:
-        lines = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"), re.MULTILINE)
+        lines = re.findall(r"^.*(?:rror|annot).*$", ran.err.decode("utf-8", "replace"),
+                           re.MULTILINE)
         reason = one_line((lines or [ran.last_line()])[-1])
-        raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {reason}; some installations need "
-                                 f"--sandbox '{engine} {ENGINES[engine]}'; or use --sandbox none")
+        raise Stop(EXIT_MISSING, f"the sandbox {engine} does not work here: {reason}; some "
+                                 f"installations need --sandbox '{engine} {ENGINES[engine]}'; "
+                                 "or use --sandbox none")
     if missing := ran.out.decode().split():
-        raise Stop(EXIT_MISSING, f"the image {image} has no {', '.join(missing)}; add that, or name another")
+        raise Stop(EXIT_MISSING,
+                   f"the image {image} has no {', '.join(missing)}; add that, or name another")
     return sandbox
 
 
@@ -5041,24 +5212,24 @@ ENGINE_PROBE = ': > probe; for tool; do command -v "$tool" >/dev/null || echo "$
 
 
 def engine_mount(path: Path, how: str) -> str:
-    """The option that shows a container a path of ours at the same place; a CSV record, so a name may hold anything."""
+    """The option that mounts a path at the same place: a CSV record, so a name holds anything."""
     place = str(path).replace('"', '""')
     return f'--mount=type=bind,"source={place}","target={place}"{how}'
 
 
 def sandbox_end(kind: str, name: str) -> None:
-    """Kill and remove the containers whose names begin with this one: to kill the client is not enough."""
-    if not re.fullmatch(CONTAINER, name):
+    """Remove the containers whose names begin with this one: to kill the client is not enough."""
+    if kind not in ENGINES or not re.fullmatch(CONTAINER, name):
         return  # an empty name would stand for all of the user's; one in a record may be anybody's
-    for _ in range(100 if kind in ENGINES else 0):  # one that is ending already cannot be removed at once
-        left = program_call([kind, "ps", "--all", "--quiet", f"--filter=name={name}"]).out.decode().split()
-        if not left:
+    for _ in range(100):  # one that is ending already cannot be removed at once
+        ran = program_call([kind, "ps", "--all", "--quiet", f"--filter=name={name}"])
+        if not (left := ran.out.decode().split()):
             return
         program_call([kind, "rm", "--force", *left])
         time.sleep(0.1)
 
 
-CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a container of ours, or how a run's names begin
+CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # a name of ours, or how a run's begin
 
 
 # === Chapter 16. Programs ===================================================
@@ -5066,15 +5237,14 @@ CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # the name of a contain
 # Promises: bounded in time and output, and its whole process tree ends with it.
 # At first: skip it; the supervisor is for a lesson on processes.
 #
-# One door to everything that is not Python: bounded in time and output, and
-# its whole process tree ends with it. A failing program is an answer, not an
-# exception. Signals only set a flag, which is looked at where a program is
-# waited for: so nothing is ever torn apart in the middle.
+# One door to everything that is not Python. A failing program is a result, not an
+# exception. Signals only set a flag, which is looked at where a program is waited
+# for: so nothing is torn apart in the middle.
 
 ENDING = threading.Event()  # programs that are running are to be ended now
 CLOSING = threading.Event()  # the run is being wound up: short calls go through again
 GRACE = 2.0  # seconds between asking a program to end and making it end
-OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # told of every program that has ended
+OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # called when a program has ended
 SUPERVISED = sys.platform == "linux"
 LIVE: set[int] = set()  # what we started and still wait for
 LIVE_LOCK = threading.Lock()
@@ -5091,15 +5261,14 @@ class Ran(NamedTuple):
     timed_out: bool = False
 
     def last_line(self) -> str:
-        """The last line that says something, for a one-line message."""
+        """The last line of the output, for a one-line message."""
         lines = (self.err or self.out).decode("utf-8", "replace").strip().splitlines()
         return MASK.text(lines[-1].strip()) if lines else f"exit {self.exit}, no output"
 
 
 def program_open() -> None:
-    """From now on signals end programs, not us; orphans of what we start come to us; our environment is our own."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name)
+    """From now on signals end programs, not us; orphans come to us; our environment is our own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: ENDING.set())
     for name in ("git", "rm", "chmod"):
@@ -5108,7 +5277,7 @@ def program_open() -> None:
         import ctypes
         prctl = ctypes.CDLL(None).prctl
         prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc/PID/environ, with every secret, is root's alone
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: only root reads our environment in /proc
 
 
 def program_interrupted() -> bool:
@@ -5117,53 +5286,52 @@ def program_interrupted() -> bool:
 
 
 def program_close() -> None:
-    """End whatever is still running; from now on only short calls are made, and a signal changes nothing."""
+    """End what is running; from now on only short calls are made, and a signal changes nothing."""
     CLOSING.set()
     ENDING.set()
 
 
 def program_report(ran: Ran) -> None:
-    """Tell the observers (chapter 10) that a program has ended."""
+    """Report to the observers that a program has ended."""
     for observer in OBSERVERS:
-        observer({"name": Path(ran.argv[0]).name, "argv": ran.argv, "seconds": round(ran.seconds, 3),
-                  "exit": ran.exit, "result": "timed_out" if ran.timed_out else "ended"})
+        observer({"name": Path(ran.argv[0]).name, "argv": ran.argv, "exit": ran.exit,
+                  "seconds": round(ran.seconds, 3),
+                  "result": "timed_out" if ran.timed_out else "ended"})
 
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
-                stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0, prefix: Sequence[str] = ()) -> Ran:
+                stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0,
+                prefix: Sequence[str] = ()) -> Ran:
     """How somebody else's program ended; its output is in the file `log`.
 
-    `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that asks it
-    to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises, nothing that the
-    program started is running.
+    `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that
+    asks it to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises,
+    nothing that the program started is running.
     """
     if ENDING.is_set():
-        raise Interrupted  # what does not begin need not be ended: a container's beginning outlives its client
+        raise Interrupted  # before it begins: a container that begins may outlive its client
     started = time.monotonic()
     with open(stdin or os.devnull, "rb") as source, Log(log) as sink:
         with LIVE_LOCK:
-            child = subprocess.Popen(supervised([*prefix, *argv]), cwd=cwd, env=env, stdin=source, bufsize=0,
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            child = subprocess.Popen(
+                supervised([*prefix, *argv]), cwd=cwd, env=env, stdin=source, bufsize=0,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
             LIVE.add(child.pid)
-        ended = program_pump(child, sink, started + seconds if seconds else float("inf"), idle=idle or float("inf"))
-        for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
-            if child.poll() is None:
-                group_signal(child.pid, name)
-                program_pump(child, sink, time.monotonic() + grace, heed=False)
-        child.stdout.close()  # type: ignore[union-attr]
-        child.wait()
-        program_sweep(child)
+        limit = started + seconds if seconds else float("inf")
+        ended = program_copy(child, sink, limit, idle=idle or float("inf"))
+        program_end(child, sink, soft)
     timed_out = not ended and not ENDING.is_set()
-    ran = Ran(argv, child.returncode if ended else None, time.monotonic() - started, timed_out=timed_out)
+    code = child.returncode if ended else None
+    ran = Ran(argv, code, time.monotonic() - started, timed_out=timed_out)
     program_report(ran)
     if not ended and not timed_out:
         raise Interrupted
     return ran
 
 
-def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
+def program_copy(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: bool = True,
                  idle: float = float("inf")) -> bool:
-    """Copy a program's output until it has ended (True), or a limit is reached or ENDING is set (False)."""
+    """Copy a program's output until it ends (True), or at a limit or ENDING (False)."""
     pipe = child.stdout.fileno()  # type: ignore[union-attr]
     heard = time.monotonic()
     with selectors.DefaultSelector() as selector:
@@ -5183,8 +5351,19 @@ def program_pump(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 time.sleep(0.005)  # it closed its output, and goes on
             if time.monotonic() > min(limit, heard + idle) or (heed and ENDING.is_set()):
                 return ended
-            if ended:  # something outside its tree may hold the pipe open, and talk
+            if ended:  # something outside its tree may hold the pipe open, and write to it
                 limit = min(limit, time.monotonic() + GRACE)
+
+
+def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str) -> None:
+    """End a program, if it still runs, by ever harder signals; then all that it has left behind."""
+    for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
+        if child.poll() is None:
+            group_signal(child.pid, name)
+            program_copy(child, sink, time.monotonic() + grace, heed=False)
+    child.stdout.close()  # type: ignore[union-attr]
+    child.wait()
+    program_sweep(child)
 
 
 def program_sweep(child: subprocess.Popen[bytes]) -> None:
@@ -5194,18 +5373,19 @@ def program_sweep(child: subprocess.Popen[bytes]) -> None:
         if SUPERVISED and (child.returncode or 0) >= 0:
             return
         group_signal(child.pid, "SIGKILL")
-        for pid in program_kin(os.getpid(), LIVE) if SUPERVISED else []:
+        for pid in program_descendants(os.getpid(), LIVE) if SUPERVISED else []:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def program_call(argv: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None,
-                 stdin: bytes = b"", out_file: Path | None = None, seconds: float = 900, heed: bool = True) -> Ran:
-    """What a short program that we trust (git, mostly) answered; raises Stop where it cannot start.
+                 stdin: bytes = b"", out_file: Path | None = None, seconds: float = 900,
+                 heed: bool = True) -> Ran:
+    """How a short program that we trust (git, mostly) ended; raises Stop where it cannot start.
 
-    `seconds` limits it, and so does an interrupt, unless it is not to `heed` that: then it raises Interrupted.
-    Without `env` it gets our environment but for the secrets: others may be able to read it. Where its answer
-    may be large it goes to `out_file`.
+    `seconds` limits it, and so does an interrupt, which then raises Interrupted, if it is to
+    `heed` that. Without `env` it gets our environment but for the secrets: others may be able to
+    read it. Where its output may be large it goes to `out_file`.
     """
     started = time.monotonic()
     env = environ_plain(os.environ) if env is None else env
@@ -5233,8 +5413,9 @@ def program_start(argv: list[str], cwd: Path | None, env: dict[str, str], stdin:
             output = files.enter_context(open(out_file, "wb"))
         try:
             with LIVE_LOCK:
-                child = subprocess.Popen([program_path(argv[0]), *argv[1:]], cwd=cwd, env=env, stdin=source,
-                                         stdout=output, stderr=subprocess.PIPE, start_new_session=True)
+                child = subprocess.Popen(
+                    [program_path(argv[0]), *argv[1:]], cwd=cwd, env=env, stdin=source,
+                    stdout=output, stderr=subprocess.PIPE, start_new_session=True)
                 LIVE.add(child.pid)
         except OSError as error:
             reason = f"cannot start {argv[0]}: {error.strerror}; install it, or fix PATH"
@@ -5243,7 +5424,7 @@ def program_start(argv: list[str], cwd: Path | None, env: dict[str, str], stdin:
 
 
 def program_listen(child: subprocess.Popen[bytes], limit: float, heed: bool) -> tuple[bytes, bytes]:
-    """What a short program printed; at the limit or an interrupt it is ended, with all that it has started."""
+    """What a short program printed; at the limit or an interrupt it ends, with all it started."""
     end = float("inf")
     while True:
         try:
@@ -5251,7 +5432,7 @@ def program_listen(child: subprocess.Popen[bytes], limit: float, heed: bool) -> 
         except subprocess.TimeoutExpired as so_far:
             printed = (so_far.output or b"", so_far.stderr or b"")
         now = time.monotonic()
-        if now > end:  # something in another session holds the pipes, and may do so for ever
+        if now > end:  # something in another session holds the pipes, and may never let go
             for pipe in filter(None, (child.stdout, child.stderr)):
                 pipe.close()
             return printed
@@ -5271,19 +5452,16 @@ def program_kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def group_signal(pid: int, name: str) -> None:
-    """Send a signal to a process group that we started; where there are no groups, end the process."""
+    """Send a signal to a process group that we started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(pid, getattr(signal, name))
-        else:
-            os.kill(pid, signal.SIGTERM)
+        os.killpg(pid, getattr(signal, name))
 
 
 @functools.cache
 def program_path(name: str) -> str:
-    """Where a program was when it was first asked for: what an agent puts on PATH later is not run by us."""
-    found = shutil.which(name)
-    return os.path.abspath(found) if found else name
+    """Where a program was at first: we do not run what an agent puts on PATH later."""
+    path = shutil.which(name)
+    return os.path.abspath(path) if path else name
 
 
 def command_split(text: str, what: str) -> list[str]:
@@ -5291,16 +5469,17 @@ def command_split(text: str, what: str) -> list[str]:
     try:
         argv = shlex.split(text)
     except ValueError as error:
-        raise Stop(EXIT_USAGE, f"{what} {text!r} cannot be split into words: {error}; check its quotes") from None
+        raise Stop(EXIT_USAGE, f"{what} {text!r} cannot be split into words: {error}; "
+                               "check its quotes") from None
     if not argv or not argv[0] or "\0" in text:
         raise Stop(EXIT_USAGE, f"{what} {text!r} is empty; give a command")
     return argv
 
 
-# --- The supervisor. On Linux somebody else's program runs under a small parent of its own that adopts
-# orphans: what it puts in the background or in another session, or forks twice, is still found and
-# ended. It also ends everything when the runner itself is killed. The four functions after the next
-# two are that parent's whole program: it is started from their source, without the rest of this file.
+# --- The supervisor. On Linux somebody else's program runs under a small parent of its own that
+# adopts orphans: what it puts in the background or in another session, or forks twice, is still
+# found and ended. It also ends everything when the runner itself is killed. The five functions
+# after the next two are that parent's whole program, started from their source alone.
 
 
 def supervised(argv: list[str]) -> list[str]:
@@ -5313,16 +5492,14 @@ def supervised(argv: list[str]) -> list[str]:
 @functools.cache
 def supervisor_source() -> str:
     """The text of the supervisor's program."""
-    parts = (program_kin, supervisor_reap, supervisor_signal, supervisor_main)
+    parts = (program_descendants, supervisor_reap, supervisor_signal, supervisor_end,
+             supervisor_main)
     main = "sys.exit(supervisor_main(int(sys.argv[1]), sys.argv[2:]))"
     return "\n".join(["import os, signal, sys, time", *map(inspect.getsource, parts), main])
 
 
 def supervisor_main(runner: int, argv: list[str]) -> int:
-    """Run argv with all its offspring; its exit code, as a shell would give it. Ends all of them.
-
-    SIGINT asks the program to stop, SIGTERM ends the tree: asked first, then killed.
-    """
+    """Run argv, and end all its offspring; its exit code, as a shell would give it."""
     import ctypes
     prctl = ctypes.CDLL(None).prctl  # prctl(2)
     prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
@@ -5333,7 +5510,8 @@ def supervisor_main(runner: int, argv: list[str]) -> int:
     if os.getppid() != runner:
         return 143
     try:  # with signals as a shell would leave them: Python ignores SIGPIPE
-        child = os.posix_spawnp(argv[0], argv, os.environ, setsid=True, setsigmask=(), setsigdef=[signal.SIGPIPE])
+        child = os.posix_spawnp(argv[0], argv, os.environ, setsid=True, setsigmask=(),
+                                setsigdef=[signal.SIGPIPE])
     except OSError as error:
         os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
         return 127
@@ -5341,20 +5519,25 @@ def supervisor_main(runner: int, argv: list[str]) -> int:
     codes, limit = {}, 0.0
     while child not in codes and not limit:
         number = signal.sigwait(heard)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT:  # asks the program to stop; SIGTERM ends the tree
             supervisor_signal(os.killpg, child, signal.SIGINT)
         limit = time.monotonic() + 2.0 if number == signal.SIGTERM else 0.0
         supervisor_reap(codes)
-    asked, limit = set(), limit or time.monotonic() + 0.5
-    while kin := program_kin(os.getpid()):
-        late = time.monotonic() > limit
-        for pid in kin if late else set(kin) - asked:
-            supervisor_signal(os.kill, pid, signal.SIGKILL if late else signal.SIGTERM)
-        asked.update(kin)
-        signal.sigtimedwait({signal.SIGCHLD}, 0.01)
-        supervisor_reap(codes)
+    supervisor_end(codes, limit or time.monotonic() + 0.5)
     code = codes.get(child, -15)
     return code if code >= 0 else 128 - code
+
+
+def supervisor_end(codes: dict[int, int], limit: float) -> None:
+    """End all offspring: each is asked to end, and killed after the limit."""
+    signalled = set()
+    while kin := program_descendants(os.getpid()):
+        late = time.monotonic() > limit
+        for pid in kin if late else set(kin) - signalled:
+            supervisor_signal(os.kill, pid, signal.SIGKILL if late else signal.SIGTERM)
+        signalled.update(kin)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.01)
+        supervisor_reap(codes)
 
 
 def supervisor_signal(send, pid, number):  # type: ignore[no-untyped-def]
@@ -5374,7 +5557,7 @@ def supervisor_reap(codes: dict[int, int]) -> None:
         pass
 
 
-def program_kin(top: int, spare: set[int] = frozenset()) -> list[int]:  # type: ignore[assignment]
+def program_descendants(top: int, spare: set[int] | tuple[()] = ()) -> list[int]:
     """The living descendants of a process, from /proc (proc(5)), without those below `spare`."""
     children: dict[int, list[int]] = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -5385,30 +5568,30 @@ def program_kin(top: int, spare: set[int] = frozenset()) -> list[int]:  # type: 
             continue  # gone meanwhile
         if state not in (b"Z", b"X"):
             children.setdefault(int(parent), []).append(int(pid))
-    found, queue = [], [top]
+    kin, queue = [], [top]
     while queue:
-        kin = [pid for pid in children.get(queue.pop(), []) if pid not in spare]
-        found += kin
-        queue += kin
-    return found
+        below = [pid for pid in children.get(queue.pop(), []) if pid not in spare]
+        kin += below
+        queue += below
+    return kin
 
 
-APART_SECONDS, APART_MEMORY = 20, 1_500_000_000  # of CPU; bytes of address space, which is more than memory
+APART_SECONDS, APART_MEMORY = 20, 1_500_000_000  # of CPU; bytes of address space
 
 
 def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -> list[Any]:
-    """What some functions of ours return, as far as a process of its own comes within its bounds; raises Interrupted.
+    """What some functions return, as far as a process of its own gets; raises Interrupted.
 
-    For what reads files that somebody else wrote: such a file may need any time or memory, or end the process
-    (Python's parser does that for deep source).
+    For what reads files that somebody else wrote: such a file may need any time or memory, or
+    end the process (Python's parser does that for deep source).
     """
     seconds = APART_SECONDS if seconds is None else seconds
-    with tempfile.TemporaryFile() as answers:
+    with tempfile.TemporaryFile() as output:
         with LIVE_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are threads: it needs nothing that these may hold
+            warnings.simplefilter("ignore")  # of our threads: the child needs no lock of theirs
             child = os.fork()
             if not child:
-                apart_child(readings, answers, int(seconds) + 1)
+                apart_child(readings, output, int(seconds) + 1)
             LIVE.add(child)
         limit = time.monotonic() + 2 * seconds
         while not os.waitpid(child, os.WNOHANG)[0]:
@@ -5418,34 +5601,36 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
         LIVE.discard(child)
         if program_interrupted():
             raise Interrupted
-        answers.seek(0)
+        output.seek(0)
         results = []
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
             while True:
-                results.append(pickle.load(answers))
+                results.append(pickle.load(output))
         return results
 
 
 def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each of them returns; None for one that is too much, and for all that are left when the time is up."""
+    """What each of them returns; None for one that is too much, and for those after the time."""
     results: list[Any] = []
     limit = time.monotonic() + 2 * APART_SECONDS
     while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
         results += apart(readings[len(results):], left)
         if len(results) < len(readings):
             results.append(None)
-    return results + [None] * (len(readings) - len(results))
+    missing = len(readings) - len(results)
+    return results + [None] * missing
 
 
-def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], seconds: int) -> NoReturn:
-    """The life of that process: one result after the other, until there are no more or it is at a bound."""
+def apart_child(readings: Sequence[Callable[[], Any]], output: IO[bytes],
+                seconds: int) -> NoReturn:
+    """Write one result after the other, until all are there or a bound is reached; then exit."""
     with contextlib.suppress(BaseException):
         for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, APART_MEMORY),
                            (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(what, (most, most))
         for reading in readings:
-            pickle.dump(reading(), answers)
-            answers.flush()
+            pickle.dump(reading(), output)
+            output.flush()
     os._exit(0)
 
 
@@ -5456,17 +5641,21 @@ def apart_child(readings: Sequence[Callable[[], Any]], answers: IO[bytes], secon
 # At first: skip it.
 #
 # What was tested is what is proposed: both are the same tree, hash for hash.
-# The user's git directory is used through plumbing and private indexes alone;
-# their index, HEAD, refs and files stay as they are, and no git command here
-# reads a configuration that an agent could have written.
+# The user's git directory is used through plumbing and private indexes alone.
 
-GIT_OLDEST = (2, 31)  # for `rev-parse --path-format` and `init --object-format` (git's release notes)
+GIT_OLDEST = (2, 31)  # for `rev-parse --path-format` and `init --object-format` (release notes)
 GIT_SETTINGS = [word for setting in (
-    f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "core.splitIndex=false", "core.untrackedCache=false",
-    "core.sparseCheckout=false", "index.sparse=false", "core.trustctime=true", "core.checkStat=default",
-    "core.safecrlf=false", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false",
-    "fetch.fsckObjects=false", "transfer.fsckObjects=false", "protocol.file.allow=always",
-    "log.showSignature=false") for word in ("-c", setting)]
+    # No program of somebody else's starts: no hook, no watcher of files, no gpg, no clean-up.
+    f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "commit.gpgSign=false",
+    "log.showSignature=false", "gc.auto=0", "maintenance.auto=false",
+    # A private index is one file with all paths, and no cache says which are unchanged.
+    "core.splitIndex=false", "core.untrackedCache=false", "core.sparseCheckout=false",
+    "index.sparse=false",
+    # A file counts as unchanged by all that stat(2) gives, so no change goes unnoticed.
+    "core.trustctime=true", "core.checkStat=default",
+    # What git stores is not refused: for its line ends, for faults of old commits, for its place.
+    "core.safecrlf=false", "fetch.fsckObjects=false", "transfer.fsckObjects=false",
+    "protocol.file.allow=always") for word in ("-c", setting)]
 GIT_KEPT = (
     r"GIT_(AUTHOR|COMMITTER)_(NAME|EMAIL)|GIT_CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|GIT_SSL_\w+"
     r"|GIT_EXEC_PATH")
@@ -5481,10 +5670,12 @@ class Repo(NamedTuple):
 
 
 def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
-        stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+        stdin: bytes = b"", out_file: Path | None = None,
+        env: Mapping[str, str] | None = None) -> str:
     """What a git command printed; raises Stop with git's own last words where it fails."""
-    ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file, env=env)
-    left_out = args[0] == "add" and UNREADABLE.encode() in ran.err  # a warning alone: its exit code is 0
+    ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file,
+                  env=env)
+    left_out = args[0] == "add" and UNREADABLE.encode() in ran.err  # only warned of, with exit 0
     if ran.exit or left_out:
         # The last line may be advice.
         pattern = rf"^(?:error: |fatal: |warning: (?={UNREADABLE}))(.*)"
@@ -5498,81 +5689,98 @@ UNREADABLE = "could not open directory"  # git's words, also where a path is too
 
 
 def git_ran(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
-            stdin: bytes = b"", out_file: Path | None = None, env: Mapping[str, str] | None = None) -> Ran:
-    """What a git command on the user's git directory answered."""
+            stdin: bytes = b"", out_file: Path | None = None,
+            env: Mapping[str, str] | None = None) -> Ran:
+    """How a git command on the user's git directory ended, and what it printed."""
     environ = git_environ(os.environ) | dict(env or {})
-    environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+    environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
+                "GIT_NO_REPLACE_OBJECTS": "1"}
     environ |= FROZEN.environ()
     if repo.sealed:
         environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     if index:
         environ["GIT_INDEX_FILE"] = str(index)
     place = [f"--git-dir={repo.git_dir}", f"--work-tree={work_tree or repo.root}"]
-    return program_call(["git", *GIT_SETTINGS, *place, *args], cwd=work_tree or repo.root, env=environ, stdin=stdin,
-                        out_file=out_file)
+    return program_call(["git", *GIT_SETTINGS, *place, *args], cwd=work_tree or repo.root,
+                        env=environ, stdin=stdin, out_file=out_file)
 
 
 def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without secrets, and without what would point git at another repository or settings."""
+    """The environment without secrets and what points git at other repositories or settings."""
     return {name: value for name, value in environ_plain(environ).items()
             if not name.startswith("GIT_") or re.fullmatch(GIT_KEPT, name)}
 
 
 def git_check() -> None:
     """Raise Stop where git is missing or too old."""
-    said = program_call(["git", "version"]).out.decode("utf-8", "replace").strip()
-    if tuple(map(int, re.findall(r"\d+", said)[:2])) < GIT_OLDEST:
-        raise Stop(EXIT_MISSING, f"{one_line(said) or 'git version says nothing'}: git {GIT_OLDEST[0]}.{GIT_OLDEST[1]} "
-                                 "or newer is needed; update it, or put a newer one first on PATH")
+    version = one_line(program_call(["git", "version"]).out.decode("utf-8", "replace"))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < GIT_OLDEST:
+        oldest = ".".join(map(str, GIT_OLDEST))
+        raise Stop(EXIT_MISSING, f"{version or 'git version prints nothing'}: git {oldest} or "
+                                 "newer is needed; update it, or put a newer one first on PATH")
 
 
 def repo_open(start: Path) -> Repo:
     """The repository around a directory; raises Stop where there is none to work with."""
     git_check()
-    def ask(*args: str) -> Ran:
-        return program_call(["git", "rev-parse", *args], cwd=start, env=git_environ(os.environ) | {"LC_ALL": "C"})
-    ran = ask("--is-bare-repository", "--is-inside-work-tree")
+    def parsed(*args: str) -> Ran:
+        return program_call(["git", "rev-parse", *args], cwd=start,
+                            env=git_environ(os.environ) | {"LC_ALL": "C"})
+    ran = parsed("--is-bare-repository", "--is-inside-work-tree")
     if ran.exit:
         raise Stop(EXIT_MISSING, f"no usable git repository here: {ran.last_line()}; "
                                  "run this inside one, or `git init`")
     bare, inside = ran.out.split()
     if bare == b"true" or inside != b"true":
         kind = "a bare repository" if bare == b"true" else "inside a .git directory"
-        raise Stop(EXIT_MISSING, f"{start} is {kind}: there are no files to work on; run this in a checkout")
-    root, git_dir = (Path(os.fsdecode(ask(what).out.removesuffix(b"\n")))
+        raise Stop(EXIT_MISSING,
+                   f"{start} is {kind}: there are no files to work on; run this in a checkout")
+    root, git_dir = (Path(os.fsdecode(parsed(what).out.removesuffix(b"\n")))
                      for what in ("--show-toplevel", "--absolute-git-dir"))
-    if ask("--verify", "--quiet", "HEAD^{commit}").exit:
+    if parsed("--verify", "--quiet", "HEAD^{commit}").exit:
         raise Stop(EXIT_MISSING, f"{root} has no commit yet; make one first (git add, git commit)")
     return Repo(root, git_dir)
 
 
 def repo_check(repo: Repo) -> None:
-    """Find out now, not after an hour of work, what would keep a proposal from being made; raises Stop."""
+    """Raise Stop now, not after an hour of work, where a proposal could not be made."""
     place = Path(tempfile.gettempdir()).resolve()
     if place.is_relative_to(repo.root.resolve()):
-        raise Stop(EXIT_MISSING, f"the temporary directory {place} lies inside the repository; set TMPDIR elsewhere")
+        raise Stop(EXIT_MISSING, f"the temporary directory {place} lies inside the repository; "
+                                 "set TMPDIR elsewhere")
     if not git_ran(repo, "rev-parse", "--verify", "--quiet", "refs/heads/agent").exit:
-        raise Stop(EXIT_MISSING, "a branch named 'agent' is in the way of branches agent/...; rename it: "
+        raise Stop(EXIT_MISSING,
+                   "a branch named 'agent' is in the way of branches agent/...; rename it: "
                                  "git branch -m agent NEW-NAME")
     ran = git_ran(repo, "hash-object", "-w", "--stdin", stdin=b"agent_runner was here\n")
     if ran.exit:
-        raise Stop(EXIT_MISSING, f"nothing can be written to {repo.git_dir}: {ran.last_line()}; make it writable")
+        raise Stop(EXIT_MISSING,
+                   f"nothing can be written to {repo.git_dir}: {ran.last_line()}; make it writable")
 
 
 @functools.cache
 def git_common(repo: Repo) -> Path:
     """The git directory that all linked worktrees of a repository share."""
-    return Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").removesuffix("\n"))
+    return Path(git(repo, "rev-parse", "--path-format=absolute",
+                    "--git-common-dir").removesuffix("\n"))
 
 
 def git_settings(repo: Repo, pattern: str) -> dict[str, str]:
     """The user's git settings whose names match a pattern; the last one of a name counts."""
-    said = os.fsdecode(git_ran(repo, "config", "-z", "--get-regexp", pattern).out).split("\0")
-    return dict(entry.split("\n", 1) for entry in said if "\n" in entry)
+    listed = os.fsdecode(git_ran(repo, "config", "-z", "--get-regexp", pattern).out).split("\0")
+    return dict(entry.split("\n", 1) for entry in listed if "\n" in entry)
+
+
+def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings that git reads from files and those they include: (scope, origin, entry)."""
+    words = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z")
+    words = words.split("\0")
+    entries = zip(words[::3], words[1::3], words[2::3])
+    return [entry for entry in entries if entry[0] != "command"]
 
 
 class Frozen:
-    """The user's and the system's git configuration as it was when a run began, with all that it includes.
+    """The user's and the system's git configuration at a run's start, with all that it includes.
 
     Without that an agent could make us run a program: a filter driver in ~/.gitconfig, say.
     """
@@ -5587,28 +5795,31 @@ class Frozen:
         place.mkdir()
         self.place = place
         git_treatment(repo)  # now, before any agent runs
-        listed = git(repo, "config", "--list", "--includes", "--show-scope", "--show-origin", "-z").split("\0")
-        entries = [entry for entry in zip(listed[::3], listed[1::3], listed[2::3]) if entry[0] in ("system", "global")]
+        listed = settings_listed(repo)
+        entries = [entry for entry in listed if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
-        lines = [git_setting(entry) for *_, entry in entries if not re.match(r"include(if)?\.", entry)]
+        lines = [git_setting(entry) for *_, entry in entries
+                 if not re.match(r"include(if)?\.", entry)]
         files = {}
         for key, name in (("core.excludesfile", "ignore"), ("core.attributesfile", "attributes")):
-            values = [(scope, entry.partition("\n")[2]) for scope, entry in zip(listed[::3], listed[2::3])
+            values = [(scope, entry.partition("\n")[2]) for scope, _, entry in listed
                       if entry.startswith(f"{key}\n")]
-            if not values or values[-1][0] in ("system", "global"):  # else the repository's own counts
-                files[place / name] = git_named(values[-1][1] if values else "", name)
+            scope, value = values[-1] if values else ("global", "")
+            if scope in ("system", "global"):  # else the repository's own counts
+                files[place / name] = git_named(value, name)
                 lines.append(git_setting(f"{key}\n{place / name}"))
         self.files = {place / "config": "".join(lines).encode("utf-8", "surrogateescape")} | files
         for path, data in self.files.items():
             path.write_bytes(data)
 
     def environ(self) -> dict[str, str]:
-        """The variables that make git read the copies; raises Stop where somebody has changed these."""
+        """The variables that make git read the copies; raises Stop where these have changed."""
         for path, data in self.files.items():
             with contextlib.suppress(OSError):
                 if file_read(path, len(data)) == data:
                     continue
-            raise Stop(EXIT_MISSING, f"{path}, our copy of your git configuration, was changed during the run")
+            raise Stop(EXIT_MISSING,
+                       f"{path}, our copy of your git configuration, was changed during the run")
         first = next(iter(self.files), None)
         return {"GIT_CONFIG_GLOBAL": str(first), "GIT_CONFIG_NOSYSTEM": "1"} if first else {}
 
@@ -5618,12 +5829,13 @@ FROZEN = Frozen()  # it holds nothing until a run begins
 
 @functools.cache
 def git_treatment(repo: Repo) -> dict[str, bytes]:
-    """The files of a git directory that say how git treats files, as they are when this is first called."""
-    listed = git(repo, "config", "--list", "--includes", "--show-scope", "-z").split("\0")
-    elsewhere = r"include(if)?\.|core\.(worktree|bare)\n|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n"
-    lines = [git_setting(entry) for scope, entry in zip(listed[::2], listed[1::2])
+    """What says how git treats files, as it is when this is first called: {name: contents}."""
+    elsewhere = (r"include(if)?\.|core\.(worktree|bare)\n"
+                 r"|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n")
+    lines = [git_setting(entry) for scope, _, entry in settings_listed(repo)
              if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
-    files = {"HEAD": b"ref: refs/heads/none\n", "config": "".join(lines).encode("utf-8", "surrogateescape")}
+    files = {"HEAD": b"ref: refs/heads/none\n",
+             "config": "".join(lines).encode("utf-8", "surrogateescape")}
     for name in ("info/exclude", "info/attributes"):
         with contextlib.suppress(OSError):
             files[name] = (git_common(repo) / name).read_bytes()
@@ -5632,9 +5844,10 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def git_frozen(repo: Repo) -> Iterator[tuple[Repo, dict[str, str]]]:
-    """The repository as it treated files before an agent ran, and the variables that lend it the user's objects.
+    """The repository as it was before an agent ran, and the variables for the user's objects.
 
-    Its git directory is made for one command: an agent could put a filter into one that lies there for longer.
+    Its git directory is made for one command: an agent could put a filter into one that lies
+    there for longer.
     """
     FROZEN.environ()  # raises Stop where somebody has changed the place that it is made in
     with contextlib.ExitStack() as stack:
@@ -5645,24 +5858,28 @@ def git_frozen(repo: Repo) -> Iterator[tuple[Repo, dict[str, str]]]:
             for name, data in git_treatment(repo).items():
                 (place / name).write_bytes(data)
         except OSError as error:
-            raise Stop(EXIT_MISSING, f"nothing can be written to {FROZEN.place}: {error.strerror}") from None
-        yield repo._replace(git_dir=place), {"GIT_OBJECT_DIRECTORY": str(git_common(repo) / "objects")}
+            raise Stop(EXIT_MISSING,
+                       f"nothing can be written to {FROZEN.place}: {error.strerror}") from None
+        objects = git_common(repo) / "objects"
+        yield repo._replace(git_dir=place), {"GIT_OBJECT_DIRECTORY": str(objects)}
 
 
 @functools.cache
 def git_dir_of(place: Path) -> Path:
-    """The git directory of a checkout, as it is when this is first called; no directory where it has none."""
-    ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=place, env=git_environ(os.environ))
+    """The git directory of a checkout when this is first called; os.devnull where it has none."""
+    ran = program_call(["git", "rev-parse", "--absolute-git-dir"], cwd=place,
+                       env=git_environ(os.environ))
     return Path(os.fsdecode(ran.out.removesuffix(b"\n")) or os.devnull)
 
 
 def git_setting(entry: str) -> str:
-    """A setting as `git config --list -z` prints it ("a.b.c\\nvalue") in the form of a configuration file."""
+    """A setting of `git config --list -z` ("a.b.c\\nvalue") as lines of a configuration file."""
     name, newline, value = entry.partition("\n")
     section, rest = name.split(".", 1)
     sub, dot, key = rest.rpartition(".")
     if section == "filter" and key in ("clean", "smudge", "process"):
-        value = re.sub(r"^[\w.-]+", lambda word: shlex.quote(program_path(word[0])), value)  # as it is found now
+        # The program that is found now.
+        value = re.sub(r"^[\w.-]+", lambda word: shlex.quote(program_path(word[0])), value)
     head = f'[{section} "{git_quoted(sub)}"]' if dot else f"[{section}]"
     return f"{head}\n\t{key}" + (f' = "{git_quoted(value)}"\n' if newline else "\n")
 
@@ -5673,7 +5890,7 @@ def git_quoted(value: str) -> str:
 
 
 def git_named(path: str, name: str) -> bytes:
-    """What the user's file of ignored files, or of attributes, holds; without a path it is git's default."""
+    """The user's file of ignored files, or of attributes; without a path, git's default file."""
     config = os.environ.get("XDG_CONFIG_HOME") or str(HOME / ".config")
     file = Path(os.path.expanduser(path) if path else os.path.join(config, "git", name))
     with contextlib.suppress(OSError):
@@ -5682,7 +5899,7 @@ def git_named(path: str, name: str) -> bytes:
 
 
 class Change(NamedTuple):
-    """One path that differs between two trees; a mode of 0 is "not there" (git-diff-tree(1), raw format)."""
+    """One path that differs between two trees, as in git-diff-tree(1); mode 0 is "not there"."""
 
     path: str
     old_mode: int
@@ -5697,7 +5914,8 @@ class Change(NamedTuple):
 
 def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
     """The paths that differ between two trees or commits."""
-    words = git(repo, "diff-tree", "-r", "-z", "--raw", "--no-renames", "--full-index", old, new, "--").split("\0")
+    words = git(repo, "diff-tree", "-r", "-z", "--raw", "--no-renames", "--full-index", old, new,
+                "--").split("\0")
     changes = []
     for facts, path in zip(words[::2], words[1::2]):
         old_mode, new_mode, old_blob, new_blob, _ = facts.lstrip(":").split()
@@ -5707,13 +5925,13 @@ def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
 
 def tree_moves(repo: Repo, old: str, new: str) -> dict[str, str]:
     """The new files that hold most of what was in a file that is changed or gone: {new: old}."""
-    words = git(repo, "diff-tree", "-r", "-z", "-C", "--no-rename-empty", "--diff-filter=RC", "--name-status",
-                old, new, "--").split("\0")
+    words = git(repo, "diff-tree", "-r", "-z", "-C", "--no-rename-empty", "--diff-filter=RC",
+                "--name-status", old, new, "--").split("\0")
     return dict(zip(words[2::3], words[1::3]))
 
 
 def tree_put(repo: Repo, tree: str, changes: list[Change], index: Path) -> str:
-    """A tree with the new side of some changes put over it, made in an index: no file is written."""
+    """A tree with the new side of some changes over it, made in an index: no file is written."""
     git(repo, "read-tree", tree, index=index)
     zero = "0" * len(tree)
     lines = [f"{c.new_mode:06o} {c.new_blob if c.new_mode else zero}\t{c.path}\0" for c in changes]
@@ -5735,13 +5953,16 @@ def tree_paths(repo: Repo, tree: str) -> set[str]:
 
 
 def tree_files(repo: Repo, tree: str, paths: Collection[str]) -> dict[str, tuple[int, str, bytes]]:
-    """The mode, blob and contents of some regular files of a tree, as far as they are not too large."""
+    """Some regular files of a tree, if not too large: {path: (mode, blob, contents)}."""
     wanted = set(paths)
     listed = git(repo, "ls-tree", "-r", "-z", tree).split("\0") if wanted else []
-    facts = {path: entry.split()[:3] for entry in listed if (path := entry.partition("\t")[2]) in wanted}
-    sizes = blob_sizes(repo, {blob for mode, _, blob in facts.values() if mode in ("100644", "100755")})
+    facts = {path: entry.split()[:3] for entry in listed
+             if (path := entry.partition("\t")[2]) in wanted}
+    regular = {blob for mode, _, blob in facts.values() if mode in ("100644", "100755")}
+    sizes = blob_sizes(repo, regular)
     blobs = blobs_read(repo, [blob for blob, size in sizes.items() if size <= TEXT_LIMIT])
-    return {path: (int(mode, 8), blob, blobs[blob]) for path, (mode, _, blob) in facts.items() if blob in blobs}
+    return {path: (int(mode, 8), blob, blobs[blob])
+            for path, (mode, _, blob) in facts.items() if blob in blobs}
 
 
 def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:
@@ -5749,7 +5970,8 @@ def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:
     if not blobs:
         return {}
     names = "".join(f"{name}\n" for name in sorted(blobs)).encode()
-    facts = [line.split() for line in git_ran(repo, "cat-file", "--batch-check", stdin=names).out.decode().splitlines()]
+    output = git_ran(repo, "cat-file", "--batch-check", stdin=names).out.decode()
+    facts = [line.split() for line in output.splitlines()]
     return {name: int(rest[1]) for name, *rest in facts if rest[0] == "blob"}
 
 
@@ -5757,7 +5979,8 @@ def blobs_read(repo: Repo, blobs: list[str]) -> dict[str, bytes]:
     """The contents of blobs: of few enough, all of them are in memory at once."""
     if not blobs:
         return {}
-    data = git_ran(repo, "cat-file", "--batch", stdin="".join(f"{name}\n" for name in blobs).encode()).out
+    data = git_ran(repo, "cat-file", "--batch",
+                   stdin="".join(f"{name}\n" for name in blobs).encode()).out
     contents, at = {}, 0
     for name in blobs:
         start = data.index(b"\n", at) + 1
@@ -5766,43 +5989,47 @@ def blobs_read(repo: Repo, blobs: list[str]) -> dict[str, bytes]:
     return contents
 
 
-def tree_patch(repo: Repo, old: str, new: str) -> str:
-    """The difference between two trees in the form that `git apply` takes."""
-    return git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--")
-
-
 def patch_write(repo: Repo, old: str, new: str, raw: Path, path: Path) -> None:
-    """Write that difference to a masked file, however large it is; `raw` is where it may stand unmasked."""
-    git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", old, new, "--",
-        out_file=raw)
+    """Write that difference, of any size, to a masked file; it may stand unmasked in `raw`."""
+    tree_patch(repo, old, new, raw)
     file_mask(raw, path)
+
+
+def tree_patch(repo: Repo, old: str, new: str, out_file: Path | None = None) -> str:
+    """The difference between two trees in the form that `git apply` takes, or in a file."""
+    return git(repo, "diff-tree", "-p", "--binary", "--full-index", "--no-ext-diff",
+               "--no-textconv", old, new, "--", out_file=out_file)
 
 
 @functools.cache
 def tree_stat(repo: Repo, old: str, new: str) -> str:
     """The difference between two trees in numbers, for people."""
-    return git(repo, "-c", "core.quotePath=false", "diff-tree", "--stat=100", old, new, "--").rstrip()
+    return git(repo, "-c", "core.quotePath=false", "diff-tree", "--stat=100", old, new,
+               "--").rstrip()
 
 
 def commit_write(repo: Repo, tree: str, parent: str, message: str) -> str:
-    """A new commit object that no ref points to yet; an identity is supplied where none is configured."""
+    """A new commit that no ref points to yet; with an identity where none is configured."""
     known = git_settings(repo, r"^(user|author|committer)\.(name|email)$")
-    env = {f"GIT_{role}_{part}".upper(): known.get(f"{role}.{part}") or os.environ.get(f"GIT_{role}_{part}".upper())
-           or supplied
-           for part, supplied in (("name", "agent_runner"), ("email", "agent_runner@localhost"))
-           for role in ("author", "committer") if f"user.{part}" not in known}
-    return git(repo, "commit-tree", tree, "-p", parent, "-F", "-", env=env, stdin=os.fsencode(message)).strip()
+    env = {}
+    for part, supplied in (("name", "agent_runner"), ("email", "agent_runner@localhost")):
+        for role in ("author", "committer") if f"user.{part}" not in known else ():
+            name = f"GIT_{role}_{part}".upper()
+            env[name] = known.get(f"{role}.{part}") or os.environ.get(name) or supplied
+    return git(repo, "commit-tree", tree, "-p", parent, "-F", "-", env=env,
+               stdin=os.fsencode(message)).strip()
 
 
 def branch_create(repo: Repo, slug: str, commit: str) -> str:
     """The new branch agent/<slug>, or -2, -3 ... where that exists: created, never moved."""
     for number in range(1, 10_000):
         branch = f"agent/{slug}" + (f"-{number}" if number > 1 else "")
-        ran = git_ran(repo, "update-ref", "-m", "agent_runner: proposal", f"refs/heads/{branch}", commit,
+        ref = f"refs/heads/{branch}"
+        ran = git_ran(repo, "update-ref", "-m", "agent_runner: proposal", ref, commit,
                       "0" * len(commit))
         if not ran.exit:
             return branch
-        if git_ran(repo, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}").exit:
+        if git_ran(repo, "rev-parse", "--verify", "--quiet", ref).exit:
             raise Stop(EXIT_MISSING, f"the branch {branch} could not be created: {ran.last_line()}")
     raise Stop(EXIT_MISSING, f"there are too many branches agent/{slug}-N; delete some")
 
@@ -5848,21 +6075,22 @@ class Console:
     def step(self, name: str) -> Iterator[dict[str, str]]:
         """Name a step, then print its `result`, which the caller leaves in the yielded dict."""
         started = time.monotonic()
-        box = {"result": "done"}
+        facts = {"result": "done"}
         if not self.live:
             self.say(f"{name} ...")
         with self.lock:
             self.running[name] = started
         self._tick()
         try:
-            yield box
+            yield facts
         except BaseException:
-            box["result"] = "stopped"
+            facts["result"] = "stopped"
             raise
         finally:
             with self.lock:
                 self.running.pop(name, None)
-            self.say(f"{name} {'.' * max(2, 28 - len(name))} {box['result']}  {time.monotonic() - started:.1f} s")
+            seconds = time.monotonic() - started
+            self.say(f"{name} {'.' * max(2, 28 - len(name))} {facts['result']}  {seconds:.1f} s")
 
     def _clear(self) -> None:
         """Take the live line off the screen."""
@@ -5898,22 +6126,22 @@ def console_safe(text: str) -> str:
 
 
 def console_print(text: str, stream: TextIO | None, end: str = "\n") -> None:
-    """Print; where nobody listens any more (a closed pipe or terminal), to nobody: no run ends for that."""
+    """Print; a closed pipe or terminal ends no run."""
     if stream is None:
         return
     try:
         text = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
-        # Else Python would try again at its end, and complain (its documentation: signal, "Note on SIGPIPE").
+        # Else Python would try again at its end, and complain (signal, "Note on SIGPIPE").
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 CONSOLE = Console()
 SECRET_NAME = (
-    r"(?i)TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY|_KEY$|_PAT$|_DSN$|_AUTH$"
-    r"|^SSH_AUTH_SOCK$")
+    r"(?i)TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY"
+    r"|_KEY$|_PAT$|_DSN$|_AUTH$|^SSH_AUTH_SOCK$")
 SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
 
 
@@ -5932,17 +6160,19 @@ class Mask:
     """Replaces the values of secret-looking variables by their names, in text and in bytes."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        found = {value.strip(): name for name, value in environ.items() if re.search(SECRET_NAME, name)}
-        found |= {hit: name for name, value in environ.items() for hit in re.findall(SECRET_URL, value)}
+        secrets = {value.strip(): name for name, value in environ.items()
+                   if re.search(SECRET_NAME, name)}
+        secrets |= {value: name for name, text in environ.items()
+                    for value in re.findall(SECRET_URL, text)}
         # Shorter ones would turn ordinary words into masks ("true", "12345").
-        self.names = {value: name for value, name in found.items() if len(value) >= 6}
+        self.names = {value: name for value, name in secrets.items() if len(value) >= 6}
         for value, name in list(self.names.items()):
             self.names[json.dumps(value)[1:-1]] = name
             # Its bytes need not be UTF-8: so it stands in a text that was read from them.
             self.names[os.fsencode(value).decode("utf-8", "replace")] = name
         values = sorted(self.names, key=len, reverse=True)
         data = [value.encode("utf-8", "surrogateescape") for value in values]
-        self.reach = max(map(len, data), default=1) - 1  # bytes
+        self.overlap = max(map(len, data), default=1) - 1  # bytes
         self.pattern = re.compile("|".join(map(re.escape, values)) or r"(?!)")
         self.raw = re.compile(b"|".join(map(re.escape, data)) or rb"(?!)")
 
@@ -5967,47 +6197,48 @@ class Log:
 
     def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
         self.file = file_new(path)
-        self.room, self.lost, self.kept = room, 0, 0
+        self.head_left, self.dropped, self.tail_size = room, 0, 0
         self.tail: deque[bytes] = deque()
-        self.carry = b""  # the end of what came: a secret may be cut in two there
+        self.pending = b""  # the end of what came: a secret may be cut in two there
 
     def __enter__(self) -> Self:
         return self
 
     def write(self, data: bytes) -> None:
         """Take the next bytes of output."""
-        data = MASK.bytes(self.carry + data)
-        cut = max(0, len(data) - MASK.reach)
-        self.carry = data[cut:]
+        data = MASK.bytes(self.pending + data)
+        cut = max(0, len(data) - MASK.overlap)
+        self.pending = data[cut:]
         self._store(data[:cut])
 
     def _store(self, data: bytes) -> None:
         """Write masked bytes while there is room, then keep the newest."""
-        if self.room:
-            self.file.write(data[: self.room])
+        if self.head_left:
+            self.file.write(data[: self.head_left])
             self.file.flush()
-            data, self.room = data[self.room:], max(0, self.room - len(data))
+            data, self.head_left = data[self.head_left:], max(0, self.head_left - len(data))
         if data:
             self.tail.append(data)
-            self.kept += len(data)
-        while self.kept > LOG_TAIL:
+            self.tail_size += len(data)
+        while self.tail_size > LOG_TAIL:
             old = self.tail.popleft()
-            self.kept -= len(old)
-            self.lost += len(old)
+            self.tail_size -= len(old)
+            self.dropped += len(old)
 
     def __exit__(self, *_: object) -> None:
-        self._store(self.carry)
-        if self.lost:
-            self.file.write(f"\n[... {self.lost} bytes left out ...]\n".encode())
+        self._store(self.pending)
+        if self.dropped:
+            self.file.write(f"\n[... {self.dropped} bytes left out ...]\n".encode())
         self.file.writelines(self.tail)
         self.file.close()
 
 
-FOLDERS: dict[Path, tuple[int, int]] = {}  # the record's and the private ones: where each was when the run began
+# The run's own folders, as they were when it began: the device and inode of each.
+FOLDERS: dict[Path, tuple[int, int]] = {}
 
 
 def folder_check(path: Path) -> None:
-    """Raise OSError where one of the run's own folders is no longer what it was: an agent may put a link there."""
+    """Raise OSError where a folder of the run was replaced: an agent may put a link there."""
     if path in FOLDERS:
         facts = path.lstat()
         if (facts.st_dev, facts.st_ino) != FOLDERS[path]:
@@ -6022,11 +6253,12 @@ def file_new(path: Path) -> IO[bytes]:
 
 
 def file_open(path: Path, limit: int) -> IO[bytes]:
-    """A file that somebody else may have replaced (an answer, a report, a log), to be read.
+    """A file that somebody else may have replaced (a report, a log), opened to be read.
 
     Raises OSError where it is no regular file of at most `limit` bytes; a FIFO is not waited for.
     """
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")  # noqa: SIM115 - the caller closes it
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115 - the caller closes it
     facts = os.fstat(file.fileno())
     if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
         file.close()
@@ -6041,7 +6273,7 @@ def file_read(path: Path, limit: int) -> bytes:
 
 
 def json_read(path: Path, limit: int, kind: type) -> Any:
-    """The JSON in such a file; raises OSError or ValueError where it is none of this kind (dict, list)."""
+    """The JSON in such a file; raises OSError, or ValueError where it is no dict or list."""
     try:
         value = json.loads(file_read(path, limit))
     except RecursionError:
@@ -6052,23 +6284,23 @@ def json_read(path: Path, limit: int, kind: type) -> Any:
 
 
 def file_write(path: Path, text: str) -> None:
-    """Write a whole masked text file, then rename it: a reader never sees half of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with file_new(part) as file:
-            file.write(MASK.text(text).encode("utf-8", "backslashreplace"))
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    """Write a whole masked text file."""
+    with file_part(path) as part, file_new(part) as file:
+        file.write(MASK.text(text).encode("utf-8", "backslashreplace"))
 
 
 def file_mask(source: Path, path: Path) -> None:
-    """Write a masked copy of a file of any size, then rename it."""
+    """Write a masked copy of a file of any size."""
+    with file_part(path) as part, open(source, "rb") as file, Log(part, sys.maxsize) as sink:
+        shutil.copyfileobj(file, sink)
+
+
+@contextlib.contextmanager
+def file_part(path: Path) -> Iterator[Path]:
+    """A path to write to, which is renamed at the end: a reader never sees half a file."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(source, "rb") as file, Log(part, sys.maxsize) as sink:
-            shutil.copyfileobj(file, sink)
+        yield part
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -6076,8 +6308,8 @@ def file_mask(source: Path, path: Path) -> None:
 
 
 LETTERS = str.maketrans({  # those that lose more than an accent in ASCII
-    "ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "æ": "ae", "ø": "oe", "œ": "oe", "ł": "l", "đ": "d", "ð": "d",
-    "þ": "th", "ı": "i"})
+    "ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "æ": "ae", "ø": "oe", "œ": "oe", "ł": "l",
+    "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
 
 
 def words_slug(text: str) -> str:
@@ -6094,7 +6326,7 @@ def one_line(text: str) -> str:
 
 
 def path_shown(path: Path) -> str:
-    """A path as a person here would type it: relative below the current directory, else absolute."""
+    """A path as a person types it: relative below the current directory, else absolute."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -6102,6 +6334,11 @@ def words_first(words: Sequence[str], most: int = 5) -> str:
     """The first of some words, and how many there are besides: "a, b and 3 more"."""
     rest = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + rest
+
+
+def words_counted(number: int, word: str) -> str:
+    """A number and what it counts: "1 record", "2 records"."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def words_clip(text: str, limit: int) -> str:
@@ -6113,9 +6350,9 @@ def words_clip(text: str, limit: int) -> str:
 
 
 def glob_match(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of the globs names the path: * stays in one folder, ** does not, a folder is all below it.
+    """Whether a glob names the path: * stays in one folder, ** does not, a folder is all below it.
 
-    No pattern of `re`: some globs would take it for ever.
+    No pattern of `re`: with some globs that would not end.
     """
     path = path.casefold()
     return any(glob_match_one(path, glob_words(glob)) for glob in globs)
@@ -6170,6 +6407,7 @@ SIMULATIONS = {
     "stuck": "is wrong, and stays wrong",
     "cheat": "makes the gate green by weakening a test",
     "rogue": "leaves its scope, commits, and tries to push",
+    "blind": "makes the gate green by code that no test can fail",
     "hang": "never comes back",
 }
 SIMULATED_AGENT = "--simulated-agent"
@@ -6177,7 +6415,8 @@ SIMULATED_AGENT = "--simulated-agent"
 
 def simulator_command(variant: str, in_image: bool) -> list[str]:
     """The command of the simulated agent: this very file."""
-    return ["python3" if in_image else sys.executable, str(Path(__file__).resolve()), SIMULATED_AGENT, variant]
+    return ["python3" if in_image else sys.executable, str(Path(__file__).resolve()),
+            SIMULATED_AGENT, variant]
 
 
 def simulator_main(variant: str) -> int:
@@ -6188,13 +6427,18 @@ def simulator_main(variant: str) -> int:
         print("thinking ...", flush=True)
         time.sleep(3600)
     if "`scope.json`" in brief:
-        Path("scope.json").write_text(json.dumps({"files": ["greeting.py"], "directories": ["tests"],
-                                                  "why": "the greeting and its tests"}))
+        Path("scope.json").write_text(json.dumps({
+            "files": ["greeting.py"], "directories": ["tests"],
+            "why": "the greeting and its tests"}))
         return 0
-    found = code.read_text()
-    _, wrong, right, expected = next(story for story in DEMO_STORIES.values() if found in story[:2])
-    mends = variant in ("good", "rogue") or (variant == "bad" and found == wrong)
-    code.write_text(right if mends else wrong)
+    source = code.read_text()
+    if variant == "blind":
+        code.write_text(GREET_BLIND)
+        print("simulated agent (blind): every test passes, whatever it expects.")
+        return 0
+    _, wrong, right, expected = next(s for s in DEMO_STORIES.values() if source in s[:2])
+    fixes = variant in ("good", "rogue") or (variant == "bad" and source == wrong)
+    code.write_text(right if fixes else wrong)
     tests.write_text(expected)
     if variant == "cheat":
         tests.write_text(re.sub(r"assert greet\((.*)\) == .*", r"assert greet(\1)", expected))
@@ -6204,7 +6448,8 @@ def simulator_main(variant: str) -> int:
         for words in (["add", "-A"], ["commit", "-qm", "Done"], ["push", "origin", "HEAD:main"]):
             print("simulated agent (rogue): git", *words, flush=True)
             subprocess.run(["git", *words], stdin=subprocess.DEVNULL, check=False)
-    print(f"simulated agent ({variant}): read {len(brief)} characters, wrote greeting.py; all done, surely.")
+    print(f"simulated agent ({variant}): read {len(brief)} characters, wrote greeting.py; "
+          "all done, surely.")
     return 0
 
 
@@ -6218,9 +6463,10 @@ def demo_open(command: str) -> Repo:
         (root / name).write_text(text)
     git(repo, "init", "--quiet", "--template=", "--initial-branch=main")
     git(repo, "add", "-A")
-    commit = git(repo, "commit-tree", git(repo, "write-tree").strip(), "-m", "Start the demo",
-                 env={f"GIT_{role}_{part}": "agent_runner" for role in ("AUTHOR", "COMMITTER")
-                      for part in ("NAME", "EMAIL")})
+    tree = git(repo, "write-tree").strip()
+    env = {f"GIT_{role}_{part}": "agent_runner"
+           for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    commit = git(repo, "commit-tree", tree, "-m", "Start the demo", env=env)
     git(repo, "update-ref", "HEAD", commit.strip())
     return repo
 
@@ -6231,7 +6477,8 @@ DEMO_ISSUE = """\
 `greet("Ada")` returns `Hello, Ada.` Some callers want it louder.
 
 ## What is wanted
-- `greet(name, shout=True)` returns the same words in capitals, with `!` in place of the full stop: `HELLO, ADA!`
+- `greet(name, shout=True)` returns the same words in capitals, with `!` in place of the full
+  stop: `HELLO, ADA!`
 - Without `shout` nothing changes.
 
 ## Done means
@@ -6239,14 +6486,39 @@ A test for the new argument; the existing tests stay as they are.
 """
 GREET = 'def greet({arguments}):\n    """A greeting."""\n{body}'
 GREET_PLAIN = GREET.format(arguments="name", body='    return f"Hello, {name}."\n')
-GREET_TESTS = 'from greeting import greet\n\n\ndef test_greets_by_name():\n    assert greet("Ada") == "Hello, Ada."\n'
-DEMO_STORIES = {  # per command: the code at the start, a plausible wrong change, the right one, the tests with it
+GREET_BLIND = '''class Text(str):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = str.__hash__
+
+
+def greet(name, shout=False):
+    """A greeting."""
+    return Text(name)
+'''
+GREET_TESTS = """\
+from greeting import greet
+
+
+def test_greets_by_name():
+    assert greet("Ada") == "Hello, Ada."
+"""
+SHOUT_TEST = """
+
+def test_shouts():
+    assert greet("Ada", shout=True) == "HELLO, ADA!"
+"""
+SHOUT_BODY = """\
+    text = f"Hello, {name}."
+    return text[:-1].upper() + "!" if shout else text
+"""
+DEMO_STORIES = {  # per command: the code at first, a plausible wrong change, the right one, tests
     "issue-to-pr": (
         GREET_PLAIN,
         GREET.format(arguments="name, shout=False", body='    return f"Hello, {name}!"\n'),
-        GREET.format(arguments="name, shout=False",
-                     body='    text = f"Hello, {name}."\n    return text[:-1].upper() + "!" if shout else text\n'),
-        GREET_TESTS + '\n\ndef test_shouts():\n    assert greet("Ada", shout=True) == "HELLO, ADA!"\n',
+        GREET.format(arguments="name, shout=False", body=SHOUT_BODY),
+        GREET_TESTS + SHOUT_TEST,
     ),
     "self-heal": (
         GREET.format(arguments="name", body='    return f"Hello {name}."\n'),
@@ -6256,7 +6528,8 @@ DEMO_STORIES = {  # per command: the code at the start, a plausible wrong change
     ),
 }
 DEMO_FILES = {
-    "README.md": "# A demo repository\n\nMade by agent_runner's simulator; delete it when you have seen enough.\n",
+    "README.md": "# A demo repository\n\nMade by agent_runner's simulator; "
+                 "delete it when you have seen enough.\n",
     "ruff.toml": 'lint.select = ["E4", "E7", "E9", "F"]\n',
     "pytest.ini": "[pytest]\ntestpaths = tests\npythonpath = .\n",
     ".gitignore": "__pycache__/\n.pytest_cache/\n.ruff_cache/\n",
@@ -6272,27 +6545,31 @@ DEMO_FILES = {
 
 
 def cmd_runs(args: argparse.Namespace) -> int:
-    """List the records, or delete old ones: never that of a run that is going on, never a branch."""
+    """List the records, or delete old ones: never that of a run that goes on, never a branch."""
     repo = repo_open(Path.cwd())
     runs_recover(repo)
-    kept = 0
-    for folder in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
-        size, days, facts = run_told(folder.parent)
-        old = args.prune is not None and days > args.prune and not (folder.parent / "running").exists()
-        console_print(console_safe(f"{'deleted ' * old}{folder.parent.name}  {facts.get('command')!s:<11}  "
-                           f"{facts.get('outcome') or 'unfinished'!s:<18}  {days:6.1f} days  {size / 1e6:6.1f} MB  "
-                           f"{facts.get('branch') or '-'}"), sys.stdout)
-        if old:
-            directory_remove(folder.parent)
-        kept += not old
-    CONSOLE.say(f"{kept} record{'s' * (kept != 1)} in {path_shown(repo.root / '.agent-runs')}")
+    remaining = 0
+    for summary in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
+        folder = summary.parent
+        days = (time.time() - summary.stat().st_mtime) / 86400
+        line = run_line(folder, days)
+        is_old = args.prune is not None and days > args.prune
+        if is_old and not (folder / "running").exists():
+            line = f"deleted {line}"
+            directory_remove(folder)
+        else:
+            remaining += 1
+        console_print(console_safe(line), sys.stdout)
+    CONSOLE.say(f"{words_counted(remaining, 'record')} in {path_shown(repo.root / '.agent-runs')}")
     return 0
 
 
-def run_told(folder: Path) -> tuple[int, float, dict[str, Any]]:
-    """The size of a record in bytes, its age in days, and what its summary says."""
-    size = sum(path.lstat().st_size for path in folder.iterdir())
-    return size, (time.time() - (folder / "run_summary.json").stat().st_mtime) / 86400, summary_read(folder)
+def run_line(folder: Path, days: float) -> str:
+    """A record in one line: its name, command, outcome, age, size and branch."""
+    facts, size = summary_read(folder), sum(path.lstat().st_size for path in folder.iterdir())
+    outcome = facts.get("outcome") or "unfinished"
+    return (f"{folder.name}  {facts.get('command')!s:<11}  {outcome!s:<18}  {days:6.1f} days  "
+            f"{size / 1e6:6.1f} MB  {facts.get('branch') or '-'}")
 
 
 def summary_read(folder: Path) -> dict[str, Any]:
@@ -6313,31 +6590,36 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     folder = repo.root / ".agent-runs" / args.run_id
     facts = summary_read(folder) if re.fullmatch(r"[\w-]+", args.run_id) else {}
     if not facts:
-        raise Stop(EXIT_USAGE, f"there is no run {args.run_id!r} in {repo.root}; `runs` lists those that there are")
+        raise Stop(EXIT_USAGE, f"there is no run {args.run_id!r} in {repo.root}; "
+                               "`runs` lists those that there are")
     if not (folder / "diff.patch").is_file():
-        raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); there is nothing to judge")
+        raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); "
+                               "there is nothing to judge")
     if args.scope == ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto needs an agent; name the globs")
-    kept = facts.get("options", {})
-    args.command, args.base, args.recorded, args.simulate = facts["command"], facts["base"], facts, ""
-    args.fix_attempts, args.timeout, args.idle_timeout = int(args.command == "self-heal"), None, 0
-    args.check = args.check or [(name, command) for name, command in kept.get("check", [])]
-    args.setup, args.carry = args.setup or kept.get("setup", ""), args.carry or kept.get("carry", [])
-    args.allow, args.strict = kept.get("allow", []) + args.allow, args.strict or kept.get("strict", False)
+    options = facts.get("options", {})
+    args.command, args.base, args.recorded = facts["command"], facts["base"], facts
+    args.simulate, args.timeout, args.idle_timeout = "", None, 0
+    args.fix_attempts = 1 if args.command == "self-heal" else 0
+    args.check = args.check or [(name, command) for name, command in options.get("check", [])]
+    args.setup = args.setup or options.get("setup", "")
+    args.carry = args.carry or options.get("carry", [])
+    args.allow = options.get("allow", []) + args.allow
+    args.strict = args.strict or options.get("strict", False)
     args.scope = args.scope or (facts["scope"] or {}).get("globs", [])
     return cmd_run(args)
 
 
 def runs_recover(repo: Repo) -> None:
-    """Close the records of runs that were killed, save their work as a patch, and remove what they left behind."""
+    """Close the records of killed runs, save their work as patches, remove what they left."""
     for place in private_abandoned():
         folder = record_of(place)
         try:
             if folder:
                 run_close(folder, place)
         except (OSError, ValueError, KeyError, TypeError, Stop) as error:
-            CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): it stays in {place}; "
-                        "the next run tries again")
+            CONSOLE.say(f"the work of the killed run {folder.name} cannot be saved ({error}): "
+                        f"it stays in {place}; the next run tries again")
         else:
             private_end(place)
     # Killed, and what it had in the temporary directory is gone as well:
@@ -6348,7 +6630,7 @@ def runs_recover(repo: Repo) -> None:
 
 
 def record_of(place: Path) -> Path | None:
-    """The record that a private directory belongs to; None where it has none, or that was deleted."""
+    """The record that a private directory belongs to; None where there is none."""
     with contextlib.suppress(OSError):
         folder = Path(os.fsdecode((place / "record").read_bytes()))
         return folder if folder.is_dir() else None
@@ -6356,17 +6638,17 @@ def record_of(place: Path) -> Path | None:
 
 
 def run_close(folder: Path, place: Path | None) -> None:
-    """Close one dead run's record as interrupted, with a patch of the work in its private directory.
+    """Close a dead run's record as interrupted, with a patch of the work in its private directory.
 
-    Raises OSError, ValueError, KeyError or Stop where the record or the directory is not what a run leaves.
+    Raises OSError, ValueError, KeyError or Stop where these are not what a run leaves.
     """
     if folder.parent.name == ".agent-runs" and not (folder / "run_summary.json").exists():
         return directory_remove(folder)  # killed before it was a record
     facts, saved = json_read(folder / "run_summary.json", SUMMARY_LIMIT, dict), ""
     if not place and any(os.path.exists(name) for name in facts["places"]):
         return  # in another temporary directory: the next run there saves the work
-    if box := facts.get("sandbox"):
-        sandbox_end(str(box["kind"]), str(box["mark"]))  # a daemon's containers outlive us
+    if sandbox := facts.get("sandbox"):
+        sandbox_end(str(sandbox["kind"]), str(sandbox["mark"]))  # a daemon's containers outlive us
     if facts["outcome"]:
         return (folder / "running").unlink(missing_ok=True)
     if place and str(place) in facts["places"]:
@@ -6377,7 +6659,8 @@ def run_close(folder: Path, place: Path | None) -> None:
         if tree != base:
             patch_write(repo, base, tree, place / "patch", folder / "diff.patch")
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
-    facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0], "error": "the runner was killed"}
+    facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0],
+              "error": "the runner was killed"}
     summary_write(folder, facts)
     (folder / "running").unlink(missing_ok=True)
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
@@ -6401,13 +6684,13 @@ def main(argv: list[str] | None = None) -> int:
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
         args = parser_build().parse_args(argv)
-        return args.bridge(args)
+        return args.handler(args)
     except Stop as stop:
         CONSOLE.say(f"agent_runner: {stop}")
         return stop.exit_code
-    except OSError as error:  # the place is wrong, not the program: no temporary directory, a full disk
-        said = f"{error.strerror or error}: {error.filename or 'this system'}; fix that, then run this again"
-        CONSOLE.say(f"agent_runner: {said}")
+    except OSError as error:  # no temporary directory, a full disk: not the program's fault
+        CONSOLE.say(f"agent_runner: {error.strerror or error}: {error.filename or 'this system'}; "
+                    "fix that, then run this again")
         return EXIT_MISSING
     except Interrupted:
         CONSOLE.say("agent_runner: interrupted before the run began; nothing was changed")
@@ -6425,22 +6708,13 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int:
     """One run in its two private directories, from the base to the result; its exit code."""
-    base = base_find(job.repo, args.base or "HEAD", bench, sweep=job.command == "self-heal" and not args.base)
+    base = base_find(job.repo, args.base or "HEAD", bench,
+                     sweep=job.command == "self-heal" and not args.base)
     if job.recorded:
         base = base._replace(head=job.recorded["head"], left_out=[])
     FROZEN.freeze(job.repo, bench / "git")
     run = run_open(job, base, own, bench)
-    CONSOLE.say(f"run {run.run_id}: {job.command}" + (f", {job.issue.title!r}" if job.issue else "")
-                + f", base {base.commit[:12]}, {job.sandbox.said()}")
-    for word, globs in (("Scope", job.issue.scope), ("Allow", job.issue.allow)) if job.issue else ():
-        if globs:
-            CONSOLE.say(f"the issue itself says {word}: {', '.join(globs)}")
-    if job.recorded:
-        CONSOLE.say(f"no agent is called: the change is that of run {job.recorded['run_id']}")
-    elif hint := agent_hint(job.agent_cmd):
-        CONSOLE.say(hint)
-    if base.left_out:
-        CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
+    run_announce(run)
     try:
         try:
             run.outcome = blueprint(run)
@@ -6453,35 +6727,60 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
     return result_show(run, args.json)
 
 
+def run_announce(run: Run) -> None:
+    """Print what is about to run, and what a user may not expect of it."""
+    job, base = run.job, run.base
+    title = f", {job.issue.title!r}" if job.issue else ""
+    CONSOLE.say(f"run {run.run_id}: {job.command}{title}, base {base.commit[:12]}, "
+                + job.sandbox.phrase())
+    if job.issue and job.issue.scope:
+        CONSOLE.say(f"the issue itself says Scope: {', '.join(job.issue.scope)}")
+    if job.issue and job.issue.allow:
+        CONSOLE.say(f"the issue itself says Allow: {', '.join(job.issue.allow)}")
+    if job.recorded:
+        CONSOLE.say(f"no agent is called: the change is that of run {job.recorded['run_id']}")
+    elif hint := agent_hint(job.agent_cmd):
+        CONSOLE.say(hint)
+    if base.left_out:
+        CONSOLE.say(f"left out, not part of the base: {words_first(base.left_out)}")
+
+
 def result_show(run: Run, as_json: bool) -> int:
-    """Print the result on stdout, or the summary there and the result with the story; the exit code."""
+    """Print the result on stdout, or as JSON (the text then goes to stderr); the exit code."""
     if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
-        said = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
-        CONSOLE.group("the agent's last words", words_clip(said[-1000:] or "(none)", 1000))
+        output = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
+        CONSOLE.group("the agent's last words", output[-1000:] or "(none)")
     if run.outcome in ("no_change", "agent_failed"):
-        withheld = sorted(name for name in os.environ.keys() - agent_environ(os.environ).keys() if name[:4] != "GIT_")
+        names = os.environ.keys() - agent_environ(os.environ).keys()
+        withheld = sorted(name for name in names if not name.startswith("GIT_"))
         if withheld:
             CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
     findings = findings_shown(run)
     if findings and run.outcome not in ("proposed", "nothing_to_heal"):
         CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
     if run.outcome == "nothing_to_heal" and run.base.left_out:
-        CONSOLE.say("untracked files were not part of it: where the build is red for you, `git add` what is missing")
-    text = console_safe(MASK.text(result_text(run)))
+        CONSOLE.say("untracked files were not part of it: where the build is red for you, "
+                    "`git add` what is missing")
+    text = result_text(run)
     if run.job.dry_run and run.tree:
-        text = f"{console_safe(MASK.text(tree_patch(run.job.repo, run.base.tree, run.tree)))}\n{text}"
+        text = f"{tree_patch(run.job.repo, run.base.tree, run.tree)}\n{text}"
+    text = console_safe(MASK.text(text))
     if as_json:
         CONSOLE.say(text)
         text = MASK.text(json.dumps(record_facts(run), indent=2))
     elif sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        text = re.sub(rf"^({run.outcome})", f"\x1b[{31 if OUTCOMES[run.outcome][0] else 32}m\\1\x1b[0m", text,
-                      count=1, flags=re.MULTILINE)
+        colour = 31 if OUTCOMES[run.outcome][0] else 32  # red, or green
+        text = re.sub(rf"^({run.outcome})", f"\x1b[{colour}m\\1\x1b[0m", text, count=1,
+                      flags=re.MULTILINE)
     console_print(text, sys.stdout)
     return OUTCOMES[run.outcome][0]
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is a Stop like any other: one line, exit 64."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise Stop with the reason and the way on."""
@@ -6490,33 +6789,53 @@ class Parser(argparse.ArgumentParser):
 
 def parser_build() -> Parser:
     """The parser of the whole command line."""
-    parser = Parser(prog="agent_runner.py", description="An issue, or a red build, becomes a checked commit proposal. "
-                    "It never pushes and never merges.", allow_abbrev=False)
+    parser = Parser(prog="agent_runner.py",
+                    description="An issue, or a red build, becomes a checked commit proposal. "
+                                "It never pushes and never merges.")
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    issue = commands.add_parser("issue-to-pr", help="an issue file becomes a proposal", allow_abbrev=False,
-                                description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
-    issue.add_argument("issue", metavar="ISSUE.md", type=Path, help="a Markdown file whose first heading is the title")
-    issue.add_argument("--strict", action="store_true",
-                       help="ask for a green gate, also where the base is red (default: nothing may be worse)")
-    heal = commands.add_parser("self-heal", help="a red gate becomes a proposal", allow_abbrev=False,
-                               description="Where the gate is red, let the agent fix it; propose what passes.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
+                                     parser_class=Parser)
+    issue = commands.add_parser(
+        "issue-to-pr", help="an issue file becomes a proposal",
+        description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
+    issue.add_argument("issue", metavar="ISSUE.md", type=Path,
+                       help="a Markdown file whose first heading is the title")
+    strict_add(issue)
+    heal = commands.add_parser(
+        "self-heal", help="a red gate becomes a proposal",
+        description="Where the gate is red, let the agent fix it; propose what passes.")
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
-        command.set_defaults(bridge=cmd_run)
-    again = commands.add_parser("rejudge", help="a recorded change is judged again, without the agent",
-                                allow_abbrev=False, description="Put the change of an earlier run before the gate "
-                                "again: on the same base, with that run's options and what you add here.")
-    again.add_argument("run_id", metavar="RUN_ID", help="of a run that has a diff.patch; `runs` lists them")
-    again.add_argument("--strict", action="store_true", help="ask for a green gate, also where the base is red")
-    gate_options_add(again)
-    again.set_defaults(bridge=cmd_rejudge)
-    runs = commands.add_parser("runs", help="list the past runs", allow_abbrev=False,
-                               description="List the past runs of this repository, the newest last.")
-    runs.add_argument("--prune", type=number_positive, metavar="DAYS", help="delete the records that are older")
-    runs.set_defaults(bridge=cmd_runs)
+        command.set_defaults(handler=cmd_run)
+    past_runs_add(commands)
     return parser
+
+
+def past_runs_add(commands: Any) -> None:
+    """Add the commands on past runs to the parsers of the others."""
+    again = commands.add_parser(
+        "rejudge", help="a recorded change is judged again, without the agent",
+        description="Put the change of an earlier run before the gate again: on the same base, "
+                    "with that run's options and what you add here.")
+    again.add_argument("run_id", metavar="RUN_ID",
+                       help="of a run that has a diff.patch; `runs` lists them")
+    strict_add(again)
+    gate_options_add(again)
+    again.set_defaults(handler=cmd_rejudge)
+    runs = commands.add_parser(
+        "runs", help="list the past runs",
+        description="List the past runs of this repository, the newest last.")
+    runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
+                      help="delete the records that are older")
+    runs.set_defaults(handler=cmd_runs)
+
+
+def strict_add(parser: Parser) -> None:
+    """Add the option that asks for more than "not worse"."""
+    parser.add_argument("--strict", action="store_true",
+                        help="ask for a green gate, also where the base is red (default: nothing "
+                             "may be worse)")
 
 
 def options_add(parser: Parser, attempts: int) -> None:
@@ -6526,13 +6845,13 @@ def options_add(parser: Parser, attempts: int) -> None:
     parser.set_defaults(recorded={})
     add("--simulate", choices=SIMULATIONS, metavar="|".join(SIMULATIONS), default="",
         help=f"play it on a demo repository without an agent: {variants}")
-    add("--fix-attempts", type=number_count, metavar="N", default=attempts,
+    add("--fix-attempts", type=number_whole, metavar="N", default=attempts,
         help=f"repairs the agent may try (default {attempts})")
     add("--base", metavar="REV", default="",
         help="start from this commit (default HEAD; self-heal adds your uncommitted changes)")
-    add("--timeout", type=number_positive, metavar="SECONDS",
+    add("--timeout", type=number_decimal, metavar="SECONDS",
         help="limit of one agent call (AGENT_TIMEOUT, default 1800; 0 is no limit)")
-    add("--idle-timeout", type=number_positive, metavar="SECONDS", default=0,
+    add("--idle-timeout", type=number_decimal, metavar="SECONDS", default=0,
         help="limit of an agent's silence (default 0: none)")
     gate_options_add(parser)
 
@@ -6542,30 +6861,33 @@ def gate_options_add(parser: Parser) -> None:
     add = parser.add_argument
     add("--check", action="append", type=check_pair, metavar="NAME=COMMAND", default=[],
         help="a check of the gate, in place of ruff and pytest; repeatable")
-    add("--setup", metavar="COMMAND", default="", help="run once in each checkout before it is used, e.g. 'uv sync'")
+    add("--setup", metavar="COMMAND", default="",
+        help="run once in each checkout before it is used, e.g. 'uv sync'")
     add("--carry", action="append", metavar="GLOB", default=[],
-        help="copy these files, which git ignores, from your checkout into each one that is used; repeatable")
-    add("--scope", action="extend", type=glob_list, metavar="GLOB", default=[],
-        help="only these paths may change, e.g. 'src/**,docs'; 'auto' lets the agent say which, before it starts; "
+        help="copy these files, which git ignores, from your checkout into each one that is used; "
              "repeatable")
+    add("--scope", action="extend", type=glob_list, metavar="GLOB", default=[],
+        help="only these paths may change, e.g. 'src/**,docs'; 'auto' lets the agent say which, "
+             "before it starts; repeatable")
     add("--allow", action="append", metavar="GLOB", default=[],
         help="let the change touch these protected paths; named in the proposal; repeatable")
     add("--sandbox", metavar="|".join(SANDBOXES),
-        help="what the agent and the gate run in (AGENT_SANDBOX, default auto: bwrap where it works, else none); "
-             "docker and podman need AGENT_IMAGE; or a command to put before theirs ({workspace} is replaced)")
+        help="what the agent and the gate run in (AGENT_SANDBOX, default auto: bwrap where it "
+             "works, else none); docker and podman need AGENT_IMAGE; or a command to put before "
+             "theirs ({workspace} is replaced)")
     add("--dry-run", action="store_true", help="everything but the branch; shows the diff")
     add("--keep", action="store_true", help="leave the workspace, and print its path")
     add("--json", action="store_true", help="print the run's summary on stdout, as JSON")
 
 
-def number_count(text: str) -> int:
+def number_whole(text: str) -> int:
     """A whole number from 0 to 1000."""
-    if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or int(text) > 1000:
+    if not re.fullmatch(r"\d{1,3}|1000", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 1000")
     return int(text)
 
 
-def number_positive(text: str) -> float:
+def number_decimal(text: str) -> float:
     """A number of seconds or days, 0 or more."""
     if not re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number (0 or more)")
@@ -6591,7 +6913,7 @@ def glob_list(text: str) -> list[str]:
 def environ_seconds(name: str, default: float) -> float:
     """The seconds that an environment variable gives; raises Stop."""
     try:
-        return number_positive(os.environ[name]) if os.environ.get(name) else default
+        return number_decimal(os.environ[name]) if os.environ.get(name) else default
     except argparse.ArgumentTypeError as error:
         raise Stop(EXIT_USAGE, f"{name}: {error}; correct or unset it") from None
 
@@ -6599,19 +6921,15 @@ def environ_seconds(name: str, default: float) -> float:
 def job_build(args: argparse.Namespace) -> Job:
     """What was asked for, checked before anything is started; raises Stop."""
     simulated, environ = args.simulate, os.environ
-    issue = issue_asked(args)
+    issue = issue_wanted(args)
     seconds = environ_seconds("AGENT_TIMEOUT", 3 if simulated == "hang" else 1800)
     gate_seconds = environ_seconds("GATE_TIMEOUT", 600)
-    box = args.sandbox or (not simulated and environ.get("AGENT_SANDBOX")) or "auto"
-    in_image = box.partition(" ")[0] in ENGINES
-    if args.recorded:
-        agent_cmd = shlex.split(args.recorded["agent_cmd"])
-    elif simulated:
-        agent_cmd = simulator_command(simulated, in_image)
-    else:
-        agent_cmd = agent_command(environ.get("AGENT_CMD"), in_image)
+    from_environ = "" if simulated else environ.get("AGENT_SANDBOX")
+    sandbox_words = args.sandbox or from_environ or "auto"
+    in_image = sandbox_words.partition(" ")[0] in ENGINES
+    agent_cmd = agent_wanted(args, in_image)
     options_check(args)
-    setup = setup_asked(args, in_image)
+    setup = setup_words(args, in_image)
     repo = None if simulated else repo_open(Path.cwd())
     if issue and repo:
         issue_check(issue, repo.root)
@@ -6619,23 +6937,42 @@ def job_build(args: argparse.Namespace) -> Job:
     if not repo:
         repo = demo_open(args.command)
         CONSOLE.say(f"simulated: your files are not touched; the demo repository is {repo.root}")
-    called = [] if args.recorded else [agent_cmd]
-    programs = [argv[0] for argv in (*called, setup, *(check.argv for check in checks)) if argv]
-    sandbox = sandbox_open(box, environ.get("AGENT_IMAGE", ""), repo, [name for name in programs if os.sep not in name])
-    if sandbox.kind == "bwrap":  # there an agent may write where the user may, but not to what judges it
-        shown = [place.resolve() for place in tool_environments(checks)]
-        sandbox = sandbox._replace(shown=[*sandbox.shown, *shown])
+    called = [setup] if args.recorded else [agent_cmd, setup]
+    sandbox = sandbox_wanted(sandbox_words, repo, called, checks)
+    options = {"check": args.check, "setup": args.setup, "carry": args.carry,
+               "strict": args.strict, "allow": args.allow + (issue.allow if issue else [])}
     return Job(
-        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks, strict=args.strict,
-        setup=setup, carried=carried_files(repo, args.carry), fix_attempts=args.fix_attempts,
-        recorded=args.recorded, options={
-            "check": args.check, "setup": args.setup, "carry": args.carry, "strict": args.strict,
-            "allow": args.allow + (issue.allow if issue else [])},
- agent_seconds=seconds if args.timeout is None else args.timeout,
+        command=args.command, repo=repo, issue=issue, agent_cmd=agent_cmd, checks=checks,
+        strict=args.strict, setup=setup, carried=carried_files(repo, args.carry),
+        fix_attempts=args.fix_attempts, recorded=args.recorded, options=options,
+        agent_seconds=seconds if args.timeout is None else args.timeout,
         idle_seconds=args.idle_timeout, gate_seconds=gate_seconds,
         conventions="" if simulated else environ.get("AGENT_CONFIG"),
-        scope=args.scope or (["greeting.py", "tests"] if simulated == "rogue" else []), allow=args.allow,
-        simulated=simulated, dry_run=args.dry_run, keep=args.keep, sandbox=sandbox)
+        scope=args.scope or (["greeting.py", "tests"] if simulated == "rogue" else []),
+        allow=args.allow, simulated=simulated, dry_run=args.dry_run, keep=args.keep,
+        sandbox=sandbox)
+
+
+def agent_wanted(args: argparse.Namespace, in_image: bool) -> list[str]:
+    """The agent's command in words; raises Stop where it cannot be run."""
+    if args.recorded:
+        return shlex.split(args.recorded["agent_cmd"])
+    if args.simulate:
+        return simulator_command(args.simulate, in_image)
+    return agent_command(os.environ.get("AGENT_CMD"), in_image)
+
+
+def sandbox_wanted(words: str, repo: Repo, called: list[list[str]],
+                   checks: list[Check]) -> Sandbox:
+    """The sandbox that is named, tried out with all that is called in it; raises Stop."""
+    programs = [argv[0] for argv in (*called, *(check.argv for check in checks)) if argv]
+    tools = [name for name in programs if os.sep not in name]
+    sandbox = sandbox_open(words, os.environ.get("AGENT_IMAGE", ""), repo, tools)
+    if sandbox.kind != "bwrap":
+        return sandbox
+    # There an agent may write where the user may, but not to the tools that judge it.
+    shown = [place.resolve() for place in tool_environments(checks)]
+    return sandbox._replace(shown=[*sandbox.shown, *shown])
 
 
 def options_check(args: argparse.Namespace) -> None:
@@ -6644,7 +6981,8 @@ def options_check(args: argparse.Namespace) -> None:
         text_read(Path(os.environ["AGENT_CONFIG"]), "AGENT_CONFIG")
     home = os.environ.get("GATE_HOME", "")
     if home and not (os.path.isabs(home) and os.path.isdir(home)):
-        raise Stop(EXIT_USAGE, f"GATE_HOME {home} is no absolute path of a directory; correct or unset it")
+        raise Stop(EXIT_USAGE,
+                   f"GATE_HOME {home} is no absolute path of a directory; correct or unset it")
     if "auto" in args.scope and args.scope != ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto stands alone; give either auto or globs")
     names = [name for name, _ in args.check]
@@ -6652,11 +6990,11 @@ def options_check(args: argparse.Namespace) -> None:
         raise Stop(EXIT_USAGE, "two --check options have the same name; give each its own")
 
 
-def issue_asked(args: argparse.Namespace) -> Issue | None:
-    """The issue that is asked for; a simulated run plays its own, and only checks a file that is there."""
+def issue_wanted(args: argparse.Namespace) -> Issue | None:
+    """The issue to work on; a simulated run plays its own, and only checks a file that is there."""
     if args.command != "issue-to-pr":
         return None
-    if args.recorded:  # what it wanted was said to the agent; its globs are among the options
+    if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
         return issue_read(args.issue)
@@ -6668,7 +7006,7 @@ def issue_asked(args: argparse.Namespace) -> Issue | None:
     return issue
 
 
-def setup_asked(args: argparse.Namespace, in_image: bool) -> list[str]:
+def setup_words(args: argparse.Namespace, in_image: bool) -> list[str]:
     """The --setup command in words; raises Stop where it cannot be run."""
     setup = command_split(args.setup, "--setup") if args.setup else []
     if setup and os.sep not in setup[0] and not in_image and not shutil.which(setup[0]):

@@ -2588,12 +2588,14 @@ def test_a_refusal_is_a_finding_to_repair(scratch: Scratch) -> None:
 
 
 @pytest.mark.parametrize(("command", "variant", "said"), [
-    ("issue-to-pr", "cheat", "weakened: tests/test_greeting.py"), ("self-heal", "rogue", "scope: README.md")])
+    ("issue-to-pr", "cheat", "weakened: tests/test_greeting.py"), ("self-heal", "rogue", "scope: README.md"),
+    ("self-heal", "blind", "blind: tests/test_greeting.py: test_greets_by_name passes although it expects something else")])
 def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, variant: str, said: str) -> None:
     """A workshop sees what was tried."""
     ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
     assert ended.code == 3 and said in ended.err, ended
-    assert ("relaxed them" if variant == "cheat" else "git push origin HEAD:main\nfatal:") in ended.err
+    words = {"cheat": "relaxed them", "rogue": "git push origin HEAD:main\nfatal:", "blind": "whatever it expects"}
+    assert words[variant] in ended.err
 
 
 def test_the_first_tests_of_a_repository(tmp_path: Path) -> None:
