@@ -4467,10 +4467,15 @@ def outside_verdict(run: Run, before: dict[str, str],
                     tree: str) -> tuple[list[Violation], list[str]]:
     """What happened outside since `before`: violations, and notes; `tree` is the agent's work."""
     repo = run.job.repo
-    changes = tree_changes(repo, run.base.tree, tree) if tree else []
-    sizes = blob_sizes(repo, {change.new_blob for change in changes if change.new_mode})
-    work = {blob for blob, size in sizes.items() if size}  # anybody may have an empty file
-    return user_verdict(repo, before, user_state(run.job), work)
+    try:
+        changes = tree_changes(repo, run.base.tree, tree) if tree else []
+        sizes = blob_sizes(repo, {change.new_blob for change in changes if change.new_mode})
+        work = {blob for blob, size in sizes.items() if size}  # anybody may have an empty file
+        return user_verdict(repo, before, user_state(run.job), work)
+    except (OSError, Stop):
+        if tree:
+            raise
+        return [], []  # there is nothing to propose, and the call has failed already
 
 
 def user_verdict(repo: Repo, before: dict[str, str], after: dict[str, str],
