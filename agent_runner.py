@@ -474,7 +474,7 @@ class Judge:
     def after_the_outside(self, judgement: Judgement, attempt: Attempt) -> Judgement:
         """The judgement, or a refusal for what the agent did beside its work."""
         violations, notes = outside_verdict(self.run, self.user, attempt.tree)
-        look_first = [*judgement.look_first, *notes]
+        look_first = [*dict.fromkeys([*judgement.look_first, *notes])]
         if violations:
             failed = judgement.outcome.startswith("agent_")
             refusal = refused(violations, judgement.findings, final=True)
