@@ -2770,10 +2770,13 @@ RUFF_LIMIT = 50_000_000  # bytes that are read of one report of ruff: some 100,0
 
 def pytest_verdict(evidence: Evidence) -> CheckResult:
     """The verdict of pytest, from the report of our plugin: the exit code alone is not believed."""
-    log, ran = evidence.plain(evidence.log), evidence.ran
+    log, ran, plain = evidence.plain(evidence.log), evidence.ran, evidence.plain
     report = pytest_report(evidence.report)
-    failures = [failure._replace(text=evidence.plain(failure.text)) for failure in report.failures]
-    result = CheckResult(evidence.name, False, "", ran.seconds, tests=report.tests,
+    # A parameter may be a path in the checkout: with another one it is still the same test.
+    tests = {plain(test): way for test, way in report.tests.items()}
+    failures = [failure._replace(test=plain(failure.test), text=plain(failure.text))
+                for failure in report.failures]
+    result = CheckResult(evidence.name, False, "", ran.seconds, tests=tests,
                          failures=failures, facts=report.facts)
     origins = [f"imported from your checkout, not from the change under test: {module}"
                for module in observed([result], "wrong_origin")]

@@ -4711,17 +4711,20 @@ def test_a_healing_is_judged_again_with_a_wider_scope(red):
     assert ended.outcome == "proposed" and ended.summary["branch"] == "agent/self-heal", ended
 
 
-@pytest.mark.parametrize("change",
-                         ["Path('Makefile').write_text('all:\\n')\n" + replaces("tests/test_calc.py", "def test_twice", "def check_twice")
-                          + writes("more.py", "import os  # noqa\n")])
-def test_one_command_proposes_what_a_human_allows(tmp_path, change):
-    """Every reason is found at once: a protected file, a lost test, hidden lint."""
-    scratch = Scratch(tmp_path, FILES | UNTESTED)
+def test_one_command_proposes_what_a_human_allows(tmp_path):
+    """Every reason is found at once: a protected file, a lost test, hidden lint. A parameter that is a path is none."""
+    paths = ("from pathlib import Path\n\nimport pytest\n\nimport calc\n\n\n"
+             "@pytest.mark.parametrize('path', [str(Path(__file__).parent)])\n"
+             "def test_path(path):\n    assert calc and path[-5:] == 'tests'\n")
+    scratch = Scratch(tmp_path, FILES | UNTESTED | {"tests/test_paths.py": paths})
+    change = ("Path('Makefile').write_text('all:\\n')\n" + replaces("tests/test_calc.py", "def test_twice", "def check_twice")
+              + writes("more.py", "import os  # noqa\n") + replaces("calc.py", "2 * a", "a * 2"))
     refused = scratch.propose(change, checks=REAL)
     assert refused.outcome == "blocked", refused
     again = next(command for command in refused.summary["next"] if " rejudge " in command)
     assert all(f"--allow {path}" in again for path in ("Makefile", "more.py", "tests/test_calc.py")), again
-    assert scratch.run(*shlex.split(again)[2:]).outcome == "proposed"
+    ended = scratch.run(*shlex.split(again)[2:])
+    assert ended.outcome == "proposed", ended
 
 
 @pytest.mark.parametrize(("run_id", "said"),
