@@ -1030,6 +1030,19 @@ HONEST = {
     "an honest __eq__": (UNTESTED, writes("point.py", (
         "class Point:\n    def __init__(self, x):\n        self.x = x\n\n"
         "    def __eq__(self, other):\n        return isinstance(other, Point) and self.x == other.x\n")), ()),
+    "a class that is no test, a caller that is looked for, a parameter named like a module": (UNTESTED, writes("more.py", (
+        "import logging\n\n\ndef caller(json):\n    return logging.getLogger().findCaller()[1], json\n"))
+        + writes("tests/test_more.py", (
+            "from more import caller\n\n\nclass TestData:\n    __test__ = False\n    value = 3\n\n\n"
+            "def test_more():\n    assert caller(TestData.value)[1] == 3\n")), ()),
+    "two tests become one with parameters": (UNTESTED | {"tests/test_calc.py": (
+        "import pytest\n\nfrom calc import add\n\n\ndef test_small():\n    assert add(1, 1) == 2\n\n\n"
+        "def test_large():\n    assert add(8, 8) == 16\n\n\ndef test_raises():\n    with pytest.raises(TypeError):\n        add(1, None)\n")},
+        replaces("tests/test_calc.py",
+                 "def test_small():\n    assert add(1, 1) == 2\n\n\ndef test_large():\n    assert add(8, 8) == 16\n", (
+            "@pytest.mark.parametrize(('a', 'total'), [(1, 2), (8, 16)])\n"
+            "def test_add(a, total):\n    assert add(a, a) == total\n")),
+        ("--allow", "tests/test_calc.py")),
     "unicode names": (UNTESTED, writes("données/größe.py", "GRÖSSE = 1\n") + writes("notes ☃.md", "snow\n"), ()),
     "an empty package": (UNTESTED, writes("pkg/__init__.py", ""), ()),
     "tests that write files and make noise": (CALC | {"tests/test_noise.py": "import sys\nfrom pathlib import Path\n\n\n"
@@ -1169,7 +1182,8 @@ SHARED = (
      "a new __init__ beside the tests patches the code"),
     ("configuration appears while the tests run", "configuration appears above the checkout"),
     ("a fix of the source", "a test and a parameter are added", "a new module with docs",
-     "an internal function is renamed with its callers", "a script with its main", "an honest __eq__", "unicode names", "an empty package",
+     "an internal function is renamed with its callers", "a script with its main", "an honest __eq__",
+     "a class that is no test, a caller that is looked for, a parameter named like a module", "unicode names", "an empty package",
      "helpers of tests that take an input last", "the mode of a script", "names that only look like gate files",
      "documents of .github", "an indentation that matters", "white space where it has meaning", "a file with CRLF"),
     ("a test directory with conftest and data", "dead code is removed, and a module moves", "skips and xfails of the base stay",
