@@ -1037,7 +1037,8 @@ HONEST = {
             "def test_more():\n    assert caller(TestData.value)[1] == 3\n")), ()),
     "two tests become one with parameters": (UNTESTED | {"tests/test_calc.py": (
         "import pytest\n\nfrom calc import add\n\n\ndef test_small():\n    assert add(1, 1) == 2\n\n\n"
-        "def test_large():\n    assert add(8, 8) == 16\n\n\ndef test_raises():\n    with pytest.raises(TypeError):\n        add(1, None)\n")},
+        "def test_large():\n    assert add(8, 8) == 16\n\n\n"
+        "def test_raises():\n    with pytest.raises(TypeError):\n        add(1, None)\n")},
         replaces("tests/test_calc.py",
                  "def test_small():\n    assert add(1, 1) == 2\n\n\ndef test_large():\n    assert add(8, 8) == 16\n", (
             "@pytest.mark.parametrize(('a', 'total'), [(1, 2), (8, 16)])\n"
