@@ -2026,6 +2026,13 @@ def test_marks_for_tools_outside_the_gate_are_named(scratch):
         "adds marks for tools outside this gate: type: ignore at more.py:1, pragma: no cover at more.py:4"]
 
 
+def test_a_mark_that_ruff_cannot_undo_is_refused_where_ruff_is_a_check(scratch):
+    marks = writes("more.py", "# isort: skip_file\nimport sys\n\nprint(sys)\n")
+    ended = scratch.propose(EDITS + "\n" + marks, checks=("ruff=ruff check .",))
+    assert ended.outcome == "blocked" and "suppression: more.py:1: adds a suppression: isort: skip" in ended.findings, ended
+    assert scratch.propose(EDITS + "\n" + marks).outcome == "proposed"
+
+
 def test_marks_for_a_tool_of_the_gate_are_refused(scratch):
     (scratch.place / "mypy").write_text("#!/bin/sh\n")
     (scratch.place / "mypy").chmod(0o755)
