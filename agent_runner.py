@@ -6803,15 +6803,17 @@ def parser_build() -> Parser:
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=Parser)
-    issue = commands.add_parser(
-        "issue-to-pr", help="an issue file becomes a proposal",
-        description="Hand an issue to the agent in AGENT_CMD; propose what passes the gate.")
+    issue = command_add(
+        commands, "issue-to-pr", "an issue file becomes a proposal",
+        "Hand an issue to the agent in AGENT_CMD; propose what passes the gate.",
+        ["issue-to-pr issue.md --simulate good", "issue-to-pr issue.md --fix-attempts 2"])
     issue.add_argument("issue", metavar="ISSUE.md", type=Path,
                        help="a Markdown file whose first heading is the title")
     strict_add(issue)
-    heal = commands.add_parser(
-        "self-heal", help="a red gate becomes a proposal",
-        description="Where the gate is red, let the agent fix it; propose what passes.")
+    heal = command_add(
+        commands, "self-heal", "a red gate becomes a proposal",
+        "Where the gate is red, let the agent fix it; propose what passes.",
+        ["self-heal --simulate stuck", "self-heal --setup 'uv sync' --timeout 600"])
     heal.set_defaults(strict=False)  # it asks for green as it is
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
@@ -6820,20 +6822,37 @@ def parser_build() -> Parser:
     return parser
 
 
+def command_add(commands: Any, name: str, what: str, description: str,
+                examples: list[str]) -> Parser:
+    """The parser of a new command, whose help ends with examples and the exit codes."""
+    shown = [f"  python agent_runner.py {example}" for example in examples]
+    codes: dict[int, list[str]] = {}
+    for outcome, (code, _) in OUTCOMES.items():
+        codes.setdefault(code, []).append(outcome)
+    codes |= {EXIT_USAGE: ["wrong usage or bad input"], EXIT_MISSING: ["something is missing"]}
+    exits = [f"  {code:<4} {', '.join(names)}" for code, names in sorted(codes.items())]
+    return commands.add_parser(
+        name, help=what, description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["examples:", *shown, "", "exit codes:", *exits]))
+
+
 def past_runs_add(commands: Any) -> None:
     """Add the commands on past runs to the parsers of the others."""
-    again = commands.add_parser(
-        "rejudge", help="a recorded change is judged again, without the agent",
-        description="Put the change of an earlier run before the gate again: on the same base, "
-                    "with that run's options and what you add here.")
+    again = command_add(
+        commands, "rejudge", "a recorded change is judged again, without the agent",
+        "Put the change of an earlier run before the gate again: on the same base,\n"
+        "with that run's options and what you add here.",
+        ["rejudge RUN_ID --allow tests/test_money.py", "rejudge RUN_ID --sandbox none"])
     again.add_argument("run_id", metavar="RUN_ID",
                        help="of a run that has a diff.patch; `runs` lists them")
     strict_add(again)
     gate_options_add(again)
     again.set_defaults(handler=cmd_rejudge)
-    runs = commands.add_parser(
-        "runs", help="list the past runs",
-        description="List the past runs of this repository, the newest last.")
+    runs = command_add(
+        commands, "runs", "list the past runs",
+        "List the past runs of this repository, the newest last.",
+        ["runs", "runs --prune 30"])
     runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
                       help="delete the records that are older")
     runs.set_defaults(handler=cmd_runs)
