@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """agent_runner: one issue, or one red build, in; one checked commit proposal out.
 
-    issue or red build -> workspace -> brief -> agent -> snapshot -> guardrails -> gate -> proposal
-                                         ^                               |          |
-                                         +------ findings, a few times --+----------+
+    issue or red build -> workspace -> brief -> agent -> snapshot -> judgement -> proposal
+                                         ^                               |
+                                         +---- findings, a few times ----+
+    judgement: what may change at all -> gate -> recheck -> what was observed -> blind twin
 
-Any headless coding agent does the creative part. The rest is in this file, and no step of it is
-the agent's to skip. It does not push, it does not merge, it does not touch your checkout, and
-it does not call work done because the agent said so.
+Any headless coding agent does the creative part. The rest is in this file, and the agent cannot
+skip a step of it. It does not push, it does not merge, it does not touch your checkout, and it
+does not call work done because the agent said so.
 
 Standard library only: copy this one file. Start with `python agent_runner.py --help`.
 
@@ -16,7 +17,7 @@ Part One (500 lines) says what happens. How each step is done stands in a chapte
 
     workspace    Base, Workspace, workspace_open, tree_changes (17), Repo (17)      chapter 4
     the brief    Issue, brief_text, scope_settle                                    chapter 5
-    agent        agent_call                                                         chapter 6
+    agent        agent_call, call_outcome                                           chapter 6
     guardrails   Source, sources_read, Violation, guard_file, guard_size,
                  guard_change, is_only_space, overrulable, glob_match (18)          chapter 7
     gate         Check, Gates, gates_open, GateResult, CheckResult, must_be_green   chapter 8
@@ -92,7 +93,7 @@ __version__ = "0.1.0"
 # === Chapter 1. Words =======================================================
 # Called by: everything.
 # Promises: one thing has one name, in the code, on the screen, in the record and in the README.
-# At first: read it; come back to the types.
+# At first: read the words; look the types up when they are used.
 #
 #   base        the recorded commit that a run starts from
 #   workspace   a private repository with the base's files; the agent works here
@@ -103,7 +104,8 @@ __version__ = "0.1.0"
 #   snapshot    the tree of the files that the agent left
 #   guardrail   a rule on what may change at all, whatever the tests report
 #   check       one command of the gate; a baseline is its result on the base
-#   gate        the checks that a tree must pass, each in a clean checkout, with evidence
+#   gate        the checks that a tree must pass, each in a clean checkout
+#   green, red  nothing stands against it, or something does: a check, a gate, a judgement
 #   gate file   a file that decides what the gate reports: a test, its data, configuration
 #   recheck     the gate once more, with the base's gate files laid over the change
 #   blind twin  the tests once more, each with another expectation: all of them must fail
@@ -128,11 +130,12 @@ OUTCOMES = {
     "agent_timed_out": (4, "the agent ran past its time"),
     "interrupted": (130, "the run was interrupted; everything it started has ended"),
 }
+CALL_FAILED = ("agent_failed", "agent_timed_out")
 EXIT_USAGE, EXIT_MISSING = 64, 69  # sysexits.h: EX_USAGE, EX_UNAVAILABLE
 
 
 class Stop(Exception):
-    """A normal ending without an outcome: the exit code and one line for the user."""
+    """Something is wrong outside of this program: the exit code and one line for the user."""
 
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(reason)
@@ -140,7 +143,7 @@ class Stop(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP: raised where a program is waited for, never in between."""
+    """Ctrl-C, SIGTERM or SIGHUP: raised only where the runner waits for a program."""
 
 
 @dataclass
@@ -152,7 +155,7 @@ class Job:
     issue: Issue | None
     agent_cmd: list[str]
     checks: list[Check]
-    strict: bool  # whether an issue's change must make the whole gate green, too
+    strict: bool  # whether an issue's change must make the whole gate green, as a healing must
     setup: list[str]
     carried: list[str]  # ignored files of the user's checkout that each checkout gets
     fix_attempts: int
@@ -188,12 +191,12 @@ class Job:
 class Judgement(NamedTuple):
     """What one attempt comes to."""
 
-    outcome: str  # "green", "red", or the word of OUTCOMES that it comes to
+    outcome: str  # "green", "red", or a word of OUTCOMES; "" where nothing was judged yet
     findings: Sequence[str] = ()  # for the next brief, or the handoff
     violations: Sequence[Violation] = ()
     look_first: Sequence[str] = ()  # what a reviewer should see before all else
-    overrule: Sequence[str] = ()  # the paths with which --allow makes a proposal of it
-    final: bool = False  # whether no repair can change it
+    overrule: Sequence[str] = ()  # the paths that a human may --allow, to have it proposed
+    final: bool = False  # whether the run ends with it: no repair could change it
     gate: GateResult | None = None  # the gate's result on the change as the agent left it
     recheck: GateResult | None = None  # the same with the base's gate files
     twin: str = ""  # what the blind twin has shown, in a sentence
@@ -251,8 +254,8 @@ class Run:
 
 # === Chapter 2. The blueprint ===============================================
 # Called by: run_whole (chapter 21).
-# Promises: the agent is called in agent_step (and for a scope in scope_settle); no step of this
-#   is its to skip.
+# Promises: the agent is called in agent_step (and for a scope in scope_settle), and it cannot
+#   skip a step.
 # At first: read it.
 
 
@@ -265,9 +268,9 @@ def blueprint(run: Run) -> str:
             gates.baseline_start()  # it is checked while the agent works
         elif ended := base_check(run, judge):
             return ended
-        if not scope_settle(run):
-            return "agent_failed"
-        workspace.lay()
+        if failed := scope_settle(run):
+            return failed
+        workspace.lay_out()
         for number in range(1, run.job.agent_calls + 1):
             attempt = attempt_make(run, workspace, judge, number)
             if attempt.judgement.green:
@@ -278,7 +281,7 @@ def blueprint(run: Run) -> str:
 
 
 def base_check(run: Run, judge: Judge) -> str:
-    """The outcome where the base leaves nothing to heal; "" where it is red, and stays so."""
+    """The outcome where the base leaves nothing to heal; else "", and what is red is noted."""
     gates = judge.gates
     baseline = gates.baseline_now()
     red = [check for check in baseline.checks if not check.ok and judge.must_pass(check)]
@@ -295,28 +298,25 @@ def attempt_make(run: Run, workspace: Workspace, judge: Judge, number: int) -> A
     """One agent call and its judgement; both are in the record."""
     attempt, findings = Attempt(number), run.judgement.findings
     run.attempts.append(attempt)
-    failed = agent_step(run, workspace, attempt)
-    if failed:
-        judgement = Judgement(failed, findings, final=True)
+    if failed := agent_step(run, workspace, attempt):
+        judgement = Judgement(failed, findings, final=True)  # what was wrong before still is
     else:
         judgement = snapshot_judge(run, workspace, judge, attempt)
-    attempt.judgement = judge.after_the_outside(judgement, attempt)
+    attempt.judgement = judge.add_outside(judgement, attempt)
     record_write(run)
     return attempt
 
 
 def agent_step(run: Run, workspace: Workspace, attempt: Attempt) -> str:
-    """Call the agent; the outcome where it failed, or "". A recorded change needs no agent."""
-    if run.job.recorded:
+    """Call the agent; the outcome where that failed, else ""."""
+    if run.job.recorded:  # `rejudge`: the snapshot is made of that change
         return ""
     brief = brief_text(run, attempt, workspace.checkout.place)
     with CONSOLE.step(f"agent, attempt {attempt.number}") as step:
         ran = agent_call(run, str(attempt.number), workspace.checkout, brief)
         attempt.agent_exit, attempt.agent_seconds = ran.exit, round(ran.seconds, 2)
         step["result"] = "out of time, stopped" if ran.timed_out else f"exit {ran.exit}"
-    if ran.timed_out:
-        return "agent_timed_out"
-    return "agent_failed" if ran.exit else ""
+    return call_outcome(ran)
 
 
 def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attempt) -> Judgement:
@@ -327,7 +327,7 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
         reason = f"git cannot store the files that the agent left: {error}"
         return Judgement("agent_failed", [reason], final=True)
     attempt.nested = workspace.checkout.nested
-    if attempt.number > 1 and is_stalled(run):
+    if attempt.number > 1 and is_stalled(run):  # judged before; an empty first one is not
         before = run.attempts[-2]
         attempt.changed = before.changed
         findings = ["the agent left the same files as before", *before.judgement.findings]
@@ -336,7 +336,8 @@ def snapshot_judge(run: Run, workspace: Workspace, judge: Judge, attempt: Attemp
 
 
 def is_stalled(run: Run) -> bool:
-    """Whether the newest attempt left the files as it found them: the next would do the same."""
+    """Whether the newest attempt left the files as it found them: it made no progress."""
+    # A tree does not hold the repositories inside it, so those are compared by name.
     left = [(run.base.tree, []), *((attempt.tree, attempt.nested) for attempt in run.attempts)]
     return left[-1] == left[-2]
 
@@ -349,13 +350,13 @@ def proposal_commit(run: Run, attempt: Attempt) -> None:
     run.branch = branch_create(run.job.repo, proposal_slug(run.job), run.commit)
 
 
-def outcome_of(heals: bool, judgement: str) -> str:
-    """The outcome of a run whose newest judgement this is; "" where no agent was called."""
-    if judgement == "green":
+def outcome_of(heals: bool, newest: str) -> str:
+    """The outcome of a run, by the word of its newest judgement; "" where no agent was called."""
+    if newest == "green":
         return "proposed"
-    if judgement in ("", "red") or (heals and judgement == "no_change"):
+    if newest in ("", "red") or (heals and newest == "no_change"):  # then the gate is still red
         return "gave_up" if heals else "gate_failed"
-    return judgement  # a refusal, or a call that failed
+    return newest  # a refusal, or a call that failed
 
 
 # === Chapter 3. The judgement ===============================================
@@ -366,7 +367,7 @@ def outcome_of(heals: bool, judgement: str) -> str:
 # Each thing that is looked for is something that was observed: a file, a report,
 # a test that ran. The order is from cheap to costly.
 
-UNREVIEWABLE = ("secret", "size", "link", "compiled")  # refused before anything is run
+UNREVIEWABLE = ("secret", "size", "link", "compiled")  # rules that are looked at before any run
 
 
 class Judge:
@@ -376,25 +377,26 @@ class Judge:
         job = run.job
         self.run, self.gates = run, gates
         self.allow = job.allow + (job.issue.allow if job.issue else [])
+        # Checks that must be green; the others must not be worse than on the base.
         self.strict = {check.name for check in job.checks if must_be_green(check, job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed last: they are run first
         self.tools = tools_state(job, gates.places)
         self.user = user_state(job)
 
     def must_pass(self, check: CheckResult) -> bool:
-        """Whether a check must be green, not only as on the base; what --setup does always must."""
+        """Whether a result must be green; that of --setup, which is no check of the job, must."""
         return check.name in self.strict or check.name not in {c.name for c in self.run.job.checks}
 
     def decide(self, attempt: Attempt) -> Judgement:
-        """The judgement on a snapshot: the first of these that there is."""
+        """The judgement on a snapshot: that of the first of these that has one."""
         changes = tree_changes(self.run.job.repo, self.run.base.tree, attempt.tree)
         attempt.changed = [change.path for change in changes]
         sources = sources_read(self.run.job.repo, changes)
         return (
             self.by_tools()  # what judges is not what it was
             or self.by_emptiness(attempt, sources)  # there is nothing to judge
-            or self.by_size(attempt, sources)  # nobody could review it
-            or self.by_old_failures(attempt)  # what was red is still red
+            or self.by_form(attempt, sources)  # nobody could review it
+            or self.by_old_failures(attempt)  # what was red is still red: cheap to know
             or self.by_evidence(attempt, sources)  # all the rest
         )
 
@@ -407,14 +409,15 @@ class Judge:
         """No change where no file differs, or only in white space that nobody asked for."""
         real = [source for source in sources
                 if not is_only_space(source) or glob_match(source.change.path, self.allow)]
+        # Where the base has findings of lint, white space may be the fix.
         if real or attempt.nested or (sources and self.gates.lint_on_base()):
             return None
         what = "nothing but white space" if sources else "no file"
         red = self.run.baseline.findings() if self.run.baseline else []
         return Judgement("no_change", [f"the agent changed {what}", *red], overrule=attempt.changed)
 
-    def by_size(self, attempt: Attempt, sources: list[Source]) -> Judgement | None:
-        """Refused where nobody can review it: then nothing of it is run."""
+    def by_form(self, attempt: Attempt, sources: list[Source]) -> Judgement | None:
+        """Refused where nobody can review it (a secret, a link, its size): nothing of it runs."""
         found = guard_size(sources, self.allow)
         if not found:
             found = [v for source in sources for v in guard_file(source) if v.rule in UNREVIEWABLE]
@@ -425,7 +428,7 @@ class Judge:
 
     def by_old_failures(self, attempt: Attempt) -> Judgement | None:
         """Red where what failed last still does: it is run first, and alone."""
-        self.gates.renew()  # the agent may have reached the ones that there were
+        self.gates.renew()  # the agent may have reached into the checkouts of before
         if not self.red:
             return None
         first = self.gates.failures_first(attempt, self.red)
@@ -439,22 +442,23 @@ class Judge:
         self.red = [check.name for check in gate.checks if check.failures and not check.broken]
         failing = gate_problems(base, gate, self.strict)
         recheck = Recheck(self, attempt, sources, self.gates.gate_files(gate))
-        if not failing:
-            recheck.start()  # else it has no result, and finds nothing
+        if not failing:  # what fails is red already; then the recheck stays empty
+            recheck.run()
+        # Where tests wrote to the files that judge, nobody knows what passed: --allow cannot help.
         if rewritten := files_rewritten(base, gate, recheck):
             return refused(rewritten)._replace(gate=gate)
         found, notes = guard_change(self.run, sources, gate, recheck)
-        found += recheck.violations(gate) if not failing else []
+        found += recheck.violations(gate)
         lost = gate_losses(base, gate, recheck, sources, self.allow)
-        judgement = self.weigh(found, failing, lost, recheck.findings)
+        judgement = self.conclude(found, failing, lost, recheck.findings)
         if judgement.green:
-            judgement = self.after_the_twin(judgement, BlindTwin(self, attempt, sources, gate))
+            judgement = self.add_twin(judgement, BlindTwin(self, attempt, sources, gate))
         look_first = [*base_red_lines(base, gate), *judgement.look_first, *recheck.notes(), *notes]
         return judgement._replace(look_first=look_first, gate=gate, recheck=recheck.result)
 
-    def weigh(self, found: list[Violation], failing: list[str], lost: dict[str, str],
-              details: list[str]) -> Judgement:
-        """What the findings come to: refused, red or green; `lost` has a line a test."""
+    def conclude(self, found: list[Violation], failing: list[str], lost: dict[str, str],
+                 details: list[str]) -> Judgement:
+        """What all of it comes to: refused, red or green. `lost`: {test: what became of it}."""
         refusals = [violation for violation in found if not violation.allowed(self.allow)]
         problems = [*failing, *lost.values()]
         overrule = [] if failing else overrulable(refusals, lost)
@@ -465,21 +469,22 @@ class Judge:
         allowed = [f"allowed: {violation.line()}" for violation in found]
         return Judgement("green", look_first=allowed)
 
-    def after_the_twin(self, judgement: Judgement, twin: BlindTwin) -> Judgement:
-        """A green judgement after its tests have run with altered expectations, or a refusal."""
-        weighed = self.weigh(twin.violations(), [], {}, [])
-        look_first = [*weighed.look_first, *judgement.look_first]
-        return weighed._replace(look_first=look_first, twin=twin.line())
+    def add_twin(self, judgement: Judgement, twin: BlindTwin) -> Judgement:
+        """A green judgement, or a refusal for tests that do not fail with other expectations."""
+        concluded = self.conclude(twin.violations(), [], {}, [])
+        look_first = [*concluded.look_first, *judgement.look_first]
+        return concluded._replace(look_first=look_first, twin=twin.line())
 
-    def after_the_outside(self, judgement: Judgement, attempt: Attempt) -> Judgement:
+    def add_outside(self, judgement: Judgement, attempt: Attempt) -> Judgement:
         """The judgement, or a refusal for what the agent did beside its work."""
         violations, notes = outside_verdict(self.run, self.user, attempt.tree)
         look_first = [*dict.fromkeys([*judgement.look_first, *notes])]
-        if violations:
-            failed = judgement.outcome.startswith("agent_")
-            refusal = refused(violations, judgement.findings, final=True)
-            judgement = refusal._replace(outcome=judgement.outcome) if failed else refusal
-        return judgement._replace(look_first=look_first)
+        if not violations:
+            return judgement._replace(look_first=look_first)
+        refusal = refused(violations, judgement.findings, final=True)
+        if judgement.outcome in CALL_FAILED:  # the run ends with that; the refusal is added to it
+            refusal = refusal._replace(outcome=judgement.outcome)
+        return refusal._replace(look_first=look_first, gate=judgement.gate)
 
 
 def refused(violations: list[Violation], findings: Sequence[str] = (),
@@ -520,7 +525,7 @@ class Workspace:
         self.checkout = workspace_at(self.job.repo, private, self.job.carried)
         self.start = ""  # the tree that the agent starts from
 
-    def lay(self) -> None:
+    def lay_out(self) -> None:
         """Lay it out, ready for the agent; raises Stop where --setup fails."""
         with CONSOLE.step("workspace") as step:
             workspace_lay(self.checkout, self.base)
@@ -1157,41 +1162,42 @@ def conventions_text(job: Job, place: Path) -> str:
 CONVENTIONS = ("AGENTS.md", ".agent/instructions.md", "agent-config.md")
 
 
-def scope_settle(run: Run) -> bool:
-    """Record which files may change before a line is written; False where the agent named none."""
+def scope_settle(run: Run) -> str:
+    """Record which files may change; the outcome where the agent was to name them and did not."""
     job = run.job
     given = job.scope or (job.issue.scope if job.issue else [])
     if given:
         source = "--scope" if job.scope else "the issue"
         run.scope = {"globs": given, "why": "", "source": source}
-    if job.scope == ["auto"]:
-        try:
-            run.scope = scope_ask(run)
-        except ValueError as error:
-            run.error, run.opening = str(error), [str(error)]
-            return False
+    if job.scope == ["auto"] and (failed := scope_ask(run)):
+        return failed
     if run.scope:
         file_write(run.folder / "scope.json", json.dumps(run.scope, indent=2) + "\n")
-    return True
+    return ""
 
 
-def scope_ask(run: Run) -> dict[str, Any]:
-    """The scope that the agent names; its other changes are thrown away. Raises ValueError."""
+def scope_ask(run: Run) -> str:
+    """Let the agent name the scope; its other changes are thrown away. The outcome of a failure."""
     with private_directory() as private:
         workspace = Workspace(run, private)
-        workspace.lay()
+        workspace.lay_out()
         fence = f"=== {os.urandom(6).hex()} ==="
         wanted = run.job.issue.text if run.job.issue else "\n".join(run.opening)
         with CONSOLE.step("agent, scope") as step:
             step["result"] = "no answer"
             brief = f"{SCOPE_BRIEF}{fence}\n{wanted}\n{fence}\n"
             ran = agent_call(run, "scope", workspace.checkout, brief)
-            if ran.exit != 0:
-                why = call_reason(run.job, ran.exit, ran.seconds)
-                raise ValueError(f"there is no scope: {why}")
-            scope = scope_read(workspace.checkout.place)
-            step["result"] = ", ".join(scope["globs"])
-            return scope
+            if failed := call_outcome(ran):
+                reason = f"there is no scope: {call_reason(run.job, ran.exit, ran.seconds)}"
+                run.error, run.opening = reason, [reason]
+                return failed
+            try:
+                run.scope = scope_read(workspace.checkout.place)
+            except ValueError as error:
+                run.error, run.opening = str(error), [str(error)]
+                return "agent_failed"
+            step["result"] = ", ".join(run.scope["globs"])
+            return ""
 
 
 SCOPE_BRIEF = """\
@@ -1296,6 +1302,13 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
     return job.sandbox.run(argv, reach, env=agent_environ(os.environ), seconds=job.agent_seconds,
                            idle=job.idle_seconds, log=run.folder / f"agent-{label}.log",
                            stdin=stdin)
+
+
+def call_outcome(ran: Ran) -> str:
+    """The outcome that a call of the agent gives a run by itself: "" where it ended well."""
+    if ran.timed_out:
+        return "agent_timed_out"
+    return "agent_failed" if ran.exit else ""
 
 
 def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -3316,7 +3329,7 @@ def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
 # Called by: Judge.by_evidence.
 # Promises: what the agent did to tests, their data or configuration cannot make its change
 #   green.
-# At first: read Recheck.start and violations.
+# At first: read Recheck.run and violations.
 
 
 class Recheck:
@@ -3333,12 +3346,12 @@ class Recheck:
         self.findings: list[str] = []
         self.about_allowed: list[str] = []
 
-    def start(self) -> None:
-        """Run it, and remember it as the run's recheck."""
+    def run(self) -> None:
+        """Run it; without this there is no result, and nothing is found."""
         if self.touched:
-            self.result = self._run(self.touched, "recheck")
+            self.result = self._gate(self.touched, "recheck")
 
-    def _run(self, touched: list[Change], name: str) -> GateResult | None:
+    def _gate(self, touched: list[Change], name: str) -> GateResult | None:
         """The result with the base's version of some files; None where nothing can differ."""
         judge, number = self.judge, self.attempt.number
         checks, modules = self.narrowed(touched)
@@ -3373,13 +3386,15 @@ class Recheck:
 
     def violations(self, gate: GateResult) -> list[Violation]:
         """What the recheck has against a change that the gate itself passes."""
+        if not self.result:
+            return []
         problems = self.problems(gate, self.result, self.touched)
         self.about_allowed = [allowed_line(change.path, problems)
                               for change in self.allowed if change.old_mode]
         touched = [change for change in self.touched if change not in self.allowed]
         # Once more without what is allowed: that may be the reason.
         if problems and self.allowed and touched:
-            problems = self.problems(gate, self._run(touched, "recheck-rest"), touched)
+            problems = self.problems(gate, self._gate(touched, "recheck-rest"), touched)
         if not problems or not touched:
             return []
         self.findings = [f"with the base's gate files, {text}"

@@ -1844,7 +1844,8 @@ def test_an_answer_that_is_no_scope(tmp_path: Path, answer: str | None) -> None:
 @pytest.mark.parametrize("agent", ["print('Invalid API key')\nsys.exit(1)", "print('thinking', flush=True)\n" + SLEEPS])
 def test_a_scoping_agent_that_fails_says_why(scratch, agent):
     ended = scratch.propose(agent, "--scope", "auto", "--idle-timeout", "1")
-    assert (ended.code, ended.outcome, ended.summary["attempts"]) == (4, "agent_failed", []), ended
+    outcome = "agent_timed_out" if "think" in agent else "agent_failed"
+    assert (ended.code, ended.outcome, ended.summary["attempts"]) == (4, outcome, []), ended
     why = "the agent printed nothing for 1 s (--idle-timeout)" if "think" in agent else "the agent's command ended with exit 1"
     assert f"there is no scope: {why}\n" in ended.err and "agent-scope.log):\n" in ended.text("handoff.md")
     assert ("thinking" if "think" in agent else "Invalid API key") in ended.text("handoff.md")
