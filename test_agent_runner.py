@@ -4365,7 +4365,7 @@ def test_settings_that_break_an_ordinary_commit_do_not_matter(scratch, trouble):
     author = scratch.git("log", "-1", "--format=%an <%ae>", commit)
     supplied = "agent_runner <agent_runner@localhost>"
     assert author == (supplied if trouble == "no identity" else "Ada <ada@example.org>")
-    assert f"`{supplied}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`{supplied}`" in (ROOT / ".github/SAFETY.md").read_text(encoding="utf-8")
 
 
 def test_an_existing_branch_is_never_moved(scratch):
@@ -4947,20 +4947,25 @@ def test_callers_stand_above_what_they_call():
         assert len(re.findall(rf"\b{node.name}\b", source)) > 1, f"nobody calls {node.name}"
 
 
-def readme_commands() -> Iterator[str]:
-    """Every runner's command line in a code block of README.md, without what stands before it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
-    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text.replace("\\\n", " "), re.M | re.S):
-        for line in block.splitlines():
-            if found := re.search(r"(?:^|[\s/])python3? (?:\S*/)?agent_runner\.py(?: (.*))?$", line):
-                yield found[1] or ""
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md"))) if path.exists()]
+
+
+def page_commands() -> Iterator[tuple[str, str]]:
+    """Each page's name, and every runner's command line in a code block of it, without what stands before it."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S):
+            for line in block.splitlines():
+                if found := re.search(r"(?:^|[\s/])python3? (?:\S*/)?agent_runner\.py(?: (.*))?$", line):
+                    yield page.name, found[1] or ""
 
 
 def test_every_command_in_the_readme_parses(capsys):
-    lines = list(readme_commands())
-    assert len(lines) >= 4, "README.md shows the workshop's four commands at least"
+    """And in the pages that it leads to."""
+    lines = list(page_commands())
+    assert len(lines) >= 4, "the pages show the workshop's four commands at least"
     parser = runner_module().parser_build()
-    for line in lines:
+    for page, line in lines:
         words = shlex.split(line, comments=True)
         end = next((number for number, word in enumerate(words) if re.fullmatch(r"[;&|]+|\d?>.*", word)), len(words))
         try:
@@ -4968,7 +4973,22 @@ def test_every_command_in_the_readme_parses(capsys):
         except SystemExit as ended:  # --help and --version end by themselves
             assert not ended.code, line
         except Exception as error:
-            pytest.fail(f"README.md: agent_runner.py {line}: {error}")
+            pytest.fail(f"{page}: agent_runner.py {line}: {error}")
+
+
+def test_the_readme_is_short_and_documents_the_exit_codes():
+    """What it leads to has the variables and the options: all of them."""
+    runner, text = runner_module(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text) <= 12_000
+    for outcome, (code, meaning) in runner.OUTCOMES.items():
+        assert f"| {code} | `{outcome}` | {meaning} |" in text
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    source = RUNNER.read_text(encoding="utf-8")
+    variables = set(re.findall(r'["\']((?:AGENT|GATE)_[A-Z_]+)["\']', source))
+    assert {"AGENT_CMD", "GATE_HOME", "AGENT_PASS_ENV"} <= variables
+    options = set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', source))
+    assert {"--check", "--prune", "--version"} <= options
+    assert [name for name in sorted(variables | options) if not re.search(rf"(?<![\w-]){name}(?![\w-])", pages)] == []
 
 
 def test_the_first_issue_is_the_demo():
