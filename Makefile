@@ -60,7 +60,15 @@ simulate: $(READY)  ## Every simulation, and whether its exit code is the right 
 		else echo "WRONG  exit $$code, not $$expected  $$args"; cat ../out; wrong=1; fi; \
 	done; exit $$wrong; }
 
-bench: $(READY)  ## The table of ratios in the README (some minutes)
+red:  ## A small repository with a bug, to be healed: make red DIR=../red
+	@[ -n "$(DIR)" ] || { echo "make: name a directory that is not there yet: make red DIR=../red" >&2; exit 1; }
+	@[ ! -e "$(DIR)" ] || { echo "make: $(DIR) is there already; name another: make red DIR=../red-2" >&2; exit 1; }
+	@cp -R .github/red "$(DIR)" && cp agent_runner.py "$(DIR)"
+	@cd "$(DIR)" && git init --quiet && git symbolic-ref HEAD refs/heads/main && git add -A && \
+		git -c user.name=Workshop -c user.email=workshop@localhost -c commit.gpgSign=false commit --quiet -m "Sell tea by the piece"
+	@echo "two tests are red in $(DIR): cd $(DIR), and heal it"
+
+bench: $(READY)  ## The table of ratios in BENCHMARKS.md (some minutes)
 	$(VENV)/bin/python test_agent_runner.py bench
 
 soak: $(READY)  ## 200 simulated runs, ten at a time, killed at random (some minutes)
@@ -83,4 +91,4 @@ $(READY): Makefile $(if $(SAME),,FORCE)
 FORCE:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint simulate bench soak clean FORCE
+.PHONY: help demo test lint simulate red bench soak clean FORCE

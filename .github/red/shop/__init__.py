@@ -1,0 +1,1 @@
+"""A small shop: articles, baskets and receipts."""
