@@ -4544,6 +4544,18 @@ def test_a_branch_name_spells_letters_as_people_do(title: str, slug: str) -> Non
 # === The simulator ==========================================================
 
 
+PLAYED: dict[str, Ended] = {}  # simulated runs, as the pages show them
+
+
+def played(place: Path, line: str) -> Ended:
+    """How a simulated run ends that a page has; those that another test has played are not played again."""
+    words = [word for word in shlex.split(line, comments=True) if word != "--simulate" and not word.endswith(".md")]
+    if (key := " ".join(words)) not in PLAYED:
+        limit = {"AGENT_TIMEOUT": "0.3"} if "hang" in words else {}
+        PLAYED[key] = Scratch(place / key.replace(" ", "-"), commit=False).run(*shlex.split(line, comments=True), env=limit)
+    return PLAYED[key]
+
+
 @pytest.mark.parametrize(("command", "variant", "code", "outcome", "attempts"), [
     ("issue-to-pr", "good", 0, "proposed", 1),  # the good self-heal is among those below, and all are in `make simulate`
     ("issue-to-pr", "bad", 1, "gate_failed", 1),
@@ -4561,6 +4573,7 @@ def test_the_simulator_in_an_empty_directory(tmp_path, command, variant, code, o
     limit = {"AGENT_TIMEOUT": "0.3"} if variant == "hang" else {}
     ended = scratch.run(command, *issue, "--simulate", variant, cwd=empty, runner=runner, env=limit)
     assert (ended.code, ended.outcome, len(ended.summary["attempts"])) == (code, outcome, attempts), ended
+    PLAYED[f"{command} {variant}"] = ended
     assert ended.summary["simulated"] == variant
     assert f"the demo repository is {ended.summary['repository']}" in ended.err
     assert os.listdir(empty) == ["agent_runner.py"]
@@ -4592,7 +4605,7 @@ def test_a_bad_issue_is_pointed_out_by_a_simulated_run_too(scratch, text, said):
 
 def test_a_demo_can_be_taken_over_and_pushed(scratch):
     """There is no remote: so the lines say how to go on without one, and with one."""
-    ended = scratch.run("self-heal", "--simulate", "good")
+    PLAYED["self-heal good"] = ended = scratch.run("self-heal", "--simulate", "good")
     commands = dict(re.findall(r"^  (\w.{12}) (git .*)$", ended.out, re.M))
     assert [word.strip() for word in commands] == ["look", "take it over", "no remote yet", "discard"], ended
     demo = ended.summary["repository"]
@@ -4609,7 +4622,7 @@ def test_a_demo_can_be_taken_over_and_pushed(scratch):
     ("self-heal", "blind", "blind: tests/test_greeting.py: test_greets_by_name passes although it expects something else")])
 def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, variant: str, said: str) -> None:
     """A workshop sees what was tried."""
-    ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
+    PLAYED[f"{command} {variant}"] = ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
     assert ended.code == 3 and said in ended.err, ended
     words = {"cheat": "relaxed them", "rogue": "git push origin HEAD:main\nfatal:", "blind": "whatever it expects"}
     assert words[variant] in ended.err
@@ -4950,13 +4963,16 @@ def test_callers_stand_above_what_they_call():
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md"))) if path.exists()]
 
 
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+COMMAND = re.compile(r"""(?:^|[\s/])python3? (?:\S*/)?agent_runner\.py"?(?: (.*))?$""")
+
+
 def page_commands() -> Iterator[tuple[str, str]]:
     """Each page's name, and every runner's command line in a code block of it, without what stands before it."""
     for page in PAGES:
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S):
+        for _, block in FENCE.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
             for line in block.splitlines():
-                if found := re.search(r"(?:^|[\s/])python3? (?:\S*/)?agent_runner\.py(?: (.*))?$", line):
+                if found := COMMAND.search(line):
                     yield page.name, found[1] or ""
 
 
@@ -4989,6 +5005,140 @@ def test_the_readme_is_short_and_documents_the_exit_codes():
     options = set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', source))
     assert {"--check", "--prune", "--version"} <= options
     assert [name for name in sorted(variables | options) if not re.search(rf"(?<![\w-]){name}(?![\w-])", pages)] == []
+
+
+def test_no_cell_of_a_page_is_long_and_no_link_leads_nowhere():
+    """25 words to a cell at most; a link leads to a file that is there, and to a heading of it."""
+    def headings(page: Path) -> set[str]:
+        lines = re.findall(r"^#+ (.*)", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+        return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+        assert [cell for cell in cells if len(cell.split()) > 25] == [], page.name
+        assert text.count("<details>") == text.count("</details>"), page.name
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, heading = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert re.match(r"https?:", link) or target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in headings(target), f"{page.name}: {link}"
+
+
+def as_printed(text: str) -> list[str]:
+    """The lines of an output, without what differs from run to run: ids, seconds, places, the sandbox."""
+    for pattern, word in ((r"\d{8}-\d{6}-[0-9a-f]{6}", "RUN"), (r"\b[0-9a-f]{12}\b", "ID"), (r"\S*/agent-runner-demo-\w+", "DEMO"),
+                          (r"\b\d+(\.\d+)? s\b", "N s"), (r"sandbox .*", "SANDBOX")):
+        text = re.sub(pattern, word, text)
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def assert_printed(page: str, shown: str, output: str) -> None:
+    """Check that each line of a page's block was really printed."""
+    missing = [line for line in as_printed(shown) if line not in as_printed(output)]
+    assert not missing, f"{page} shows what is not printed: {missing}; this is:\n{output}"
+
+
+def test_every_printed_result_and_exit_code_in_the_pages_is_real(tmp_path):
+    """A block of output belongs to the simulated runs in the block of commands before it."""
+    codes = {words: int(code) for code, words in
+             re.findall(r"^(\d+) (\S+(?: issue\.md)? --simulate \w+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)}
+    results = 0
+    for page in PAGES:
+        ended: list[Ended] = []
+        text = page.read_text(encoding="utf-8").partition("## 7. ")[0]  # the rest of the workshop has a test of its own
+        for language, block in FENCE.findall(text):
+            if language == "text":
+                results += 1
+                assert ended, f"{page.name}: no command in the block before makes this\n{block}"
+                assert_printed(page.name, block, "".join(one.out + one.err for one in ended))
+            lines = [found[1] for line in block.splitlines() if (found := COMMAND.search(line)) and "--simulate" in line]
+            if "make demo " in block:
+                lines += ["issue-to-pr issue.md --simulate good", "self-heal --simulate good"]
+            for line in lines:
+                command, _, comment = map(str.strip, line.partition("#"))
+                stated = re.match(r"exit (\d+)(?:, (\w+))?", comment)
+                if stated and command in codes:
+                    assert int(stated[1]) == codes[command], f"{page.name}: {line}"
+            if page.name != "REFERENCE.md":
+                ended = [played(tmp_path, line) for line in lines]
+                for line, one in zip(lines, ended):
+                    if stated := re.search(r"# exit (\d+), (\w+)$", line):
+                        assert (one.code, one.outcome) == (int(stated[1]), stated[2]), f"{page.name}: {line}"
+    assert results >= 7
+
+
+def test_the_last_steps_of_the_workshop_work_word_for_word(tmp_path):
+    """Its commands in a shell, as a learner would type them; what the editor does is done here."""
+    scratch = Scratch(tmp_path, commit=False)
+    clone, programs, red = tmp_path / "clone", tmp_path / "bin", tmp_path / "red"
+    for name in ("issues", ".github"):
+        shutil.copytree(ROOT / name, clone / name)
+    for path in (RUNNER, ROOT / "Makefile"):
+        shutil.copy(path, clone)
+    (clone / RUNNER.name).rename(clone / "agent_runner.py")
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec {PYTHON} "$@"\n')
+    (programs / "python").chmod(0o755)
+    text = (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8")
+    blocks = FENCE.findall(text[text.index("## 7. "):text.index("## Read Part One")])
+    assert [language for language, _ in blocks] == ["sh", "text", "sh", "sh", "sh", "sh", "text"]
+    scripts = [block for language, block in blocks if language == "sh"]
+    editor = scripts.pop().replace("nano shop/basket.py", "sed 's/pieces > MANY/pieces >= MANY/' shop/basket.py > new\nmv new shop/basket.py\n")
+    assert "MANY" in editor
+    script = re.sub(r"(?m)^(.*\S) +# exit (\d+), (\w+)$", r"code=0; \1 || code=$?; [ $code = \2 ] || { echo exit $code, not \2; exit 9; }",
+                    "set -e\n" + "".join(scripts))
+    assert script.count("exit 9") == 5
+    environ = scratch.env | {"PATH": f"{programs}{os.pathsep}{scratch.env['PATH']}"}
+    with (tmp_path / "output").open("w") as output:
+        child = subprocess.Popen(["sh", "-c", script], cwd=clone, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        STARTED.append(child)
+        wait_for(lambda: child.poll() is not None or any(path.stat().st_size for path in red.glob(".agent-runs/*/agent-1.log")), "the agent")
+        assert child.poll() is None, (tmp_path / "output").read_text()
+        subprocess.run(["sh", "-ec", editor], cwd=tmp_path, env=environ, check=True)
+        child.wait(60)
+    printed = (tmp_path / "output").read_text()
+    assert child.returncode == 0, printed
+    for language, block in blocks:
+        if language == "text":
+            assert_printed("WORKSHOP.md", block, printed)
+
+
+SHOP = {path.relative_to(ROOT / ".github/red").as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / ".github/red").rglob("*")) if path.is_file() and "__pycache__" not in path.parts}
+HEALS_SHOP = "code = Path('shop/basket.py')\ncode.write_text(code.read_text().replace('pieces > MANY', 'pieces >= MANY'))\n"
+
+
+@pytest.mark.parametrize(("agent", "code", "said"), [
+    (writes("conftest.py", "import os\nos._exit(0)\n"), 2, "pytest: exit 0, and there is no report"),
+    (HEALS_SHOP + "lint = Path('shop/money.py')\nlint.write_text(lint.read_text().replace('import os', 'import os  # noqa'))\n",
+     3, "refused, suppression: shop/money.py:2: hides F401"),
+    (writes("conftest.py", "import pytest\n\n\ndef pytest_collection_modifyitems(items):\n"
+                           "    for item in items:\n        item.add_marker(pytest.mark.skip)\n"), 2, "no tests were run (2 skipped)"),
+    (HEALS_SHOP.replace(">= MANY", "== MANY"), 0, "")])
+def test_the_shop_of_the_workshop_is_red_and_its_exercises_end_as_stated(tmp_path, agent, code, said):
+    scratch = Scratch(tmp_path, SHOP)
+    if "F401" in said:
+        scratch.write({"shop/money.py": SHOP["shop/money.py"].replace("\n", "\nimport os\n", 1)})
+    ended = scratch.heal(agent, "--fix-attempts", "1", checks=REAL)
+    assert ended.code == code and said in ended.findings, ended
+    assert f"`{said}`" in (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8") or not said
+
+
+def test_the_exercises_have_a_test_to_start_from():
+    """It is no part of the suite, but it could be: it is Python, and uses names that are there."""
+    text = (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8")
+    names = re.findall(r"\(\.\./issues/(000[2-9]\S+\.md)\)", text)
+    assert len(names) == 3
+    for name in names:
+        (language, source), = FENCE.findall((ROOT / "issues" / name).read_text(encoding="utf-8"))
+        tree = ast.parse(source)
+        tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert language == "python" and tests and all(node.name.startswith("test_") for node in tests)
+        needs = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        made |= {arg.arg for node in tests for arg in node.args.args} | {*dir(sys.modules["builtins"])}
+        assert needs - made <= {*globals()}, f"{name}: {needs - made - {*globals()}}"
 
 
 def test_the_first_issue_is_the_demo():
