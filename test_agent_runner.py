@@ -5105,7 +5105,7 @@ def test_the_last_steps_of_the_workshop_work_word_for_word(tmp_path):
 
 
 SHOP = {path.relative_to(ROOT / ".github/red").as_posix(): path.read_text(encoding="utf-8")
-        for path in sorted((ROOT / ".github/red").rglob("*")) if path.is_file() and "__pycache__" not in path.parts}
+        for path in sorted((ROOT / ".github/red").rglob("*")) if path.suffix in (".py", ".toml", ".md")}
 HEALS_SHOP = "code = Path('shop/basket.py')\ncode.write_text(code.read_text().replace('pieces > MANY', 'pieces >= MANY'))\n"
 
 
@@ -5351,7 +5351,7 @@ def row_told(what: str, ours: float, bare: float, ratio: float, aim: str) -> str
 
 
 def bench() -> None:
-    """Print the table of the README; every row is measured here, side by side."""
+    """Print the table of BENCHMARKS.md; every row is measured here, side by side."""
     print("| What | here | bare | ratio | aim |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         for part in (bench_runs, bench_overhead, bench_briefs):
