@@ -5082,18 +5082,20 @@ def test_the_last_steps_of_the_workshop_work_word_for_word(tmp_path):
     (programs / "python").chmod(0o755)
     text = (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8")
     blocks = FENCE.findall(text[text.index("## 7. "):text.index("## Read Part One")])
-    assert [language for language, _ in blocks] == ["sh", "text", "sh", "sh", "sh", "sh", "text"]
-    scripts = [block for language, block in blocks if language == "sh"]
-    editor = scripts.pop().replace("nano shop/basket.py", "sed 's/pieces > MANY/pieces >= MANY/' shop/basket.py > new\nmv new shop/basket.py\n")
+    assert [language for language, _ in blocks] == ["sh", "text", "sh", "sh", "sh", "sh", "text", "sh"]
+    *scripts, editor, _ = [block for language, block in blocks if language == "sh"]  # the last is that before the editor, once more
+    fix = "sed 's/pieces > MANY/pieces >= MANY/' shop/basket.py > new\nmv new shop/basket.py\n"
+    editor = editor.replace("nano shop/basket.py", fix)
     assert "MANY" in editor
-    script = re.sub(r"(?m)^(.*\S) +# exit (\d+), (\w+)$", r"code=0; \1 || code=$?; [ $code = \2 ] || { echo exit $code, not \2; exit 9; }",
-                    "set -e\n" + "".join(scripts))
+    checked = r"code=0; \1 || code=$?; [ $code = \2 ] || { echo exit $code, not \2; exit 9; }"
+    script = re.sub(r"(?m)^(.*\S) +# exit (\d+), (\w+)$", checked, "set -e\n" + "".join(scripts))
     assert script.count("exit 9") == 5
     environ = scratch.env | {"PATH": f"{programs}{os.pathsep}{scratch.env['PATH']}"}
     with (tmp_path / "output").open("w") as output:
         child = subprocess.Popen(["sh", "-c", script], cwd=clone, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         STARTED.append(child)
-        wait_for(lambda: child.poll() is not None or any(path.stat().st_size for path in red.glob(".agent-runs/*/agent-1.log")), "the agent")
+        logs = functools.partial(red.glob, ".agent-runs/*/agent-1.log")
+        wait_for(lambda: child.poll() is not None or any(path.stat().st_size for path in logs()), "the agent")
         assert child.poll() is None, (tmp_path / "output").read_text()
         subprocess.run(["sh", "-ec", editor], cwd=tmp_path, env=environ, check=True)
         child.wait(60)
@@ -5123,6 +5125,14 @@ def test_the_shop_of_the_workshop_is_red_and_its_exercises_end_as_stated(tmp_pat
     ended = scratch.heal(agent, "--fix-attempts", "1", checks=REAL)
     assert ended.code == code and said in ended.findings, ended
     assert f"`{said}`" in (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8") or not said
+
+
+def test_the_check_of_the_workshop_finds_what_its_tests_miss(tmp_path):
+    page = (ROOT / ".github/WORKSHOP.md").read_text(encoding="utf-8")
+    options, = re.findall(r"self-heal (--fix-attempts 1 --check .*)", page)
+    words = [word.replace("=python ", f"={PYTHON} ") for word in shlex.split(options)]
+    ended = Scratch(tmp_path, SHOP).run("self-heal", *words, agent=HEALS_SHOP.replace(">= MANY", "== MANY"))
+    assert (ended.code, ended.outcome) == (2, "gave_up") and "ten: exit 1: AssertionError" in ended.findings, ended
 
 
 def test_the_exercises_have_a_test_to_start_from():
