@@ -3473,7 +3473,7 @@ def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
 # === The sandbox ============================================================
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
-IMAGE = "agent-runner-test:here"
+IMAGE = f"agent-runner-test:{os.getpid()}"  # of this run of the suite: another may go on beside it
 IMAGES: dict[str, str] = {}  # the engines that were tried, and why one does not work
 IMAGES_LOCK = threading.Lock()
 TOOLS = ("sh", "env", "true", "sleep", "cat")
