@@ -1299,9 +1299,10 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
         visible.append(Path(__file__).resolve())  # this file is the agent
     reach = Reach(checkout.place, beside / "tmp", read=visible, names=agent_passed(os.environ),
                   network=True, home=True)
+    log = run.folder / f"agent-{label}.log"
+    CONSOLE.watch(job.agent_seconds, log)
     return job.sandbox.run(argv, reach, env=agent_environ(os.environ), seconds=job.agent_seconds,
-                           idle=job.idle_seconds, log=run.folder / f"agent-{label}.log",
-                           stdin=stdin)
+                           idle=job.idle_seconds, log=log, stdin=stdin)
 
 
 def call_outcome(ran: Ran) -> str:
@@ -2242,7 +2243,9 @@ def gate_step(name: str, gate: Gate, tree: str, label: str, only: Sequence[str] 
     """The result of the gate on a tree, shown as a step of the run."""
     with CONSOLE.step(name) as step:
         result = gate.run_checks(tree, label, only, further)
-        step["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
+        step["result"] = " · ".join(f"{check.name} {check.reason}" for check in result.checks)
+        # The tests of a blind twin are to fail.
+        step["ok"] = None if "twin" in name else all(check.ok for check in result.checks)
     return result
 
 
@@ -2301,6 +2304,7 @@ class Gate:
         from concurrent.futures import ThreadPoolExecutor
         prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup else ""
         checks = [check for check in self.job.checks if not only or check.name in only]
+        CONSOLE.watch(self.job.gate_seconds)
         with ThreadPoolExecutor(len(checks)) as pool:
             results = list(pool.map(lambda check: self._checked(check, further), checks))
         result = GateResult(tree, results, prepared={*prepared.split("\0")})
@@ -2499,9 +2503,10 @@ def import_roots(place: Path) -> list[str]:
 
 
 def log_read(log: Path) -> str:
-    """A program's output as text, whatever bytes it holds."""
+    """A program's output as a terminal would show it in the end, whatever bytes it holds."""
     try:
-        return file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+        output = file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+        return screen_text(output)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -4045,7 +4050,7 @@ def distill_tests(failures: list[Failure]) -> list[str]:
             # A missing module, say, that is imported at many places.
             key = alike.setdefault(failed.error, key)
         groups.setdefault(key, []).append(failed)
-        printed[key] = printed.get(key) or failure.printed
+        printed[key] = printed.get(key) or screen_text(failure.printed)
     return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
@@ -6070,76 +6075,276 @@ UTC = timezone(timedelta())  # datetime.UTC is newer than Python 3.10
 LOG_HEAD, LOG_TAIL = 14_000_000, 6_000_000  # bytes kept of one program's output
 
 
+class Step:
+    """One line of the story: of what is running, and in the end how it ended."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.thread = name, threading.get_ident()
+        self.facts: dict[str, Any] = {"result": "done"}  # the caller's; `ok`: whether that is well
+        self.started, self.ended = time.monotonic(), 0.0
+        self.limit = 0.0  # when it will be stopped; 0: there is no limit
+        self.log: Path | None = None  # of the program whose output is shown
+        self.output = b""  # the newest of it
+        self.pending = b""  # with -v: the beginning of its next line
+
+    def lines(self, now: float, column: int = 0) -> list[str]:
+        """The line, its result in a column, and while it runs the program's newest one."""
+        name, seconds = self.name.ljust(column), (self.ended or now) - self.started
+        if self.ended:
+            result = self.facts["result"]
+            ok = self.facts.get("ok", not re.match(STEP_FAILED, result))
+            mark = "•" if ok is None else "✓" if ok else "✗"
+            return [f"{mark} {name}  {result}  {seconds:.1f} s"]
+        left = f", {seconds_shown(self.limit - now)} left" if self.limit else ""
+        line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {seconds_shown(seconds)}{left}"
+        newest = screen_text(self.output.decode("utf-8", "replace")).strip().splitlines()[-1:]
+        return [line, *(f"  {one_line(words)}" for words in newest)]
+
+
+STEP_FAILED = r"exit [^0]|out of time|stopped|no answer"
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+ASCII = str.maketrans(f"✓✗•·{SPINNER}", "+x*|-\\|/-\\|/-\\")  # where an encoding has no more
+
+
 class Console:
-    """One line a step, safe from several threads; on a terminal also a live line below them."""
+    """The story on stderr, safe from several threads: a line a step, in the order of their starts.
+
+    A step's line is printed for good when it and all before it have ended. On a terminal the
+    others are drawn below what was printed, again and again.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.running: dict[str, float] = {}
-        self.live = sys.stderr is not None and sys.stderr.isatty()
+        self.lock = threading.RLock()
+        self.steps: list[Step] = []  # from the first one that still runs
+        self.drawn: list[str] = []  # the lines on the screen that are not for good
+        self.live = console_is_terminal(sys.stderr)
+        self.quiet, self.verbose, self.color = False, False, "auto"
         self.ticking = False
 
-    def say(self, text: str) -> None:
+    def choose(self, args: argparse.Namespace) -> None:
+        """Heed -q, -v and --color from now on."""
+        self.quiet, self.verbose, self.color = args.quiet, args.verbose, args.color
+        self.live = self.live and not self.quiet
+
+    def say(self, text: str, always: bool = False) -> None:
         """Print lines of the story; control characters are shown, not obeyed."""
         with self.lock:
-            self._clear()
-            console_print(console_safe(MASK.text(text)), sys.stderr)
-            self._draw()
+            self._show(text, always)
 
     def group(self, title: str, text: str) -> None:
         """Print longer text, foldable where GitHub Actions shows the log."""
-        if os.environ.get("GITHUB_ACTIONS") != "true":
+        if not is_in_actions():
             return self.say(f"{title}\n{text}")
-        # The text may come from an agent: no workflow command in it may be obeyed.
-        token = os.urandom(8).hex()
-        self.say(f"::group::{title}\n::stop-commands::{token}\n{text}\n::{token}::\n::endgroup::")
+        self.command("group", title)
+        self.say(text)
+        self.command("endgroup")
+
+    def command(self, name: str, text: str = "", **facts: str) -> None:
+        """Print a workflow command of GitHub Actions: nothing in its data can be another one."""
+        def escaped(value: str, more: str = "") -> str:
+            value = re.sub(f"[%\r\n{more}]", lambda hit: f"%{ord(hit[0]):02X}", MASK.text(value))
+            return console_safe(value)
+
+        shown = ",".join(f"{key}={escaped(value, ':,')}" for key, value in facts.items())
+        console_print(f"::{f'{name} {shown}'.strip()}::{escaped(text)}", sys.stderr)
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[dict[str, str]]:
-        """Name a step, then print its `result`, which the caller leaves in the yielded dict."""
-        started = time.monotonic()
-        facts = {"result": "done"}
-        if not self.live:
-            self.say(f"{name} ...")
+    def step(self, name: str) -> Iterator[dict[str, Any]]:
+        """Name a step, then show its `result`, which the caller leaves in the yielded dict."""
+        step = Step(name)
         with self.lock:
-            self.running[name] = started
+            self.steps.append(step)
+            self._show("" if self.live else f"{name} ...")
         self._tick()
         try:
-            yield facts
+            yield step.facts
         except BaseException:
-            facts["result"] = "stopped"
+            step.facts |= {"result": "stopped", "ok": False}
             raise
         finally:
+            if step.pending:
+                self.heard(step.log, b"\n")
+            step.ended = time.monotonic()
             with self.lock:
-                self.running.pop(name, None)
-            seconds = time.monotonic() - started
-            self.say(f"{name} {'.' * max(2, 28 - len(name))} {facts['result']}  {seconds:.1f} s")
+                while self.steps and self.steps[0].ended:
+                    self._show(*self.steps.pop(0).lines(0, self._column()))
 
-    def _clear(self) -> None:
-        """Take the live line off the screen."""
-        if self.live and self.ticking:
-            console_print("\r\x1b[K", sys.stderr, end="")
+    def watch(self, seconds: float, log: Path | None = None) -> None:
+        """Show when this thread's step will be stopped, and the newest output in its log."""
+        limit = time.monotonic() + seconds if seconds else 0
+        for step in self.steps:
+            if step.thread == threading.get_ident() and not step.ended:
+                step.limit, step.log = limit, log
 
-    def _draw(self) -> None:
-        """Put the live line on the screen: what is running, and for how long."""
-        if self.live and self.running:
-            now = time.monotonic()
-            shown = ", ".join(f"{name} {now - start:.0f} s" for name, start in self.running.items())
-            width = max(20, shutil.get_terminal_size().columns - 1)
-            console_print(f"\r\x1b[K{console_safe(shown)[:width]}", sys.stderr, end="")
+    def heard(self, log: Path | None, data: bytes) -> None:
+        """Take what a program has printed now; with -v it is shown as soon as a line is whole."""
+        for step in [step for step in self.steps if log and step.log == log]:
+            step.output = (step.output + data[-4000:])[-4000:]
+            if self.verbose:
+                lines, newline, step.pending = (step.pending + data).rpartition(b"\n")
+                for line in lines.split(b"\n") if newline else []:
+                    self.say(f"  | {screen_text(line.decode('utf-8', 'replace'))}")
+
+    def _column(self) -> int:
+        """How wide the names of steps are; 0 where there is no room for a column."""
+        return 25 if not self.live or console_width(sys.stderr) >= 60 else 0
+
+    def _show(self, text: str = "", always: bool = False) -> None:
+        """Print text for good, above the lines that are not; all of it in one write."""
+        before = ""
+        if self.drawn:
+            width = console_width(sys.stderr)  # it may have changed, and the lines with it
+            rows = sum(-(-text_cells(line) // width) or 1 for line in self.drawn)
+            before = f"\r\x1b[{rows - 1}A\x1b[J" if rows > 1 else "\r\x1b[J"
+        if text and (always or not self.quiet):
+            width = console_width(sys.stderr) if self.live else 0
+            text = console_wrap(console_safe(MASK.text(text)), width, "  ")
+            before += console_paint(console_inert(text), r"^(?:(✓)|(✗)) ", sys.stderr) + "\n"
+        if before or self.live:
+            self.drawn = self._lines() if self.live else []
+            below = console_paint("\n".join(self.drawn), r"^(?:(✓)|(✗)) ", sys.stderr)
+            console_print(before + below, sys.stderr, end="")
+
+    def _lines(self) -> list[str]:
+        """The lines of the steps that are not printed for good, each cut to a row."""
+        width, height = console_width(sys.stderr) - 1, console_width(sys.stderr, 1) - 1
+        lines = [line for step in self.steps
+                 for line in step.lines(time.monotonic(), self._column())]
+        return [text_cut(console_safe(MASK.text(line)), width) for line in lines[-height:]]
 
     def _tick(self) -> None:
-        """Draw the live line every second from now on."""
+        """Draw what is running from now on, again and again."""
         if not self.live or self.ticking:
             return
         self.ticking = True
 
         def beat() -> None:
             while True:
-                time.sleep(1)
+                time.sleep(0.2)
                 with self.lock:
-                    self._draw()
+                    if self.steps:
+                        self._show()
         threading.Thread(target=beat, daemon=True).start()
+
+
+def is_in_actions() -> bool:
+    """Whether GitHub Actions reads what is printed."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
+def console_inert(text: str) -> str:
+    """The text with nothing in it that GitHub Actions would take for a workflow command."""
+    if not is_in_actions():
+        return text
+    return re.sub(r"(?m)^([^\S\n]*):(?=:)|#(?=#\[)",
+                  lambda hit: f"{hit[1] or ''}\\x{ord(hit[0][-1]):02x}", text)
+
+
+def console_is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that can do more than print lines."""
+    with contextlib.suppress(ValueError):  # it is closed
+        return bool(stream and stream.isatty()) and os.environ.get("TERM", "dumb") != "dumb"
+    return False
+
+
+def console_width(stream: TextIO | None, which: int = 0) -> int:
+    """The columns (or with 1 the rows) of a stream's terminal, now."""
+    try:
+        return os.get_terminal_size(stream.fileno())[which] or (80, 24)[which]  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return (80, 24)[which]
+
+
+def console_wrap(text: str, width: int, indent: str = "") -> str:
+    """The text broken between words, if there is a width; code and commands (indented) are not."""
+    if not width:
+        return text
+    import textwrap
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False,
+                                   break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) if len(line) > width and line[:2] != "  " else line
+                     for line in text.split("\n"))
+
+
+def console_paint(text: str, pattern: str, stream: TextIO | None) -> str:
+    """The text with what a pattern's groups find in green and red, where colours are wanted."""
+    environ, wanted = os.environ, CONSOLE.color == "always"
+    if CONSOLE.color == "auto" and not environ.get("NO_COLOR"):
+        forced = environ.get("CLICOLOR_FORCE", "") not in ("", "0")
+        wanted = forced or console_is_terminal(stream)
+    if not wanted:
+        return text
+    return re.sub(pattern, lambda hit: f"\x1b[{32 if hit[1] else 31}m{hit[0]}\x1b[0m", text,
+                  flags=re.MULTILINE)
+
+
+def text_cells(text: str) -> int:
+    """How many cells of a terminal a text takes: some letters two, an accent none."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else
+               not unicodedata.combining(letter) for letter in text)
+
+
+def text_cut(text: str, cells: int) -> str:
+    """The beginning of a text that fits into some cells of a terminal."""
+    text = text[:2 * cells]
+    while text_cells(text) > cells:
+        text = text[:-1]
+    return text
+
+
+def seconds_shown(seconds: float) -> str:
+    """Seconds for people: "48 s", and from a minute on "29:48"."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+SCREEN_LIMIT = 200_000  # characters of a log's end whose every move is followed
+MOVE = (  # a number and a letter, a title (which is not shown), another escape, a control, words
+    r"\x1b\[([\d;?]{0,20})[ -/]{0,2}([@-~])|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)?"
+    r"|\x1b[ -/]?.?|([\r\b])|([^\x1b\r\b]+)")
+
+
+def screen_text(text: str) -> str:
+    """What a terminal would show of a program's output in the end: a progress bar is one line."""
+    text = re.sub(r"\x1b\[[\d;:]{0,40}m", "", text.replace("\r\n", "\n"))  # colours
+    if not re.search(r"[\r\b\x1b]", text):
+        return text
+    at = text.find("\n", max(0, len(text) - SCREEN_LIMIT)) if len(text) > SCREEN_LIMIT else -1
+    head = re.sub(r"(?m)^[^\n]*\r(?=[^\n])", "", text[:at + 1])
+    rows: list[list[str]] = []
+    row = 0
+    for line in text[at + 1:].split("\n"):
+        if row == len(rows):
+            rows.append([])
+        row = screen_line(rows, row, line) + 1
+    return head + "\n".join(map("".join, rows))
+
+
+def screen_line(rows: list[list[str]], row: int, line: str) -> int:
+    """Put one line of output on a screen, at the beginning of a row; the row of the cursor then."""
+    column = 0
+    for number, final, key, words in re.findall(MOVE, line):
+        many = min(int(number), 1000) if number.isdecimal() else 0
+        cells = rows[row]
+        if words:
+            cells += [" "] * (column - len(cells))
+            cells[column:column + len(words)] = words
+            column += len(words)
+        elif key == "\r" or final in ("E", "F", "G"):
+            column = 0
+        elif key == "\b" or final == "D":
+            column = max(0, column - (many or 1))
+        elif final == "K":
+            cells[:] = [] if many == 2 else cells[:column]
+        elif final == "J" and not many:
+            cells[column:], rows[row + 1:] = [], []
+        if final in ("A", "F"):
+            row = max(0, row - (many or 1))
+        elif final in ("B", "E"):
+            row = min(len(rows) - 1, row + (many or 1))
+    return row
 
 
 def console_safe(text: str) -> str:
@@ -6153,6 +6358,8 @@ def console_print(text: str, stream: TextIO | None, end: str = "\n") -> None:
     if stream is None:
         return
     try:
+        if text.encode(stream.encoding, "replace").decode(stream.encoding) != text:
+            text = text.translate(ASCII)
         text = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
@@ -6219,7 +6426,7 @@ class Log:
     """A log file of bounded size, masked: the head as it comes, at the end the newest bytes."""
 
     def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
-        self.file = file_new(path)
+        self.path, self.file = path, file_new(path)
         self.head_left, self.dropped, self.tail_size = room, 0, 0
         self.tail: deque[bytes] = deque()
         self.pending = b""  # the end of what came: a secret may be cut in two there
@@ -6236,6 +6443,7 @@ class Log:
 
     def _store(self, data: bytes) -> None:
         """Write masked bytes while there is room, then keep the newest."""
+        CONSOLE.heard(self.path, data)
         if self.head_left:
             self.file.write(data[: self.head_left])
             self.file.flush()
