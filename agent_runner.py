@@ -6208,11 +6208,12 @@ class Console:
     def heard(self, log: Path | None, data: bytes) -> None:
         """Take what a program has printed now; with -v it is shown as soon as a line is whole."""
         for step in [step for step in self.steps if log and step.log == log]:
-            step.output = (step.output + data[-4000:])[-4000:]
-            if self.verbose:
-                lines, newline, step.pending = (step.pending + data).rpartition(b"\n")
-                for line in lines.split(b"\n") if newline else []:
-                    self.say(f"  | {screen_text(line.decode('utf-8', 'replace'))}")
+            if not self.verbose:
+                step.output = (step.output + data[-4000:])[-4000:]
+                continue
+            lines, newline, step.pending = (step.pending + data).rpartition(b"\n")
+            for line in lines.split(b"\n") if newline else []:
+                self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
 
     def _column(self) -> int:
         """How wide the names of steps are; 0 where there is no room for a column."""
@@ -6331,20 +6332,21 @@ def seconds_shown(seconds: float) -> str:
 
 SCREEN_LIMIT = 200_000  # characters of a log's end whose every move is followed
 MOVE = (  # a number and a letter, a title (which is not shown), another escape, a control, words
-    r"\x1b\[([\d;?]{0,20})[ -/]{0,2}([@-~])|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)?"
+    r"\x1b\[([\d;?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)?"
     r"|\x1b[ -/]?.?|([\r\b])|([^\x1b\r\b]+)")
 
 
 def screen_text(text: str) -> str:
     """What a terminal would show of a program's output in the end: a progress bar is one line."""
-    text = re.sub(r"\x1b\[[\d;:]{0,40}m", "", text.replace("\r\n", "\n"))  # colours
+    text = re.sub(r"\x1b\[[\d;:]*m", "", text.replace("\r\n", "\n"))  # colours
     if not re.search(r"[\r\b\x1b]", text):
         return text
-    at = text.find("\n", max(0, len(text) - SCREEN_LIMIT)) if len(text) > SCREEN_LIMIT else -1
-    head = re.sub(r"(?m)^[^\n]*\r(?=[^\n])", "", text[:at + 1])
+    start = max(0, len(text) - SCREEN_LIMIT)
+    start = start and (text.find("\n", start) + 1 or start)  # a line may be all that there is
+    head = re.sub(r"(?m)^[^\n]*\r(?=[^\n])", "", text[:text.rfind("\n", 0, start) + 1])
     rows: list[list[str]] = []
     row = 0
-    for line in text[at + 1:].split("\n"):
+    for line in text[start:].split("\n"):
         if row == len(rows):
             rows.append([])
         row = screen_line(rows, row, line) + 1
@@ -6355,7 +6357,7 @@ def screen_line(rows: list[list[str]], row: int, line: str) -> int:
     """Put one line of output on a screen, at the beginning of a row; the row of the cursor then."""
     column = 0
     for number, final, key, words in re.findall(MOVE, line):
-        many = min(int(number), 1000) if number.isdecimal() else 0
+        many = int(number[:4]) if number.isdecimal() else 0
         cells = rows[row]
         if words:
             cells += [" "] * (column - len(cells))
@@ -6839,8 +6841,8 @@ def run_row(folder: Path) -> tuple[str, ...]:
     """A record as a row of the table."""
     facts = summary_read(folder)
     title = one_line(str(facts.get("title") or "-"))
-    return (folder.name, str(facts.get("command")), facts.get("outcome") or "unfinished",
-            age_shown(folder), text_cut(title, 40), facts.get("branch") or "-")
+    return (folder.name, str(facts.get("command")), str(facts.get("outcome") or "unfinished"),
+            age_shown(folder), text_cut(title, 40), str(facts.get("branch") or "-"))
 
 
 def age_shown(folder: Path) -> str:
@@ -6877,28 +6879,32 @@ def run_named(repo: Repo, run_id: str) -> Path:
 def run_show(folder: Path, as_json: bool) -> int:
     """Print one run: how it ended, on what, the findings, and where to look; the exit code 0."""
     facts = summary_read(folder)
-    if as_json:
-        console_print(json_text(facts), sys.stdout)
-        return 0
+    try:
+        text = json_text(facts) if as_json else console_safe(MASK.text(run_text(folder, facts)))
+    except (KeyError, TypeError, AttributeError):
+        raise Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
+                               f"look into {path_shown(folder)}") from None
+    console_print(console_inert(text), sys.stdout)
+    return 0
+
+
+def run_text(folder: Path, facts: dict[str, Any]) -> str:
+    """What a record comes to, for people."""
     attempts = [f"{attempt['number']} {attempt['result'] or 'unfinished'} "
                 f"({words_first(attempt['changed']) or 'no change'})"
-                for attempt in facts.get("attempts", [])]
-    title = facts.get("title") or "a red gate"
-    lines = [f"{facts.get('outcome') or 'unfinished'}: {facts.get('command')}, {title}",
-             f"run       {folder.name}, {age_shown(folder)} ago, {facts.get('seconds')} s",
-             f"issue     {facts.get('issue') or '-'}",
-             f"base      {str(facts.get('base'))[:12]}",
-             f"branch    {facts.get('branch') or '-'}",
+                for attempt in facts["attempts"]]
+    lines = [f"{facts['outcome'] or 'unfinished'}: {facts['command']}, {facts['title'] or '-'}",
+             f"run       {folder.name}, {age_shown(folder)} ago, {facts['seconds']} s",
+             f"issue     {facts['issue'] or '-'}",
+             f"base      {facts['base'][:12]}",
+             f"branch    {facts['branch'] or '-'}",
              f"attempts  {'; '.join(attempts) or 'none'}"]
-    parts = {"error": [facts.get("error") or ""], "findings": facts.get("findings", []),
-             "next": facts.get("next", []),
-             "pages": [path_shown(path) for path in sorted(folder.glob("*"))
-                       if path.name in RUN_PAGES]}
+    parts = {"error": [facts["error"] or ""], "findings": facts["findings"], "next": facts["next"],
+             "pages": [path_shown(folder / name) for name in RUN_PAGES if (folder / name).exists()]}
     for name, texts in parts.items():
-        rows = [f"  {row}" for text in texts for row in str(text).splitlines()]
+        rows = [f"  {row}" for text in texts for row in text.splitlines()]
         lines += [name, *rows] if rows else []
-    console_print(console_inert(console_safe(MASK.text("\n".join(lines)))), sys.stdout)
-    return 0
+    return "\n".join(lines)
 
 
 RUN_PAGES = ("proposal.md", "handoff.md", "report.html", "diff.patch")
@@ -7199,9 +7205,9 @@ def actions_summary(run: Run) -> str:
     names = dict.fromkeys(check.name for result in results.values() for check in result.checks)
     rows = [["check", *results], ["---"] * (1 + len(results))]
     for name in names:
-        found = [[f"{'✓' if check.ok else '✗'} {check.reason}" for check in result.checks
+        cells = [[f"{'✓' if check.ok else '✗'} {check.reason}" for check in result.checks
                   if check.name == name] for result in results.values()]
-        rows.append([name, *map(" ".join, found)])
+        rows.append([name, *map(" ".join, cells)])
     table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
     parts = [f"## {markdown_cell(f'{run.outcome}: {outcome_words(run)}')}", table if names else ""]
     for text in ("\n".join(findings_shown(run)), result_text(run)):
@@ -7288,10 +7294,14 @@ def completion_text(parser: Parser, shell: str) -> str:
         cases.append(f"    {shlex.quote(start)}{star}) words={shlex.quote(' '.join(known))} ;;")
     names = "|".join(parser.commands())
     this = shlex.join([sys.executable, str(Path(__file__).resolve())])
-    zsh = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
-    return (zsh if shell == "zsh" else "") + COMPLETION % (this, names, "\n".join(cases))
+    text = COMPLETION % (this, names, "\n".join(cases))
+    return f"{COMPLETION_ZSH}{text}" if shell == "zsh" else text
 
 
+COMPLETION_ZSH = """\
+(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
 COMPLETION = """\
 agent_runner() { %s "$@"; }
 _agent_runner() {
