@@ -4951,23 +4951,25 @@ def result_text(run: Run) -> str:
         if run.branch:
             attempts = words_counted(len(run.attempts), "attempt")
             lines = [f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"]
-        lines += [*result_evidence(run), *result_looks(run.judgement.look_first)]
+        lines += result_evidence(run)
     elif run.outcome in DECISIONS:
         lines.append(f"decide: {decision_text(run)}")
     lines += [f"  {word:<13} {command}" for word, command in run.next]
     pages = [run.folder / name for name in ("proposal.md", "handoff.md")
              if (run.folder / name).exists()]
-    lines += [f"  {page.stem if page != run.folder else 'record':<13} {path_shown(page)}"
-              for page in pages or [run.folder]]
+    lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
+    if not pages:
+        lines.append(f"  {'record':<13} {path_shown(run.folder)}")
     if run.outcome == "proposed":
         lines.append(NOT_PUSHED)
     return "\n".join(lines)
 
 
 def result_evidence(run: Run) -> list[str]:
-    """What a proposal rests on, shortly: what changed, the gate before and after, the twin."""
-    changed = words_first(run.attempts[-1].changed, 3)
-    lines = [f"{tree_stat(run.job.repo, run.base.tree, run.tree).splitlines()[-1]}: {changed}"]
+    """What a proposal rests on: what changed, the gate before and after, what to see first."""
+    changed = one_line(words_first(run.attempts[-1].changed, 3))
+    stat = tree_stat(run.job.repo, run.base.tree, run.tree).rpartition("\n")[2].strip()
+    lines = [f"{stat}: {changed}"]
     for when, *results in (("base", run.baseline),
                            ("change", run.judgement.gate, run.judgement.recheck)):
         parts = [result.line() for result in results if result]
@@ -4975,13 +4977,9 @@ def result_evidence(run: Run) -> list[str]:
             lines.append(f"{when:<7} " + ", with the base's gate files ".join(parts))
     if run.judgement.twin:
         lines.append(f"twin    {run.judgement.twin}")
-    return lines
-
-
-def result_looks(look_first: Sequence[str]) -> list[str]:
-    """The first thing that a reviewer should see, and how many more the proposal has."""
-    more = f" (and {len(look_first) - 1} more: see the proposal)" if look_first[1:] else ""
-    return [f"! {line}{more}" for line in look_first[:1]]
+    looks = run.judgement.look_first
+    more = f" (and {len(looks) - 1} more: see the proposal)" if looks[1:] else ""
+    return [*lines, *(f"! {line}{more}" for line in looks[:1])]
 
 
 # ##############################################################################
@@ -6116,8 +6114,9 @@ class Step:
         self.output = b""  # the newest of it
         self.pending = b""  # with -v: the beginning of its next line
 
-    def lines(self, now: float, column: int = 0) -> list[str]:
+    def lines(self, now: float) -> list[str]:
         """The line, its result in a column, and while it runs the program's newest one."""
+        column = 25 if console_width(sys.stderr) >= 60 else 0
         name, seconds = self.name.ljust(column), (self.ended or now) - self.started
         if self.ended:
             result = self.facts["result"]
@@ -6162,7 +6161,7 @@ class Console:
 
     def group(self, title: str, text: str) -> None:
         """Print longer text, foldable where GitHub Actions shows the log."""
-        if not is_in_actions():
+        if self.quiet or not is_in_actions():
             return self.say(f"{title}\n{text}")
         self.command("group", title)
         self.say(text)
@@ -6196,7 +6195,7 @@ class Console:
             step.ended = time.monotonic()
             with self.lock:
                 while self.steps and self.steps[0].ended:
-                    self._show(*self.steps.pop(0).lines(0, self._column()))
+                    self._show(*self.steps.pop(0).lines(0))
 
     def watch(self, seconds: float, log: Path | None = None) -> None:
         """Show when this thread's step will be stopped, and the newest output in its log."""
@@ -6211,13 +6210,9 @@ class Console:
             if not self.verbose:
                 step.output = (step.output + data[-4000:])[-4000:]
                 continue
-            lines, newline, step.pending = (step.pending + data).rpartition(b"\n")
+            lines, newline, step.pending = (step.pending[-100_000:] + data).rpartition(b"\n")
             for line in lines.split(b"\n") if newline else []:
                 self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
-
-    def _column(self) -> int:
-        """How wide the names of steps are; 0 where there is no room for a column."""
-        return 25 if not self.live or console_width(sys.stderr) >= 60 else 0
 
     def _show(self, text: str = "", always: bool = False) -> None:
         """Print text for good, above the lines that are not; all of it in one write."""
@@ -6238,8 +6233,7 @@ class Console:
     def _lines(self) -> list[str]:
         """The lines of the steps that are not printed for good, each cut to a row."""
         width, height = console_width(sys.stderr) - 1, console_width(sys.stderr, 1) - 1
-        lines = [line for step in self.steps
-                 for line in step.lines(time.monotonic(), self._column())]
+        lines = [line for step in self.steps for line in step.lines(time.monotonic())]
         return [text_cut(console_safe(MASK.text(line)), width) for line in lines[-height:]]
 
     def _tick(self) -> None:
@@ -7324,7 +7318,7 @@ def parser_build() -> Parser:
                         ["issue-to-pr issue.md --simulate good", "self-heal --fix-attempts 3"]),
                     description="An issue, or a red build, becomes a checked commit proposal. "
                                 "It never pushes and never merges.")
-    parser.add_argument("-V", "--version", action="version", version=f"agent_runner {__version__}")
+    parser.add_argument("--version", "-V", action="version", version=f"agent_runner {__version__}")
     parser.add_argument("--completion", action=Completion, choices=["bash", "zsh"],
                         help="print the completion of a shell, and a function to complete: "
                              "eval \"$(python agent_runner.py --completion bash)\"")
