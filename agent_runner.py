@@ -6200,13 +6200,15 @@ class Console:
     def watch(self, seconds: float, log: Path | None = None) -> None:
         """Show when this thread's step will be stopped, and the newest output in its log."""
         limit = time.monotonic() + seconds if seconds else 0
-        for step in self.steps:
+        for step in [*self.steps]:  # another thread may take one out meanwhile
             if step.thread == threading.get_ident() and not step.ended:
                 step.limit, step.log = limit, log
 
     def heard(self, log: Path | None, data: bytes) -> None:
         """Take what a program has printed now; with -v it is shown as soon as a line is whole."""
-        for step in [step for step in self.steps if log and step.log == log]:
+        for step in [*self.steps]:
+            if not log or step.log != log:
+                continue
             if not self.verbose:
                 step.output = (step.output + data[-4000:])[-4000:]
                 continue
@@ -7042,6 +7044,8 @@ def arguments_read(parser: Parser, argv: list[str]) -> argparse.Namespace:
 def failure_show(exit_code: int, reason: str, argv: list[str]) -> int:
     """Print why nothing was run: for people, and where it is asked for as JSON; the exit code."""
     CONSOLE.say(f"agent_runner: {reason}", always=True)
+    if is_in_actions():
+        CONSOLE.command("error", reason, title="agent_runner")
     if "--json" in argv:
         facts = {"schema": 1, "outcome": None, "exit_code": exit_code, "error": reason}
         console_print(json_text(facts), sys.stdout)
@@ -7142,7 +7146,7 @@ def commands_wrap(text: str, width: int) -> str:
             head, *rest = re.findall(r"(?:'[^']*'|\S)+", line[16:])
             lines.append(line[:16] + head)
             for word in rest:
-                if len(f"{lines[-1]} {word}") > width - 2:
+                if len(f"{lines[-1]} {word}") > width - 2 and len(word) < width - 8:
                     lines[-1] += " \\"
                     lines.append(f"      {word}")
                 else:
