@@ -6816,7 +6816,8 @@ def cmd_runs(args: argparse.Namespace) -> int:
     if args.prune is not None:
         return runs_prune(folders, args.prune)
     if args.json:
-        runs = [{key: summary_read(folder).get(key) for key in RUN_KEYS} for folder in folders]
+        runs = [{"run_id": folder.name} | {key: summary_read(folder).get(key) for key in RUN_KEYS}
+                for folder in folders]
         console_print(json_text({"schema": 1, "runs": runs}), sys.stdout)
         return 0
     rows = [("RUN", "COMMAND", "OUTCOME", "AGE", "TITLE", "BRANCH"), *map(run_row, folders)]
@@ -6830,7 +6831,7 @@ def cmd_runs(args: argparse.Namespace) -> int:
     return 0
 
 
-RUN_KEYS = ("run_id", "command", "title", "outcome", "exit_code", "branch", "started", "seconds")
+RUN_KEYS = ("command", "title", "outcome", "exit_code", "branch", "started", "seconds")
 
 
 def run_row(folder: Path) -> tuple[str, ...]:
@@ -7186,10 +7187,9 @@ def actions_place(run: Run, finding: str) -> dict[str, str]:
     places = [*frames, *re.findall(r"(?:^|: )([^\s:]+):(\d+)(?::\d+)?: ", first),
               *((path, "") for path in re.findall(r"(?:^|: )([^\s:]+?)(?:::|: )", first))]
     changed = {path for attempt in run.attempts for path in attempt.changed}
-    root = run.job.repo.root.resolve()
     for path, line in places:
-        place = (root / path).resolve()
-        if path in changed or (place.is_relative_to(root) and place.is_file()):
+        inside = not os.path.isabs(path) and ".." not in path.split("/")
+        if path in changed or (inside and os.path.isfile(run.job.repo.root / path)):
             return {"file": path, "line": line} if line else {"file": path}
     return {}
 

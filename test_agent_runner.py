@@ -5155,7 +5155,8 @@ def test_what_github_actions_gets(scratch: Scratch) -> None:
     ("refused, suppression: tests/test_app.py:1: adds one", {"file": "tests/test_app.py", "line": "1"}),
     ("refused, protected: tests/test_app.py: it decides", {"file": "tests/test_app.py"}), ("pytest: exit 3: no words", {}),
     ("pytest: tests/test_app.py::test_a: boom\n/usr/lib/x.py:9: in f\napp.py:2: in double\n", {"file": "app.py", "line": "2"}),
-    ("refused, size: ../../etc/passwd:1: much", {}), ("refused, size: /etc/passwd: much", {})])
+    ("refused, size: ../../etc/passwd:1: much", {}), ("refused, size: /etc/passwd: much", {}),
+    (f"refused, size: {'x' * 900}: much", {}), ("x\0y:3: in f", {}), (f"{'y' * 5000}:3: in f", {})])
 def test_the_place_of_a_finding(scratch: Scratch, finding: str, place: dict[str, str]) -> None:
     run = SimpleNamespace(attempts=[], job=SimpleNamespace(repo=SimpleNamespace(root=scratch.root)))
     assert runner_module().actions_place(run, finding) == place
