@@ -71,6 +71,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
@@ -2763,9 +2764,8 @@ def ruff_verdict(evidence: Evidence) -> CheckResult:
         return evidence.red(reason, distill_command(reason, evidence.plain(evidence.log)))
     if evidence.ran.exit != 0 and not lint:
         return command_verdict(evidence)
-    lines = [str(finding) for finding in lint]
     counted = "1 finding" if len(lint) == 1 else f"{len(lint) or 'no'} findings"
-    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lines),
+    return CheckResult(evidence.name, not lint, counted, evidence.ran.seconds, distill_lint(lint),
                        lint=lint)
 
 
@@ -3203,7 +3203,7 @@ def check_problems(before: CheckResult | None, after: CheckResult, strict: bool)
     if strict or before is None or before.ok:
         return everything
     if after.lint and before.lint:
-        return distill_lint([str(finding) for finding in lint_new(before.lint, after.lint)])
+        return distill_lint(lint_new(before.lint, after.lint))
     if not after.facts and not after.tests:  # a command, or a report is missing as it was before
         return [] if before.broken == after.broken and not before.lint else everything
     if before.broken and not before.tests:
@@ -3467,7 +3467,7 @@ def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,
         old = [finding for finding in check.lint
                if finding.path in touched and finding in base.lint]
         new = lint_new([*gate.lint, *old], check.lint)
-        return {check.name: distill_lint([str(finding) for finding in new])} if new else {}
+        return {check.name: distill_lint(new)} if new else {}
     breaks = check.broken and not base.broken
     if breaks or not check.tests or not base.tests:
         return {check.name: check.findings} if gate.ok else {}
@@ -4070,19 +4070,14 @@ class Failed(NamedTuple):
 def distill_failure(test: str, text: str) -> Failed:
     """What one failure comes to, from the text that pytest (--tb=short) has of it."""
     lines: list[str] = []
-    block: list[str] = []  # E lines, one after the other: what one exception says
     error = ""
     text = re.sub(r"(?:\x1b|#x1B)\[[\d;]*m| at 0x[\da-f]{6,}", "", text)  # colours and addresses
-    for line in [*distill_trace(text), ""]:
-        if line.startswith("E "):
-            block.append(line)
-            continue
-        if block:
-            error = next((part for part in block if part[4:5].strip()), block[0])
-            lines += distill_message(block)
-        if line:
-            block = []
-            lines.append(line)
+    for raised, block in groupby(distill_trace(text), lambda line: line.startswith("E ")):
+        part = list(block)
+        if raised:  # E lines, one after the other: what one exception says
+            error = next((line for line in part if line[4:5].strip()), part[0])
+            part = distill_message(part)
+        lines += part
     frames = list(filter(None, (re.match(FRAME, line[:1000]) for line in lines)))
     place = f"{frames[-1][2] or frames[-1][4]}:{frames[-1][3] or frames[-1][5]}" if frames else ""
     error = error or distill_plain(lines, text, bool(frames))
@@ -4116,10 +4111,9 @@ def distill_cause(group: list[Failed], printed: str) -> str:
         lines.append(f"also {name}{place}{error}")
     if more := len(others) - len(shown):
         lines.append(f"and {more} more for the same cause")
-    short = [line for line in printed[:1000].splitlines() if line.strip()]
-    is_short = len(printed) < 1000 and len(short) <= 3
-    loud = [] if is_short else distill_loud(printed, 5)
-    output = loud or short[:3 if is_short else 2]
+    output = [line for line in printed[:1000].splitlines() if line.strip()]
+    if len(printed) >= 1000 or len(output) > 3:
+        output = distill_loud(printed, 5) or output[:2]
     return "\n".join([*lines, *(f"printed: {distill_cut(line)}" for line in output)])
 
 
@@ -4201,26 +4195,28 @@ NOISE = ("platform ", "cachedir: ", "rootdir: ", "configfile: ", "plugins: ", "c
          "====", "----", "(to sh")
 
 
-def distill_lint(lines: list[str], most: int = 20) -> list[str]:
-    """Findings from ruff's lines ("path:row:column: rule message"): more than `most` by rule."""
-    if len(lines) <= most:
-        return [distill_cut(line) for line in lines]
-    rules: dict[str, list[str]] = {}
-    for line in lines:
-        rule = re.sub(r"^.*?:\d+:\d+: (syntax error|\S+).*", r"\1", line, flags=re.DOTALL)
-        rules.setdefault(rule, []).append(line)
+def distill_lint(lint: list[Lint]) -> list[str]:
+    """Findings from those of ruff, "path:row:column: rule message"; more than 20 by rule."""
+    if len(lint) <= 20:
+        return [distill_cut(str(finding)) for finding in lint]
+    rules: dict[str, list[Lint]] = defaultdict(list)
+    for finding in lint:
+        rules[finding.rule].append(finding)
     findings = []
     for rule, hits in sorted(rules.items(), key=lambda item: len(item[1])):
-        files = Counter(hit.partition(":")[0] for hit in hits)
-        where = [f"{distill_cut(file, 80)} {count}" for file, count in files.most_common(4)]
-        if len(files) > 4:
-            where.append("...")
-        lines = [distill_cut(hit) for hit in hits[:3]]
+        lines = [distill_cut(str(hit)) for hit in hits[:3]]
         if len(hits) > 3:
+            files = Counter(hit.path for hit in hits)
             lines.insert(0, f"{distill_cut(rule, 60)}, {len(hits)} times in {len(files)} files: "
-                            + ", ".join(where))
+                            + distill_counts(files, 4))
         findings.append("\n".join(lines))
     return findings
+
+
+def distill_counts(counts: Counter[str], most: int) -> str:
+    """How often each of some files counts: "a.py 3, b.py 1, ..."."""
+    shown = [f"{distill_cut(file, 80)} {count}" for file, count in counts.most_common(most)]
+    return ", ".join([*shown, "..."] if len(counts) > most else shown)
 
 
 def distill_command(how: str, log: str) -> str:
@@ -4229,15 +4225,15 @@ def distill_command(how: str, log: str) -> str:
     return "\n".join([": ".join([how, *lines[-1:]]), *lines[:-1]])
 
 
-def distill_output(text: str, head: int = 3, tail: int = 12, most: int = 12) -> list[str]:
+def distill_output(text: str) -> list[str]:
     """The lines that matter of a program's output: first, last, and the loud ones in between."""
     lines = [line.rstrip() for line in text[-20_000:].splitlines() if line.strip(" \0\ufffd")]
-    if len(text) <= 20_000 and len(lines) <= head + tail + 3:
+    if len(text) <= 20_000 and len(lines) <= 18:
         return [distill_cut(line) for line in lines]
-    first = [line.rstrip() for line in text[:8000].splitlines() if line.strip()][:head]
-    last = lines[-tail:]
+    first = [line.rstrip() for line in text[:8000].splitlines() if line.strip()][:3]
+    last = lines[-12:]
     known = {line.strip() for line in (*first, *last)}
-    loud = [line for line in distill_loud(text, most) if line not in known]
+    loud = [line for line in distill_loud(text, 12) if line not in known]
     if loud:
         loud.append("[...]")
     return [*map(distill_cut, first), "[...]", *loud, *map(distill_cut, last)]
@@ -4293,13 +4289,12 @@ def distill_cut(line: str, width: int = 240) -> str:
     return line if len(line) <= width else f"{line[:width * 2 // 3]}[...]{line[-(width // 3):]}"
 
 
-def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
-                limit: int = CHECK_LIMIT) -> list[str]:
+def distill_fit(findings: list[str], where: str) -> list[str]:
     """The findings within bounds: the first whole, others by their first line, the rest counted."""
     fitting: list[str] = []
-    size = 0
+    size, limit = 0, CHECK_LIMIT
     for finding in findings:
-        if fitting and size + len(finding.encode(errors="replace")) > full:
+        if fitting and size + len(finding.encode(errors="replace")) > FINDINGS_FULL:
             place = re.findall(r"^(\S[^:\n]*:\d+): in ", finding, re.MULTILINE)[-1:]
             finding = " ".join([distill_cut(finding.partition("\n")[0], 200),
                                 *(f"({at})" for at in place)])
@@ -4309,10 +4304,10 @@ def distill_fit(findings: list[str], where: str = "", full: int = FINDINGS_FULL,
         if size > limit:
             break
         fitting.append(finding)
-    if rest := Counter(finding.partition(":")[0] for finding in findings[len(fitting):]):
-        files = [f"{distill_cut(file, 80)} {count}" for file, count in rest.most_common(12)]
-        fitting.append(f"and {sum(rest.values())} more findings: {', '.join(files)}")
-    if where and fitting:
+    if rest := findings[len(fitting):]:
+        files = Counter(finding.partition(":")[0] for finding in rest)
+        fitting.append(f"and {len(rest)} more findings: {distill_counts(files, 12)}")
+    if fitting:
         fitting[-1] += f"\n(all of it: {where})"
     return fitting
 

@@ -3033,11 +3033,12 @@ def test_a_red_gate_is_told_in_short(tmp_path, name):
 
 def test_lint_is_told_by_rule_beyond_twenty():
     runner = runner_module()
-    lines = [f"pkg/m{n % 9}.py:{n}:8: F401 `mod{n}` imported but unused" for n in range(2990)]
-    assert runner.distill_lint(lines[:20]) == lines[:20]
-    told = runner.distill_lint([*lines, "app.py:3:1: E999 SyntaxError: it"])
+    lint = [runner.Lint(f"pkg/m{n % 9}.py", n, 8, "F401", f"`mod{n}` imported but unused") for n in range(2990)]
+    lines = [f"pkg/m{n % 9}.py:{n}:8: F401 `mod{n}` imported but unused" for n in range(20)]
+    assert runner.distill_lint(lint[:20]) == lines
+    told = runner.distill_lint([*lint, runner.Lint("app.py", 3, 1, "E999", "SyntaxError: it")])
     assert told[0] == "app.py:3:1: E999 SyntaxError: it"
-    assert told[1].startswith("F401, 2990 times in 9 files: pkg/m0.py 333, ") and lines[0] in told[1]
+    assert told[1].startswith("F401, 2990 times in 9 files: pkg/m0.py 333, ") and "332, ...\n" in told[1] and lines[0] in told[1]
 
 
 def test_findings_keep_within_their_bounds():
@@ -3050,7 +3051,7 @@ def test_findings_keep_within_their_bounds():
     assert told[0].startswith("tests/test_0.py::test_0: assert 0 == 0\ntests/test_0.py:0: in test")
     assert "(tests/test_0.py:49)" in "\n".join(told), "a place is told where the rest is not"
     assert re.search(r"and \d+ more findings: .*tests/test_7.py 50", told[-1])
-    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests([wide]))).encode()) < 7000
+    assert 1000 < len("".join(runner.distill_fit(runner.distill_tests([wide]), "gate-1.log")).encode()) < 7000
 
 
 ODD = ["", "\0", "\n" * 50_000, "error " * 50_000, "x" * 2_000_000, "_ " * 100_000, "|" * 200_000, "::" * 100_000,
@@ -3066,7 +3067,7 @@ def test_no_output_is_too_odd(text):
     failures = [runner.Failure("t.py::t", "call", "", text, text), runner.Failure(text[:99], "setup", text[:99], "", text)]
     for found in ([runner.distill_command("exit 1", text)], [runner.distill_broken("exit 1", text, [text[:99]])],
                   [runner.distill_broken("stopped", "", stack=text)], runner.distill_tests(failures),
-                  runner.distill_lint([text] * 21)):
+                  runner.distill_lint([runner.Lint(text, 1, 1, text, text)] * 21)):
         told = "\n\n".join(runner.distill_fit(found, "gate-1.log"))
         assert len(json.dumps(told)) and len(told.encode()) < 12_000  # encode() refuses what no brief can hold
     assert time.process_time() - began < 60, "linear, whatever comes"
