@@ -1828,17 +1828,12 @@ def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, Tes
 
 def tests_read(source: bytes) -> dict[str, TestFunction]:
     """The test functions of a Python file by name ("TestA::test_b"); {} where it does not parse."""
-    functions: dict[str, TestFunction] = {}
     try:
-        queue: list[tuple[str, ast.stmt]] = [("", node) for node in ast.parse(source).body]
-        for prefix, node in queue:
-            if isinstance(node, ast.ClassDef):
-                queue += [(f"{prefix}{node.name}::", child) for child in node.body]
-            elif isinstance(node, FUNCTIONS) and node.name.startswith("test"):
-                functions[f"{prefix}{node.name}"] = test_function(node)
+        functions = functions_read(ast.parse(source).body)
     except (SyntaxError, ValueError):
         return {}
-    return functions
+    return {name: test_function(node) for name, node in functions.items()
+            if node.name.startswith("test")}
 
 
 def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
@@ -3740,8 +3735,10 @@ def twin_alter(
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
         text = source.decode(encoding)
-        functions = twin_functions(ast.parse(text).body)
-        every = [name for name in functions if re.match("test", name.rpartition(":")[2])]
+        # hypothesis (`given`) would try an altered one for long.
+        functions = {name: node for name, node in functions_read(ast.parse(text).body).items()
+                     if not {"given", "fixture"} & {*map(twin_name, node.decorator_list)}}
+        every = [name for name, node in functions.items() if node.name.startswith("test")]
         for name in sorted(every if tests is None else tests):
             names[functions.get(name)].append(name)
         before = text.encode().splitlines(keepends=True)  # a tree counts in bytes of UTF-8
@@ -3964,19 +3961,17 @@ TWIN_OPPOSITES = dict(re.findall(
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def twin_functions(body: list[ast.stmt]) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+def functions_read(body: list[ast.stmt]) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
     """The functions of a file and its classes, inherited ones too: {"TestA::test_b": ...}."""
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
     for node in body:
-        marks = {twin_name(mark) for mark in getattr(node, "decorator_list", [])}
-        if isinstance(node, FUNCTIONS) and not marks & {"given", "fixture"}:
-            functions[node.name] = node  # hypothesis (`given`) would try an altered one for long
-        if isinstance(node, ast.ClassDef):
-            methods: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
-            for start in (f"{twin_name(base)}::" for base in reversed(node.bases)):
-                methods |= {name.removeprefix(start): method
-                            for name, method in functions.items() if name.startswith(start)}
-            methods |= twin_functions(node.body)
+        if isinstance(node, FUNCTIONS):
+            functions[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            starts = [f"{twin_name(base)}::" for base in reversed(node.bases)]
+            methods = {name.removeprefix(start): method for start in starts
+                       for name, method in functions.items() if name.startswith(start)}
+            methods |= functions_read(node.body)
             functions |= {f"{node.name}::{name}": method for name, method in methods.items()}
     return functions
 

@@ -2092,6 +2092,16 @@ def test_a_test_that_asserts_less(old, new, reason):
     assert all(reason in violation.reason for violation in violations), violations
 
 
+def test_a_test_that_asserts_less_in_a_class_that_it_is_inherited_from() -> None:
+    """Its name is the same, and so is the test that is compared."""
+    module = runner_module()
+    old = b"class TestA:\n    def test_a(self):\n        assert f() == 1\n        assert g()\n"
+    new = b"class Base:\n    def test_a(self):\n        assert f() == 1\n\n\nclass TestA(Base):\n    pass\n"
+    sources = [changed_source("tests/test_a.py", old, new)]
+    violation, = module.guard_readable(sources) + module.guard_assertions(sources)
+    assert violation.reason == "TestA::test_a has 1 assertions where the base has 2: `assert g()` is gone"
+
+
 def test_code_that_reads_the_tests() -> None:
     """What did so on the base may go on, and so may the tests themselves."""
     module = runner_module()
