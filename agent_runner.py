@@ -1577,6 +1577,7 @@ class Source(NamedTuple):
     size: int  # bytes of the new contents
     portion: list[str]  # the blobs that are read together with its own
     shelf: Shelf
+    facts: dict[str, tuple[Any, Any]]  # what each reader finds in it, once guard_readable has run
 
     @property
     def new(self) -> bytes:
@@ -1587,6 +1588,10 @@ class Source(NamedTuple):
     def old(self) -> bytes:
         """Its contents before."""
         return self.shelf.read(self.change.old_blob, self.portion)
+
+    def read(self, reader: Callable[[bytes], Any]) -> tuple[Any, Any]:
+        """What a reader finds before and after; what it finds in b"" where it was too much."""
+        return self.facts.get(reader.__name__) or (reader(b""), reader(b""))
 
 
 class Shelf:
@@ -1618,31 +1623,22 @@ def sources_read(repo: Repo, changes: list[Change]) -> list[Source]:
             portion, room = [], 2 * SIZE_LIMIT  # any file fits in with both of its sides
         portion += blobs
         room -= need
-        sources.append(Source(change, sizes.get(change.new_blob, 0), portion, shelf))
+        sources.append(Source(change, sizes.get(change.new_blob, 0), portion, shelf, {}))
     return sources
-
-
-READ: dict[tuple[str, str], Any] = {}  # what the readers find in the newest change's blobs
-
-
-def read(reader: Callable[[bytes], Any], blob: str) -> Any:
-    """What a reader finds in a blob of the change; what it finds in b"" where it was too much."""
-    return READ[reader.__name__, blob] if (reader.__name__, blob) in READ else reader(b"")
 
 
 def guard_readable(sources: list[Source]) -> list[Violation]:
     """Let all readers look at Python source, in a bounded process; what is too much for it."""
-    READ.clear()
     unread: list[Source] = []
     limit = time.monotonic() + 2 * APART_SECONDS  # for all of them together
     for portion in {id(source.portion): source.portion for source in sources}.values():
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
         while rest and (left := (limit - time.monotonic()) / 2) > 0:
-            calls = [functools.partial(source_read, s.change, s.old, s.new) for s in rest]
+            calls = [functools.partial(source_read, source.old, source.new) for source in rest]
             results = apart(calls, left)
-            for result in results:
-                READ.update(result)
+            for source, facts in zip(rest, results):
+                source.facts.update(facts)
             unread += rest[len(results):][:1]
             rest = rest[len(results) + 1:]
         unread += rest
@@ -1650,18 +1646,16 @@ def guard_readable(sources: list[Source]) -> list[Violation]:
     return [Violation("size", source.change.path, reason) for source in unread]
 
 
-def source_read(change: Change, old: bytes, new: bytes) -> dict[tuple[str, str], Any]:
-    """What each reader finds in a file, before and after: {(reader's name, blob): result}."""
+def source_read(old: bytes, new: bytes) -> dict[str, tuple[Any, Any]]:
+    """What each reader finds in a file, before and after: {the reader's name: the two results}."""
     readers = (suppressions_read, test_detection, tests_read, rest_read, doctests_read)
-    return {(reader.__name__, blob): reader(data) for reader in readers
-            for blob, data in ((change.old_blob, old), (change.new_blob, new))}
+    return {reader.__name__: (reader(old), reader(new)) for reader in readers}
 
 
 def added(sources: list[Source], reader: Callable[[bytes], list[tuple[int, str]]]
           ) -> list[tuple[str, int, str]]:
     """What a reader finds more often after the whole change than before: (path, line, what)."""
-    pairs = [(change.path, read(reader, change.old_blob), read(reader, change.new_blob))
-             for change in (source.change for source in sources)]
+    pairs = [(source.change.path, *source.read(reader)) for source in sources]
     more = Counter(what for _, _, new in pairs for _, what in new)
     more.subtract(what for _, old, _ in pairs for _, what in old)
     result = []
@@ -1793,7 +1787,7 @@ def guard_assertions(sources: list[Source]) -> list[Violation]:
     # An assertion that stands in another test now has moved.
     elsewhere: Counter[str] = Counter()
     for source in sources:
-        for test in read(tests_read, source.change.new_blob).values():
+        for test in source.read(tests_read)[1].values():
             elsewhere.update(test.asserts)
     for _, _, old, new in pairs:
         elsewhere -= Counter(old.asserts) & Counter(new.asserts)
@@ -1813,15 +1807,13 @@ def guard_assertions(sources: list[Source]) -> list[Violation]:
 
 def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, TestFunction]]:
     """The test functions before and after, as (path, name, old, new); also in a renamed file."""
-    new_files = [read(tests_read, source.change.new_blob)
-                 for source in sources if not source.change.old_mode]
+    new_files = [source.read(tests_read)[1] for source in sources if not source.change.old_mode]
     pairs = []
     for source in sources:
-        after = [read(tests_read, source.change.new_blob)]
-        if not source.change.new_mode:
-            after += new_files
-        for name, old in read(tests_read, source.change.old_blob).items():
-            there = [tests[name] for tests in after if name in tests]
+        before, after = source.read(tests_read)
+        files = [after] if source.change.new_mode else [after, *new_files]
+        for name, old in before.items():
+            there = [tests[name] for tests in files if name in tests]
             pairs += [(source.change.path, name, old, new) for new in there[:1]]
     return pairs
 
@@ -1895,11 +1887,12 @@ def tests_moved(sources: list[Source]) -> dict[str, set[str]]:
     """Where the bodies of test functions stand now: {"a.py::test_x": {"b.py::test_y"}}."""
     places: dict[str, set[str]] = {}
     for source in sources:
-        for name, test in read(tests_read, source.change.new_blob).items():
-            if name not in read(tests_read, source.change.old_blob):
+        before, after = source.read(tests_read)
+        for name, test in after.items():
+            if name not in before:
                 places.setdefault(test.body, set()).add(f"{source.change.path}::{name}")
     return {f"{source.change.path}::{name}": places[test.body] for source in sources
-            for name, test in read(tests_read, source.change.old_blob).items()
+            for name, test in source.read(tests_read)[0].items()
             if test.body in places}
 
 
@@ -1918,8 +1911,8 @@ def expectations_changed(source: Source, tests: Iterable[str]) -> list[str]:
 
 def is_same_beside_tests(source: Source) -> bool:
     """Whether a test module changed only in its test functions and imports."""
-    rest = [read(rest_read, blob) for blob in (source.change.old_blob, source.change.new_blob)]
-    return rest[0] == rest[1] != ""
+    before, after = source.read(rest_read)
+    return before == after != ""
 
 
 def rest_read(source: bytes) -> str:
@@ -2002,8 +1995,7 @@ def guard_doctests(sources: list[Source], base: GateResult) -> list[Violation]:
         path = source.change.path
         if path not in ran:
             continue
-        old = Counter(read(doctests_read, source.change.old_blob))
-        new = Counter(read(doctests_read, source.change.new_blob))
+        old, new = map(Counter, source.read(doctests_read))
         now = dict((new - old).keys())
         violations += [
             Violation("weakened", path, f"the example `{one_line(example)}` gave "

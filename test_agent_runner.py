@@ -2066,7 +2066,7 @@ def changed_source(path: str, old: bytes, new: bytes) -> Any:
     """A changed file whose contents are at hand; an empty one is not there."""
     module, blobs = runner_module(), {f"old {path}": old, f"new {path}": new}
     change = module.Change(path, 0o100644 if old else 0, 0o100644 if new else 0, *blobs)
-    return module.Source(change, len(new), [], SimpleNamespace(read=lambda blob, portion: blobs[blob]))
+    return module.Source(change, len(new), [], SimpleNamespace(read=lambda blob, portion: blobs[blob]), {})
 
 
 @pytest.mark.parametrize(("old", "new", "reason"), [
@@ -2165,8 +2165,8 @@ def test_what_is_too_much_to_be_read() -> None:
         assert [violation.path for violation in module.guard_readable(sources)] == ["b.py", "c.py"]
     finally:
         module.APART_SECONDS = seconds
-    assert module.read(module.tests_read, "new a.py")["test_a"].asserts == ["assert a"]
-    assert module.read(module.suppressions_read, "new c.py") == []
+    assert sources[0].read(module.tests_read)[1]["test_a"].asserts == ["assert a"]
+    assert sources[2].read(module.suppressions_read) == ([], [])
 
 
 def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
@@ -5240,7 +5240,7 @@ def test_a_chapter_opens_with_who_calls_it_what_it_promises_and_what_to_skip():
 
 
 # Called from tables, from many places, or beside what they belong to.
-BELOW = {"private_directory", "is_test_module", "named_files", "configured_files", "read", "tests_rewritten", "tests_moved",
+BELOW = {"private_directory", "is_test_module", "named_files", "configured_files", "tests_rewritten", "tests_moved",
          "expectations_changed", "is_same_beside_tests", "source_of", "ruff_verdict", "pytest_verdict", "record_facts",
          "program_interrupted", "program_report", "git_check"}
 
