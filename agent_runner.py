@@ -381,7 +381,7 @@ class Judge:
         # Checks that must be green; the others must not be worse than on the base.
         self.strict = {check.name for check in job.checks if must_be_green(check, job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed last: they are run first
-        self.tools = tools_state(job, gates.places)
+        self.tools = tools_state(job, gates.private)
         self.user = user_state(job)
 
     def must_pass(self, check: CheckResult) -> bool:
@@ -403,7 +403,7 @@ class Judge:
 
     def by_tools(self) -> Judgement | None:
         """Refused where the gate's tools are not what they were before the agent began."""
-        touched = tools_touched(self.tools, tools_state(self.run.job, self.gates.places))
+        touched = tools_touched(self.tools, tools_state(self.run.job, self.gates.private))
         return refused(touched, final=True) if touched else None
 
     def by_emptiness(self, attempt: Attempt, sources: list[Source]) -> Judgement | None:
@@ -2103,7 +2103,6 @@ class Gates:
         self.run, self.private, self.pool = run, private, pool
         self.change, self.base = self.gate_new(), self.gate_new()
         self.future: Future[GateResult] | None = None  # of the baseline
-        self.places = [private / "gate"]
         repo, tree = run.job.repo, run.base.tree
         named = named_files(run.job, tree_paths(repo, tree)) | configured_files(repo, tree)
         self.named = frozenset(named)
@@ -4306,8 +4305,8 @@ def distill_fit(findings: list[str], where: str) -> list[str]:
 # At first: skip it.
 
 
-def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
-    """The files that decide what the gate's tools do in some places: {path: fingerprint}."""
+def tools_state(job: Job, private: Path) -> dict[str, str]:
+    """The files that decide what the tools of gates in a directory do: {path: fingerprint}."""
     checks = job.checks
     pythons = pythons_of(checks)
     files = {Path(check.argv[0]) for check in checks if os.path.isabs(check.argv[0])}
@@ -4321,9 +4320,7 @@ def tools_state(job: Job, places: list[Path]) -> dict[str, str]:
     if job.sandbox.kind in ("none", "prefix"):  # else no agent writes there
         files |= FROZEN.origins | {HOME / ".gitconfig"}
         files |= {HOME / ".config/git" / name for name in ("config", "ignore", "attributes")}
-    state = fingerprints(files)
-    for place in places:
-        state |= configuration_above(place)
+    state = fingerprints(files) | configuration_above(private / "any gate")
     for place in places_read:
         if place.name.endswith("-packages"):
             state |= {str(place / name): digest for name, digest in packages_state(place).items()}
