@@ -2134,7 +2134,8 @@ class Gates:
         def check(gate: Gate) -> GateResult:
             result = gate_step("baseline gate", gate, self.run.base.tree, "0")
             carry_hint(self.run.job.repo, result)
-            if red := base_red(result):
+            red = [f"{check.name} {check.reason}" for check in result.checks if not check.ok]
+            if red:
                 CONSOLE.say(f"the base is red: {'; '.join(red)}; the change may leave that, "
                             "but must not add to it (--strict asks for green)")
             return result
@@ -3162,25 +3163,6 @@ def gate_problems(before: GateResult | None, after: GateResult, strict: Iterable
             for text in check_problems(earlier.get(check.name), check, check.name in strict)]
 
 
-def base_red(before: GateResult, after: GateResult | None = None) -> list[str]:
-    """What is red on the base, and how it is with the change: ["ruff 24 findings, none new"]."""
-    later = {check.name: check for check in after.checks} if after else {}
-    lines = []
-    for check in before.checks:
-        now = later.get(check.name)
-        if check.ok:
-            continue
-        line = f"{check.name} {check.reason}"
-        if now and now.ok:
-            line += ", green now"
-        elif now and check.lint:
-            line += f", {len(lint_new(check.lint, now.lint)) or 'none'} new"
-        elif now:
-            line += f"; with the change {now.reason}"
-        lines.append(line)
-    return lines
-
-
 def check_problems(before: CheckResult | None, after: CheckResult, strict: bool) -> list[str]:
     """What stands against a check: all findings where it must be green, else what is worse."""
     everything = after.findings or [after.reason]
@@ -3205,8 +3187,21 @@ def check_problems(before: CheckResult | None, after: CheckResult, strict: bool)
 
 
 def base_red_lines(base: GateResult, gate: GateResult) -> list[str]:
-    """What a reviewer should know first: what is red on the base and may stay so."""
-    return [f"the base is red: {line}" for line in base_red(base, gate)]
+    """What a reviewer should know first: what is red on the base, and is fixed or stays so."""
+    later, fixed, lines = {check.name: check for check in gate.checks}, [], []
+    for check in base.checks:
+        if check.ok:
+            continue
+        now, line = later.get(check.name), f"{check.name} {check.reason}"
+        if now and now.ok:
+            fixed.append(line)
+            continue
+        if now and check.lint:
+            line += f", {len(lint_new(check.lint, now.lint)) or 'none'} new"
+        elif now:
+            line += f"; with the change {now.reason}"
+        lines.append(f"the base is red: {line}")
+    return [f"fixes what is red on the base: {'; '.join(fixed)}", *lines] if fixed else lines
 
 
 def files_rewritten(base: GateResult, gate: GateResult, recheck: Recheck) -> list[Violation]:

@@ -629,6 +629,7 @@ def test_a_red_gate_is_healed(red):
     assert ended.summary["base"] == red.git("rev-parse", "HEAD") and ended.summary["branch"] == "agent/self-heal"
     assert "tests/test_app.py::test_double" in ended.text("brief-1.md") and "assert 6 == 4" in ended.text("brief-1.md")
     assert "RED" in ended.text("proposal.md") and "passed" in ended.text("proposal.md")
+    assert ended.summary["look_first"][0] == "fixes what is red on the base: pytest 1 failed", ended
 
 
 def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
