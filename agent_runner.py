@@ -1634,14 +1634,10 @@ def guard_readable(sources: list[Source]) -> list[Violation]:
     for portion in {id(source.portion): source.portion for source in sources}.values():
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
-        while rest and (left := (limit - time.monotonic()) / 2) > 0:
-            calls = [functools.partial(source_read, source.old, source.new) for source in rest]
-            results = apart(calls, left)
-            for source, facts in zip(rest, results):
-                source.facts.update(facts)
-            unread += rest[len(results):][:1]
-            rest = rest[len(results) + 1:]
-        unread += rest
+        calls = [functools.partial(source_read, source.old, source.new) for source in rest]
+        for source, facts in zip(rest, apart_each(calls, limit)):
+            source.facts.update(facts or {})
+            unread += [] if facts else [source]
     reason = "is too large or too deep to be read as source"
     return [Violation("size", source.change.path, reason) for source in unread]
 
@@ -1820,11 +1816,8 @@ def tests_pairs(sources: list[Source]) -> list[tuple[str, str, TestFunction, Tes
 
 def tests_read(source: bytes) -> dict[str, TestFunction]:
     """The test functions of a Python file by name ("TestA::test_b"); {} where it does not parse."""
-    try:
-        functions = functions_read(ast.parse(source).body)
-    except (SyntaxError, ValueError):
-        return {}
-    return {name: test_function(node) for name, node in functions.items()
+    return {name: test_function(node)
+            for name, node in functions_read(syntax_read(source).body).items()
             if node.name.startswith("test")}
 
 
@@ -1845,6 +1838,14 @@ def test_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> TestFunction:
                 if call_cannot_fail(name, part.args):
                     empty.append(asserts[-1])
     return TestFunction(syntax_digest([node]), syntax_digest(node.body), asserts, empty)
+
+
+def syntax_read(source: bytes) -> ast.Module:
+    """The syntax of Python source; that of an empty file where it does not parse."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def syntax_digest(nodes: Iterable[ast.AST]) -> str:
@@ -1917,10 +1918,7 @@ def is_same_beside_tests(source: Source) -> bool:
 
 def rest_read(source: bytes) -> str:
     """A digest of a test module without its tests and imports; "" where it does not parse."""
-    try:
-        nodes = list(ast.parse(source).body)
-    except (SyntaxError, ValueError):
-        return ""
+    nodes = list(syntax_read(source).body)
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             nodes += node.body
@@ -1938,12 +1936,8 @@ def rest_read(source: bytes) -> str:
 
 def test_detection(source: bytes) -> list[tuple[int, str]]:
     """Where source asks for pytest, or reads its caller's variables: (line, what it does)."""
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):
-        return []
     hits = []
-    for node in nodes:
+    for node in ast.walk(syntax_read(source)):
         if isinstance(node, ast.Attribute) and node.attr == "f_locals":
             hits.append((node.lineno, "reads its caller's variables (f_locals)"))
         variables = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
@@ -2008,11 +2002,7 @@ def doctests_read(source: bytes) -> list[tuple[str, str]]:
     """The examples in a file's docstrings, each with its output; [] where it does not parse."""
     import doctest
     examples = []
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):
-        return []
-    for node in nodes:
+    for node in ast.walk(syntax_read(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
             with contextlib.suppress(ValueError):  # one that doctest cannot read
                 examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
@@ -3311,8 +3301,7 @@ def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
     if not skipped:
         return []
     what = "1 new test was" if len(skipped) == 1 else f"{len(skipped)} new tests were"
-    more = " ..." if len(skipped) > 5 else ""
-    return [f"{what} skipped: {', '.join(skipped[:5])}{more}"]
+    return [f"{what} skipped: {words_first(skipped)}"]
 
 
 # === Chapter 10. The recheck ================================================
@@ -3464,8 +3453,7 @@ def recheck_problems(base: CheckResult, gate: CheckResult, check: CheckResult,
 
 def tests_listed(path: str, tests: Sequence[str]) -> str:
     """Some tests in one phrase, without the path of their file."""
-    more = f" and {len(tests) - 5} more" if len(tests) > 5 else ""
-    return ", ".join(test.removeprefix(f"{path}::") for test in tests[:5]) + more
+    return words_first([test.removeprefix(f"{path}::") for test in tests])
 
 
 def allowed_line(path: str, problems: Mapping[str, str]) -> str:
@@ -3697,13 +3685,12 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
 def imports_read(source: bytes) -> set[str]:
     """The modules, and what may be modules, that source imports; none if it cannot be parsed."""
     names = set()
-    with contextlib.suppress(SyntaxError, ValueError):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                package = f"{node.module}." if node.module else ""
-                names |= {package.rstrip("."), *(package + alias.name for alias in node.names)}
+    for node in ast.walk(syntax_read(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = f"{node.module}." if node.module else ""
+            names |= {package.rstrip("."), *(package + alias.name for alias in node.names)}
     return names - {""}
 
 
@@ -5638,10 +5625,10 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
         return results
 
 
-def apart_each(readings: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each of them returns; None for one that is too much, and for those after the time."""
+def apart_each(readings: Sequence[Callable[[], Any]], limit: float | None = None) -> list[Any]:
+    """What each of them returns; None for one that is too much, and for those after the limit."""
     results: list[Any] = []
-    limit = time.monotonic() + 2 * APART_SECONDS
+    limit = limit or time.monotonic() + 2 * APART_SECONDS
     while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
         results += apart(readings[len(results):], left)
         if len(results) < len(readings):
