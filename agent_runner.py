@@ -2981,12 +2981,13 @@ class Report:
         return text
 
     def ended(self, report, when):
-        facts = {}
+        sub = text = printed = ""
         if report.failed:
             sub = report.head_line[len(report.location[2]):] if hasattr(report, "context") else ""
-            facts = {"sub": sub, "text": self.shortened(str(report.longrepr or "")),
-                     "printed": self.shortened("\\n".join(text for _, text in report.sections))}
-        self.event("ended", test=report.nodeid, when=when, outcome=report.outcome, **facts)
+            text = self.shortened(str(report.longrepr or ""))
+            printed = self.shortened("\\n".join(text for _, text in report.sections))
+        self.event("ended", test=report.nodeid, when=when, outcome=report.outcome,
+                   sub=sub, text=text, printed=printed)
 
     def pytest_collection_finish(self, session):
         self.event("collected", tests=[item.nodeid for item in session.items])
@@ -3102,10 +3103,10 @@ def report_events(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-EVENTS: dict[str, dict[str, Any]] = {  # what each holds at least, by kind
+EVENTS: dict[str, dict[str, Any]] = {  # what each holds, by kind; a list is of texts
     "collected": {"tests": list},
     "started": {"test": str},
-    "ended": {"test": str, "when": str, "outcome": str},
+    "ended": dict.fromkeys(("test", "when", "outcome", "sub", "text", "printed"), str),
     "closed": {"worker": bool, "wrong_origin": list, "roots": list, "used": list, "reads": list,
                "doctests": list, "files": list, "folders": list},
 }
@@ -3118,21 +3119,18 @@ def event_parse(line: bytes) -> dict[str, Any]:
         kinds = EVENTS[event["event"]]
     except (KeyError, TypeError, RecursionError):
         raise ValueError("a line of it is no event") from None
-    texts = [event.get(key, "") for key in ("sub", "text", "printed")]
-    if wrong := [key for key, kind in kinds.items() if not isinstance(event.get(key), kind)]:
-        raise ValueError(f"{wrong[0]!r} is wrong in a line of it")
-    for key in [key for key, kind in kinds.items() if kind is list]:
-        texts += event[key]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a line of it holds what is no text")
+    for key, kind in kinds.items():
+        value = event.get(key)
+        texts = value if kind is list and isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{key!r} is wrong in a line of it")
     return event
 
 
 def report_ended(event: dict[str, Any], tests: dict[str, str],
                  failures: dict[tuple[str, str, str], Failure]) -> None:
     """Add one phase of a test to how that ended, and to the failures where it is one."""
-    test, phase, sub = event["test"], event["when"], event.get("sub", "")
-    outcome = event["outcome"]
+    test, phase, sub, outcome = (event[key] for key in ("test", "when", "sub", "outcome"))
     if outcome == "failed":
         tests[test] = "failed"
         failures[test, phase, sub] = Failure(test, phase, sub, event["text"], event["printed"])
@@ -5685,12 +5683,9 @@ class Repo(NamedTuple):
     sealed: bool = False
 
 
-def git(repo: Repo, *args: str, index: Path | None = None, work_tree: Path | None = None,
-        stdin: bytes = b"", out_file: Path | None = None,
-        env: Mapping[str, str] | None = None) -> str:
-    """What a git command printed; raises Stop with git's own last words where it fails."""
-    ran = git_ran(repo, *args, index=index, work_tree=work_tree, stdin=stdin, out_file=out_file,
-                  env=env)
+def git(repo: Repo, *args: str, **how: Any) -> str:
+    """What a git command printed; see git_ran. Raises Stop with git's own words where it fails."""
+    ran = git_ran(repo, *args, **how)
     left_out = args[0] == "add" and UNREADABLE.encode() in ran.err  # only warned of, with exit 0
     if ran.exit or left_out:
         # The last line may be advice.
