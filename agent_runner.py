@@ -607,11 +607,10 @@ class Checkout:
         if self.index.exists():
             self.git("clean", "-ffdxq")  # twice forced, so also repositories; ignored files, too
         self.git("read-tree", "--reset", "-u", tree)
-        listed = self.git("ls-files", "--stage", "-z").split("\0")[:-1]
-        entries = [entry.split("\t", 1) for entry in listed]
-        links = [(path, facts.split()[1]) for facts, path in entries if facts.startswith("160000")]
-        self.submodules = [path for path, _ in links]
-        for number, (path, commit) in enumerate(links):
+        listed = self.git("ls-files", "--stage", "-z")
+        links = re.findall(r"(?:^|\0)160000 (\w+) \d\t([^\0]+)", listed)
+        self.submodules = [path for _, path in links]
+        for number, (commit, path) in enumerate(links):
             self._fill(path, commit, number)
         for path in self.carried:
             (self.place / path).parent.mkdir(parents=True, exist_ok=True)
@@ -819,9 +818,8 @@ def files_keep(run: Run, workspace: Workspace) -> None:
     if place.is_symlink() or not place.is_dir():
         return
     with contextlib.suppress(Stop):
-        listed = git(run.job.repo, "ls-tree", "-r", "-z", run.base.tree).split("\0")[:-1]
-        entries = [entry.split("\t", 1) for entry in listed]
-        known = {path: facts.split()[2] for facts, path in entries}
+        listed = git(run.job.repo, "ls-tree", "-r", "-z", run.base.tree)
+        known = {path: blob for blob, path in re.findall(r"blob (\w+)\t([^\0]+)", listed)}
     paths, lost = files_left(place)
     room, copied = FILES_SIZE, 0
     for path in paths:
@@ -1400,13 +1398,10 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
 def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
                  checks: list[Check]) -> tuple[list[Violation], list[str]]:
     """What stands against the text of a change, and what a reviewer should know of it."""
-    violations = []
-    for source in sources:
-        path = source.change.path
-        if scope and not glob_match(path, scope):
-            violations.append(Violation("scope", path, "is outside the scope of this task"))
-    for source in sources:
-        violations += guard_file(source)
+    paths = [source.change.path for source in sources]
+    violations = [Violation("scope", path, "is outside the scope of this task")
+                  for path in paths if scope and not glob_match(path, scope)]
+    violations += [violation for source in sources for violation in guard_file(source)]
     python = [source for source in sources if source.change.path.endswith((".py", ".pyi"))]
     violations += guard_readable(python)
     product = [source for source in python if not gate_role(source.change.path, gate_files)]
@@ -1706,9 +1701,8 @@ def guard_suppressions(sources: list[Source],
                   for path, line, kind in marks if kind in obeyed]
     others = [f"{kind} at {path}:{line}" for path, line, kind in marks
               if kind not in obeyed and kind != "noqa"]
-    if not others:
-        return violations, []
-    return violations, [f"adds marks for tools outside this gate: {', '.join(others[:10])}"]
+    notes = [f"adds marks for tools outside this gate: {words_first(others, 10)}"]
+    return violations, notes if others else []
 
 
 def hidden_lint(base: GateResult, gate: GateResult) -> list[Violation]:
@@ -1740,10 +1734,8 @@ def lint_unseen(base: GateResult, gate: GateResult,
                 unseen[path] = f"holds what was in {moved}, and ruff does not look at it"
         others |= {source.change.path for source in new_files if is_python(source)} - {*unseen}
     violations = [Violation("unseen", path, reason) for path, reason in sorted(unseen.items())]
-    if not others:
-        return violations, []
-    shown = words_first(sorted(others))
-    return violations, [f"adds Python code that ruff does not look at: {shown}"]
+    notes = [f"adds Python code that ruff does not look at: {words_first(sorted(others))}"]
+    return violations, notes if others else []
 
 
 def ruff_views(result: GateResult) -> dict[str, set[str]]:
