@@ -1343,16 +1343,15 @@ def call_reason(job: Job, exit_code: int | None, seconds: float) -> str:
 FILES_LIMIT, SIZE_LIMIT = 100, 4_000_000  # changed files; bytes of one of them
 PROTECTED = {  # what only a human should change, or --allow
     "it decides what CI runs": (
-        ".github/workflows/** .github/actions/** .github/dependabot.y*ml "
-        ".gitlab-ci.yml .gitlab/** .circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile "
-        "appveyor.yml bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** "
+        ".github/workflows/** .github/actions/** .github/dependabot.y*ml .gitlab-ci.yml .gitlab/** "
+        ".circleci/** .travis.yml azure-pipelines*.yml Jenkinsfile appveyor.yml "
+        "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** "
         "cloudbuild.yaml .ci/** .forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** "
-        ".teamcity/** .builds/** .build.yml "
-        "buildspec.y*ml .pre-commit-config.yaml .husky/** .githooks/**"),
+        ".teamcity/** .builds/** .build.yml buildspec.y*ml .pre-commit-config.yaml .husky/** "
+        ".githooks/**"),
     "it holds the commands that CI and people run": (
         "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py "
-        "**/Taskfile.y*ml "
-        "**/Taskfile.dist.y*ml"),
+        "**/Taskfile.y*ml **/Taskfile.dist.y*ml"),
     "it can run programs when somebody opens the tree": (
         "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace "
         "**/.devcontainer/** **/.devcontainer.json **/.idea/** **/.zed/tasks.json "
@@ -1478,15 +1477,13 @@ class GateFiles(NamedTuple):
 
 TEST_FOLDER = (
     r"(?i)_*(tests?|testdata|test_data|testcases|testsuite|fixtures?|goldens?|snapshots|cassettes"
-    r"|e2e"
-    r"|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?")
+    r"|e2e|specs?)_*|(unit|integration|functional|acceptance)[-_]?tests?")
 TEST_FILES = ("*.test.*", "*.spec.*", "*_test.go", "*_spec.rb", "*_test.rb")  # of other languages
 CONFIGURATION = (
     r"(?i)pyproject\.toml|\.?pytest\.(ini|toml)|setup\.cfg|tox\.(ini|toml)|\.?ruff\.toml"
     r"|\.coveragerc(\.toml)?|\.gitignore|\.ignore|\.ruffignore|(site|user)customize\.py|.*\.pth"
     r"|pyvenv\.cfg|\.python-version|\.env(\..*|rc)?|\.flaskenv|package\.json|\.mocharc\.\w+"
-    r"|\.eslintrc(\.\w+)?"
-    r"|(jest|vitest|eslint|playwright)\.config\.\w+")
+    r"|\.eslintrc(\.\w+)?|(jest|vitest|eslint|playwright)\.config\.\w+")
 
 
 def gate_role(path: str, gate_files: GateFiles) -> str:
@@ -2596,7 +2593,7 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
     texts = [text for check in result.checks for text in check.findings]
     texts += [failure.text for check in result.checks for failure in check.failures]
     modules = {f"{package}.{name}" if package else module for text in texts
-               for name, package, module in MISSING_MODULE.findall(text)}
+               for name, package, module in re.findall(MISSING_MODULE, text)}
     paths = []
     for path in ignored_files(repo) if modules else []:
         dotted_path = re.sub(r"(/__init__)?\.[^/]*(py|so|pyd)$", "", path).replace("/", ".")
@@ -2608,8 +2605,7 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
 
 
 # Python's message for a missing module.
-MISSING_MODULE = re.compile(
-    r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'")
+MISSING_MODULE = r"cannot import name '(\w+)' from '([\w.]+)'|No module named '([\w.]+)'"
 
 
 @dataclass
@@ -4375,14 +4371,12 @@ def user_state(job: Job) -> dict[str, str]:
     state = {}
     for place in runs_later():
         state |= place_state(place)
-    state |= {f"store {place}": place for place in stores_borrowed(job.repo)}
+    # The directories that it borrows objects from, and those that these borrow from.
+    counted = git(job.repo, "count-objects", "-v")
+    state |= {f"store {place}": place
+              for place in re.findall(r"^alternate: (.*)$", counted, re.MULTILINE)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
-
-
-def stores_borrowed(repo: Repo) -> list[str]:
-    """The directories that a repository borrows objects from, and those that these borrow from."""
-    return re.findall(r"^alternate: (.*)$", git(repo, "count-objects", "-v"), re.MULTILINE)
 
 
 def place_state(place: Path) -> dict[str, str]:
@@ -4438,7 +4432,6 @@ def unfinished_state(repo: Repo) -> dict[str, str]:
     state |= {f"record {record}": "is there" for record in (repo.root / ".agent-runs").glob("*")}
     state[f"log {log}"] = os.fsdecode(log.read_bytes()) if log.is_file() else ""
     return state
-
 
 
 def outside_verdict(run: Run, before: dict[str, str],
