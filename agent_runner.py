@@ -2952,8 +2952,9 @@ class Report:
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self):
         """Have the stacks written shortly before the limit; pytest disarms this at a failure."""
-        left = max(0.1, self.deadline - time.monotonic())
-        faulthandler.dump_traceback_later(left, file=self.stack)
+        left = self.deadline - time.monotonic()
+        if left > 0:  # later, another dump would hide what was hanging
+            faulthandler.dump_traceback_later(left, file=self.stack)
 
     def event(self, event, **facts):
         line = json.dumps({"event": event, **facts}).encode() + b"\\n"

@@ -2984,6 +2984,12 @@ RED_GATES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
                 "import app\n\n\ndef test_bad():\n    assert 11 == 12\n\n\ndef test_wait():\n    app.wait()\n"},
                ["pytest"],
                ["stopped", "running: test_app.py::test_wait", "app.py\", line 5 in wait", "test_bad", "11 == 12"]),
+    "a hang that ends when asked": (
+        {"app.py": "import time\n\n\ndef wait():\n    try:\n        time.sleep(600)\n    except KeyboardInterrupt:\n"
+         "        raise OSError('no answer') from None\n", "test_app.py":
+         "import app\n\n\ndef test_wait():\n    app.wait()\n",
+         "conftest.py": "import time\n\n\ndef pytest_sessionfinish():\n    time.sleep(0.5)\n"}, ["pytest"],
+        ["stopped", "app.py\", line 6 in wait", "test_app.py::test_wait: OSError: no answer"]),
     "a hang at import": ({"app.py": "import time\n\n\ndef wait():\n    time.sleep(600)\n", "test_app.py":
                           "import app\n\napp.wait()\n"}, ["pytest"],
                          ["stopped", "app.py\", line 5 in wait", "test_app.py\", line 3"]),
