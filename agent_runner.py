@@ -3199,9 +3199,7 @@ def gate_losses(base: GateResult, gate: GateResult, recheck: Recheck, sources: l
                allow: list[str]) -> dict[str, str]:
     """The tests of the base that did not run with the change: {test: what became of it}."""
     after, moved = {check.name: check for check in gate.checks}, tests_moved(sources)
-    results = recheck.result.checks if recheck.result else []
-    rechecked = {test for check in results for test in check.tests}
-    lost = {}
+    rechecked, lost = tests_all(recheck.result), {}
     for check in base.checks:
         now = after.get(check.name)
         if now and now.tests:  # no report at all is red enough
@@ -3282,8 +3280,8 @@ def file_of(test: str) -> str:
 
 def skipped_tests(base: GateResult, gate: GateResult) -> list[str]:
     """The line on new tests that did not run: they show nothing."""
-    known = {test for check in base.checks for test in check.tests}
-    skipped = [test for check in gate.checks for test, way in check.tests.items()
+    known = tests_all(base)
+    skipped = [test for test, way in tests_all(gate).items()
                if way == "skipped" and test not in known]
     if not skipped:
         return []
@@ -3335,8 +3333,7 @@ class Recheck:
         checks = run.job.checks
         if not all(is_test_module(change, self.gate_files) for change in touched):
             return [check.name for check in checks], []
-        red = {file_of(test) for check in self.base.checks for test, way in check.tests.items()
-               if way in RED_WAYS}
+        red = {file_of(test) for test, way in tests_all(self.base).items() if way in RED_WAYS}
         modules = red & tree_paths(run.job.repo, run.base.tree)
         modules |= self.importing()
         modules |= {change.path for change in touched if change.old_mode}
