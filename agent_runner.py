@@ -1627,7 +1627,7 @@ def guard_readable(sources: list[Source]) -> list[Violation]:
         rest = [source for source in sources if source.portion is portion]
         rest.sort(key=lambda source: source.size)  # the large ones take no time from the others
         calls = [functools.partial(source_read, source.old, source.new) for source in rest]
-        for source, facts in zip(rest, apart_each(calls, limit)):
+        for source, facts in zip(rest, apart(calls, limit)):
             source.facts.update(facts or {})
             unread += [] if facts else [source]
     reason = "is too large or too deep to be read as source"
@@ -2239,10 +2239,10 @@ class Gate:
         place = private / "files" / self.job.repo.root.name
         self.checkout = Checkout(self.job.repo, place, private / "index", self.job.carried)
         self.environ = gate_environ(os.environ, private)
-        self.home = Path(os.environ.get("GATE_HOME") or private / "home")
         # A container has a home of its own, and its engine needs ours.
         if self.job.sandbox.kind not in ENGINES:
-            self.environ = gate_home(self.environ, self.home)
+            home = Path(os.environ.get("GATE_HOME") or private / "home")
+            self.environ = gate_home(self.environ, home)
         self.reports = private / os.urandom(8).hex()
         self.folders = [place, *(private / name for name in ("cache", "plugin", self.reports.name))]
         self._tidy()
@@ -3595,8 +3595,8 @@ class BlindTwin:
             at = {name: lines[f"{path}::{name}"] for name in files[path]} if lines else {}
             here = {name for name in files[path]
                     if f"{path}::{name}" in self.rewritten and tree != self.base.tree}
-            results = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
-            source, alterations, _ = results[0] if results else (data, [], [])
+            result, = apart([functools.partial(twin_alter, data, files[path], rng, at, here)])
+            source, alterations, _ = result or (data, [], [])
             altered |= {f"{path}::{one.test}": one for one in alterations}
             for changes, text in ((twins, source), (controls, data)) if alterations else ():
                 contents = twin_comment(text, rng)
@@ -3661,7 +3661,7 @@ def modules_importing(repo: Repo, tree: str, paths: list[str], sources: list[Sou
         if source.change.path.endswith(".py"):
             changed |= {".".join(parts[start:]) for start in range(len(parts))}
     files = tree_files(repo, tree, paths) if changed else {}
-    names = apart_each([functools.partial(imports_read, data) for _, _, data in files.values()])
+    names = apart([functools.partial(imports_read, data) for _, _, data in files.values()])
     return [path for path, imported in zip(files, names) if imported
             and any(f"{module}.".startswith(f"{name}.") for module in changed for name in imported)]
 
@@ -5576,13 +5576,24 @@ def program_descendants(top: int, spare: set[int] | tuple[()] = ()) -> list[int]
 APART_SECONDS, APART_MEMORY = 20, 1_500_000_000  # of CPU; bytes of address space
 
 
-def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -> list[Any]:
-    """What some functions return, as far as a process of its own gets; raises Interrupted.
+def apart(readings: Sequence[Callable[[], Any]], limit: float | None = None) -> list[Any]:
+    """What some functions return in another process; None for what is too much, or after the limit.
 
     For what reads files that somebody else wrote: such a file may need any time or memory, or
-    end the process (Python's parser does that for deep source).
+    end the process (Python's parser does that for deep source). Raises Interrupted.
     """
-    seconds = APART_SECONDS if seconds is None else seconds
+    results: list[Any] = []
+    limit = limit or time.monotonic() + 2 * APART_SECONDS
+    while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
+        results += apart_run(readings[len(results):], left)
+        if len(results) < len(readings):
+            results.append(None)
+    missing = len(readings) - len(results)
+    return results + [None] * missing
+
+
+def apart_run(readings: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
+    """What they return, as far as one process gets."""
     with tempfile.TemporaryFile() as output:
         with LIVE_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of our threads: the child needs no lock of theirs
@@ -5604,18 +5615,6 @@ def apart(readings: Sequence[Callable[[], Any]], seconds: float | None = None) -
             while True:
                 results.append(pickle.load(output))
         return results
-
-
-def apart_each(readings: Sequence[Callable[[], Any]], limit: float | None = None) -> list[Any]:
-    """What each of them returns; None for one that is too much, and for those after the limit."""
-    results: list[Any] = []
-    limit = limit or time.monotonic() + 2 * APART_SECONDS
-    while len(results) < len(readings) and (left := (limit - time.monotonic()) / 2) > 0:
-        results += apart(readings[len(results):], left)
-        if len(results) < len(readings):
-            results.append(None)
-    missing = len(readings) - len(results)
-    return results + [None] * missing
 
 
 def apart_child(readings: Sequence[Callable[[], Any]], output: IO[bytes],
