@@ -421,6 +421,7 @@ class Ahead:
 
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
         runner_module("runner_as_loaded")
+        runner_module()  # now: two threads would load two of it, and what one pickles is not the other's
         self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
         self.results = {item: self.pools["box" in self.params(item) or self.SLEEPS in item.name].submit(
             self.call, item, base / f"ahead-{number}") for number, item in enumerate(items) if self.takes(item)}
