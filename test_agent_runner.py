@@ -3024,7 +3024,7 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
     child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              env=env | {"PYTHONPATH": f"{plugins}{os.pathsep}{place}"})
     try:
-        out, code = child.communicate(timeout=6 if name.startswith("a hang") else 60)[0], child.returncode
+        out, code = child.communicate(timeout=9 if name.startswith("a hang") else 60)[0], child.returncode
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGINT)
         out, code = child.communicate()[0], None
