@@ -754,6 +754,8 @@ def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
     tree = git(repo, "rev-parse", f"{head}^{{tree}}").strip()
     untracked = untracked_shown(repo, index)
     if not sweep:
+        # In a copied clone all times differ, and diff-index alone would name every file.
+        git_ran(repo, "update-index", "-q", "--refresh", index=index)
         changed = git(repo, "diff-index", "--name-only", "-z", "--ignore-submodules=dirty", head,
                       "--", index=index)
         return Base(head, tree, head, changed.split("\0")[:-1] + untracked)

@@ -633,6 +633,18 @@ def test_a_red_gate_is_healed(red):
     assert ended.summary["look_first"][0] == "fixes what is red on the base: pytest 1 failed", ended
 
 
+def test_a_copied_checkout_is_not_changed(scratch):
+    """Other times, and another inode, are no change; git's index only says that it would have to look."""
+    scratch.write({"other.py": "other = 1\n"})
+    scratch.commit()
+    shutil.copy(scratch.root / "app.py", scratch.root / "copy.py")
+    os.replace(scratch.root / "copy.py", scratch.root / "app.py")
+    os.utime(scratch.root / "app.py", (1_000_000_000, 1_000_000_000))
+    scratch.write({"other.py": "other = 2\n"})
+    base = runner_module().base_find(runner_module().Repo(scratch.root, scratch.root / ".git"), "HEAD", scratch.place, sweep=False)
+    assert base.left_out == ["other.py"], base
+
+
 def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     scratch.write({"other.py": "other = 1\n", "gone.py": "gone = 1\n"})
     head = scratch.commit()
