@@ -5005,6 +5005,7 @@ def task(number: int, **facts: Any) -> Any:
     pytest.param({"blockers": [1]}, "invalid", "1 -> 1", id="by itself"),
     pytest.param({"blockers": [5]}, "invalid", "1 -> 5 -> 1", id="in a circle"),
     pytest.param({"blockers": [6]}, "blocked", "by #6", id="by a circle of others"),
+    pytest.param({"blockers": [8]}, "ready", "", id="a circle that is done"),
     pytest.param({"problem": "is binary"}, "invalid", "is binary", id="unreadable"),
     pytest.param({"taken": "run x", "blockers": [2]}, "claimed", "run x", id="claimed"),
     pytest.param({"proposed": "agent/x"}, "proposed", "agent/x", id="proposed"),
@@ -5013,7 +5014,8 @@ def task(number: int, **facts: Any) -> Any:
     pytest.param({"labels": ["agent-stop"]}, "untrusted", "its label is not ready-for-agent", id="another label"),
 ])
 def test_the_state_of_an_issue(facts: dict[str, Any], state: str, reason: str) -> None:
-    others = [task(2), task(3, done=True), task(4), task(5, blockers=[1]), task(6, blockers=[7]), task(7, blockers=[6])]
+    others = [task(2), task(3, done=True), task(4), task(5, blockers=[1]), task(6, blockers=[7]), task(7, blockers=[6]),
+              task(8, blockers=[1], done=True)]
     one = task(1, **facts)
     item = runner_module().queue_decide(one, {other.number: other for other in [one, *others]})
     assert item.state == state and reason in item.reason and bool(item.reason) == bool(reason), item
