@@ -7566,6 +7566,9 @@ def queue_run(repo: Repo, args: argparse.Namespace) -> int:
             list(pool.map(tick.turn, [item.ref for item in ready]))
     except Interrupted:
         return OUTCOMES["interrupted"][0]
+    except Stop as stop:  # here, as stdout holds the table
+        CONSOLE.say(f"agent_runner: {stop}")
+        return stop.exit_code
     finally:
         tick.show()
     return max([result.exit_code or 0 for result in tick.results], default=0)

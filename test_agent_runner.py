@@ -5192,7 +5192,8 @@ def test_a_queue_runs_what_is_ready(scratch: Scratch) -> None:
     assert re.search(r"blocked +0 +issues/0002-do.md +Do 2: run \S+ ended no_change on this commit", listed.out), listed
     scratch.git("merge", "--quiet", "agent/do-1")
     assert states(scratch.run("queue", "--json")) == {"issues/0002-do.md": "ready", "issues/0003-do.md": "proposed"}
-    assert scratch.run("queue", "--run", "--limit", "1", "--simulate", "good").code == 0
+    played = scratch.run("queue", "--run", "--limit", "1", "--simulate", "bad")
+    assert played.code == 1 and re.search(r"1 +gate_failed +issues/0002-do.md +\S+-\w{6} ", played.out), played
 
 
 def test_two_queues_at_once_take_no_issue_twice(scratch: Scratch) -> None:
@@ -5479,7 +5480,7 @@ def test_what_cannot_be_read_is_never_ready(scratch: Scratch, where: str) -> Non
             if (how, where[-3:]) == ("nothing", "e=2"):
                 continue  # nobody can know of a page that the one before it does not lead to
             if ended.code == 69:
-                assert ended.out == "" and ended.err.count("\n") == 1, (how, ended)
+                assert json.loads(ended.out)["error"] and ended.err.count("\n") == 1, (how, ended)
             else:
                 assert set(states(ended).values()) == {"untrusted"}, (how, ended)
         forge.broken = {}
