@@ -6195,6 +6195,260 @@ def test_the_single_file_needs_the_standard_library_alone():
     assert "SPDX-License-Identifier: MIT" in "".join(source.splitlines()[:5])
 
 
+# === The workflows and the engines ==========================================
+
+WORKFLOWS = ROOT / ".github" / "workflows"
+ENGINES = ROOT / ".github" / "ENGINES.md"
+
+
+class Yaml:
+    """A reader of as much YAML as our workflows use: maps, lists of maps, words, and blocks of text."""
+
+    def __init__(self, text: str) -> None:
+        self.lines = text.splitlines()
+
+    def depth(self) -> int:
+        """How far the next line that is neither empty nor a comment stands in; -1 at the end."""
+        while self.lines and (not self.lines[0].strip() or self.lines[0].lstrip().startswith("#")):
+            self.lines.pop(0)
+        return len(self.lines[0]) - len(self.lines[0].lstrip()) if self.lines else -1
+
+    def block(self) -> Any:
+        """The map or the list that begins in the next line."""
+        depth = self.depth()
+        if self.lines[0].lstrip().startswith("- "):
+            items = []
+            while self.depth() == depth and self.lines[0].lstrip().startswith("- "):
+                self.lines[0] = self.lines[0].replace("- ", "  ", 1)
+                items.append(self.block())
+            return items
+        pairs = {}
+        while self.depth() == depth:
+            key, _, rest = self.lines.pop(0).strip().partition(":")
+            pairs[key] = self.value(rest.strip(), depth)
+        return pairs
+
+    def value(self, word: str, depth: int) -> Any:
+        """What stands after a key."""
+        if word in ("|", ">-"):
+            lines = []
+            while self.lines and (not self.lines[0].strip() or self.lines[0].startswith(" " * (depth + 1))):
+                lines.append(self.lines.pop(0)[depth + 2:])
+            return "\n".join(lines) if word == "|" else " ".join(lines)
+        if word:
+            return [part.strip() for part in word[1:-1].split(",")] if word[0] == "[" else re.sub(r'^"(.*)"$', r"\1", word)
+        return self.block() if self.depth() > depth else None
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """One of our workflows."""
+    return Yaml((WORKFLOWS / f"{name}.yml").read_text(encoding="utf-8")).block()
+
+
+def expression(text: str, facts: dict[str, Any], place: Path = ROOT) -> Any:
+    """The value of an expression of a workflow, with and without its ${{ }}."""
+    def word(hit: re.Match[str]) -> str:
+        operators = {"&&": " and ", "||": " or ", "!": " not "}
+        return operators.get(hit[0]) or (hit[0] if hit[0][0] == "'" else f"facts.get({hit[0]!r}, '')")
+
+    names = r"(?:github|inputs|vars|secrets|steps|needs|matrix)\.[\w.-]+"
+    code = re.sub(rf"'[^']*'|{names}|&&|\|\||!(?!=)", word, text.strip().removeprefix("${{").removesuffix("}}").strip())
+    functions = {"hashFiles": lambda glob: "".join(map(str, place.glob(glob))), "startsWith": str.startswith,
+                 "cancelled": lambda: False, "always": lambda: True, "fromJSON": json.loads}
+    return eval(code, functions | {"facts": facts})
+
+
+def filled(text: str, facts: dict[str, Any], place: Path) -> str:
+    """A text of a workflow with the values of its expressions."""
+    return re.sub(r"\$\{\{.+?\}\}", lambda hit: str(expression(hit[0], facts, place)), text)
+
+
+GH = """
+with open(OUT / 'gh', 'a') as file:
+    words = [Path(word).read_text() if word.endswith('.md') else word for word in sys.argv[1:]]
+    text = sys.stdin.read() if {'-', 'body=@-'} & {*words} else ''
+    print(json.dumps([*words, text, os.environ['GH_TOKEN']]), file=file)
+"""
+
+
+class Forge:
+    """A forge at home: a bare remote, a directory for each job, and a `gh` that writes down what it gets."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.scratch, self.place, self.remote = scratch, scratch.place / "forge", scratch.place / "remote.git"
+        scratch.git("clone", "--quiet", "--bare", ".", str(self.remote))
+        self.bin = self.place / "bin"
+        self.bin.mkdir(parents=True)
+        (scratch.out / "gh").touch()
+        self.log = ""  # what all steps have printed
+        for name, command in (("python", PYTHON), ("gh", scratch.program(GH, "gh.py")), ("pip", "true")):
+            (self.bin / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            (self.bin / name).chmod(0o755)
+        self.facts: dict[str, Any] = {"github.token": TOKEN, "github.repository": "ada/app", "github.ref_name": "main",
+                                      "github.run_id": "77", "github.run_attempt": "1"}
+
+    def job(self, name: str, job: dict[str, Any], **facts: Any) -> tuple[list[int], str]:
+        """The exit codes of a job's steps, and its summary."""
+        place, codes = self.place / name, []
+        place.mkdir()
+        summary, facts = place / "summary.md", self.facts | facts
+        environ = self.scratch.env | {"PATH": f"{self.bin}:{self.scratch.env['PATH']}", "GITHUB_REPOSITORY": "ada/app",
+                                      "GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(place / "output")}
+        for step in job["steps"]:
+            condition = step.get("if", "!cancelled()")
+            went_on = not any(codes) or "cancelled()" in condition or "always()" in condition
+            if not went_on or not expression(condition, facts, place):
+                continue
+            if "uses" in step:
+                self.used(step, place, facts)
+                continue
+            env = {key: filled(text, facts, place) for key, text in {**job.get("env", {}), **step.get("env", {})}.items()}
+            ended = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=place / step.get("working-directory", "."),
+                                   env=environ | env, capture_output=True, text=True, timeout=60, check=False)
+            codes.append(ended.returncode)
+            self.log += ended.stdout + ended.stderr
+        return codes, summary.read_text() if summary.exists() else ""
+
+    def used(self, step: dict[str, Any], place: Path, facts: dict[str, Any]) -> None:
+        """Do what an action does that stands in a step."""
+        action, how = step["uses"].partition("@")[0], step.get("with", {})
+        name = filled(how.get("name", ""), facts, place)
+        if action == "actions/checkout" and how["path"] == "repo":
+            self.scratch.git("clone", "--quiet", "--depth", how.get("fetch-depth", "1"),
+                             f"file://{self.remote}", str(place / "repo"))
+        elif action == "actions/checkout":
+            (place / "runner").mkdir()
+            shutil.copy(RUNNER, place / "runner" / "agent_runner.py")
+        elif action == "actions/download-artifact":
+            shutil.copytree(self.place / "artifacts" / name, place / how["path"])
+        elif action == "actions/upload-artifact":
+            shutil.copytree(place / how["path"], self.place / "artifacts" / name)
+
+    def said(self) -> list[list[str]]:
+        """The words of each call of gh; then its input, and its token."""
+        return [json.loads(line) for line in self.scratch.said("gh").splitlines()]
+
+    def branches(self) -> list[str]:
+        """The agents' branches on the remote."""
+        return self.scratch.git("for-each-ref", "--format=%(refname:short)", "refs/heads/agent", cwd=self.remote).split()
+
+
+REMEMBERS = "leave('environ', json.dumps(dict(os.environ)))\n"
+OPTIONS = {"inputs.options": f"--check {shlex.quote(UNIT[0])}"}
+
+
+@pytest.mark.parametrize(("agent", "title"), [(EDITS, "Say `id` in $(touch x) \"another\" way"), (NOTHING, "A title")])
+def test_the_workflow_for_issues_runs_at_home(scratch, agent, title):
+    """The agent's job sees no token; the other one pushes a branch of its own and opens a draft, or says why not."""
+    forge, jobs = Forge(scratch), workflow("agent")["jobs"]
+    issues = forge.place / "artifacts" / "issues"
+    issues.mkdir(parents=True)
+    (issues / "12.md").write_text(ISSUE)
+    facts = {"matrix.issue.number": "12", "matrix.issue.ref": "../issues/12.md", "matrix.issue.title": title,
+             "inputs.agent": scratch.program(REMEMBERS + agent)} | OPTIONS
+    codes, summary = forge.job("agent", jobs["agent"], **facts)
+    assert codes == ([0, 0, 0, 0] if agent == EDITS else [0, 1, 0]), forge.log
+    assert ("proposed" if agent == EDITS else "no_change") in summary
+    assert TOKEN not in scratch.said("environ") and not forge.said()
+    codes, _ = forge.job("publish", jobs["publish"], **facts)
+    assert not any(codes), forge.log
+    first, *labels = forge.said()
+    state = "agent-proposed" if agent == EDITS else "ready-for-human"
+    labels_path = "repos/ada/app/issues/12/labels"
+    assert [words[:-2] for words in labels] == [["api", labels_path, "--field", f"labels[]={state}"],
+                                               ["api", f"{labels_path}/ready-for-agent", "--method", "DELETE"]]
+    assert {words[-1] for words in forge.said()} == {TOKEN}
+    if agent == NOTHING:
+        assert first[:4] == ["issue", "comment", "12", "--body-file"] and first[4].startswith("# no_change"), first
+        assert forge.branches() == []
+        return
+    assert first[:-2] == ["pr", "create", "--draft", "--base", "main", "--head", "agent/12-77-1", "--title", title,
+                          "--body-file", "-"]
+    assert first[-2].startswith("Closes #12\n\n# Say double in another way"), first
+    assert forge.branches() == ["agent/12-77-1"]
+    assert scratch.git("diff", "--numstat", "main", "agent/12-77-1", cwd=forge.remote) == "1\t1\tapp.py"
+
+
+@pytest.mark.parametrize("agent", [EDITS.replace("x * 2", "x * 3"), NOTHING])
+def test_the_workflow_for_a_red_build_runs_at_home(red, agent):
+    forge, jobs = Forge(red), workflow("self-heal")["jobs"]
+    event = {"head_branch": "main", "head_sha": red.git("rev-parse", "HEAD")}
+    facts = {f"github.event.workflow_run.{key}": text for key, text in event.items()} | OPTIONS
+    facts["inputs.agent"] = red.program(REMEMBERS + agent)
+    codes, summary = forge.job("heal", jobs["heal"], **facts)
+    assert codes == ([0, 0, 0, 0] if agent != NOTHING else [0, 2, 0]), forge.log
+    assert ("proposed" if agent != NOTHING else "gave_up") in summary
+    assert TOKEN not in red.said("environ") and not forge.said()
+    codes, _ = forge.job("publish", jobs["publish"], **facts)
+    assert codes == [0], forge.log
+    (words,) = forge.said()
+    if agent == NOTHING:
+        assert words[:-2] == ["api", f"repos/{{owner}}/{{repo}}/commits/{event['head_sha']}/comments", "--field", "body=@-"]
+        assert words[-2].startswith("# gave_up: "), words
+        assert forge.branches() == []
+        return
+    assert words[:9] == ["pr", "create", "--draft", "--base", "main", "--head", "agent/self-heal-77-1", "--title",
+                         "Fix a red build"], words
+    assert forge.branches() == ["agent/self-heal-77-1"]
+
+
+@pytest.mark.parametrize(("changes", "runs"), [
+    ({}, True),
+    ({"conclusion": "success"}, False),
+    ({"conclusion": "cancelled"}, False),
+    ({"run_attempt": 2}, False),
+    ({"head_repository.full_name": "eve/app"}, False),
+    ({"head_branch": "agent/12-77-1"}, False),
+])
+def test_a_red_build_is_healed_once_and_never_an_agents(changes, runs):
+    event = {"conclusion": "failure", "run_attempt": 1, "head_repository.full_name": "ada/app", "head_branch": "main"}
+    facts = {f"github.event.workflow_run.{key}": value for key, value in (event | changes).items()}
+    assert expression(workflow("self-heal")["jobs"]["heal"]["if"], facts | {"github.repository": "ada/app"}) is runs
+
+
+@pytest.mark.parametrize(("event", "label", "runs"), [
+    ("issues", "ready-for-agent", True), ("issues", "bug", False), ("workflow_dispatch", "", True), ("workflow_call", "", True)])
+def test_the_ready_label_alone_starts_the_queue(event, label, runs):
+    facts = {"github.event_name": event, "github.event.label.name": label}
+    assert expression(workflow("agent")["jobs"]["queue"]["if"], facts) is runs
+
+
+@pytest.mark.parametrize("name", ["agent", "self-heal"])
+def test_only_the_publishing_job_may_write(name):
+    """What an agent works beside has no token of the forge; what has one runs nothing that an agent made."""
+    whole = workflow(name)
+    assert whole["permissions"] == "{}"
+    for key, job in whole["jobs"].items():
+        may_write = "write" in job["permissions"].values()
+        checkouts = [step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/checkout")]
+        assert may_write is (key == "publish"), key
+        assert all(how.get("persist-credentials") == "false" for how in checkouts) is not may_write, key
+        runs = "\n".join(step.get("run", "") for step in job["steps"])
+        assert ("python" in runs or "eval" in runs) is not may_write, key
+        if key in ("agent", "heal"):
+            assert not re.search(r"(?i)gh_token|github\.token|github_token|app_key", json.dumps(job)), key
+
+
+@pytest.mark.parametrize("name", ["agent", "self-heal"])
+def test_each_step_is_a_short_line_without_text_of_others(name):
+    """It calls this program, git or gh; an expression in it would be a program of whoever wrote its value."""
+    for job in workflow(name)["jobs"].values():
+        for step in job["steps"]:
+            assert "${{" not in step.get("run", ""), step
+            for line in step.get("run", "").splitlines():
+                assert len(line) <= 100 and re.match(r' *(python|git|gh|eval|echo|printf|--body-file|[{}]( |$))', line), line
+            if "uses" in step:
+                assert re.fullmatch(r"actions/[a-z-]+@v\d", step["uses"]), step
+
+
+@pytest.mark.parametrize("words", [["check-jsonschema", "--builtin-schema", "vendor.github-workflows"], ["actionlint"]])
+def test_the_workflows_are_valid(words):
+    if not shutil.which(words[0]):
+        pytest.skip(f"there is no {words[0]} here")
+    ended = ran(*words, *map(str, sorted(WORKFLOWS.glob("*.yml"))))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 # === make bench, part (g) ===================================================
 
 
