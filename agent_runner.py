@@ -6996,9 +6996,13 @@ def cmd_queue(args: argparse.Namespace) -> int:
     if args.arm and (args.simulate or args.dry_run or not args.run):
         raise Stop(EXIT_USAGE, "--arm is for real proposals; give it with --run, and neither "
                                "--simulate nor --dry-run")
+    if args.run and args.export:
+        raise Stop(EXIT_USAGE, "--export is for jobs elsewhere, --run runs here; give one of them")
     repo = repo_open(Path.cwd())
     if args.run:
         return queue_run(repo, args)
+    if args.export:
+        return queue_export(repo, args)
     queue_show(queue_items(repo, args.source), args.json)
     return 0
 
@@ -7024,9 +7028,37 @@ def table_print(heads: tuple[str, ...], rows: list[tuple[str, ...]],
     console_print(MASK.text(text), sys.stdout)
 
 
+def queue_export(repo: Repo, args: argparse.Namespace) -> int:
+    """Write each ready issue to a file, for a job that cannot reach the forge, and list them."""
+    tasks, folder, exported = queue_tasks(repo, args.source), Path(args.export), []
+    halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
+    if halted:
+        CONSOLE.say(f"nothing may run: the label {HALT} is on {halted[0]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in [] if halted else items_decide(tasks):
+        path = folder / f"{item.number}.json"
+        try:
+            if item.state == "ready" and len(exported) < (args.limit or len(tasks)):
+                # Read and proved once more: nobody looks at it after this.
+                issue = issue_find(item.ref, argparse.Namespace(
+                    trusted=item.ref.startswith("github:"), with_comments=args.with_comments))
+                file_write(path, json.dumps(issue._asdict(), indent=2) + "\n")
+                exported.append(item._asdict() | {"ref": str(path)})
+                continue
+        except Stop as stop:
+            item = item._replace(state="untrusted", reason=str(stop))
+        CONSOLE.say(f"{item.state}: {item.ref} {item.reason}".strip())
+    console_print(MASK.text(json.dumps(exported, indent=2)), sys.stdout)
+    return 0
+
+
 def queue_items(repo: Repo, source: str | Path) -> list[QueueItem]:
     """The labelled issues of a directory, or of github:OWNER/REPO, in the order of their turn."""
-    tasks = queue_tasks(repo, str(source))
+    return items_decide(queue_tasks(repo, str(source)))
+
+
+def items_decide(tasks: list[Task]) -> list[QueueItem]:
+    """The labelled ones of some issues, each with its state, in the order of their turn."""
     known = {task.number: task for task in tasks if task.number is not None}
     items = [queue_decide(task, known) for task in tasks if not task.done and is_labelled(task)]
     last = float("inf")
@@ -7481,6 +7513,27 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
         text, count = re.subn(pattern, "", text)
         removed += [words_counted(count, what)] if count else []
     return text, removed
+
+
+def issue_find(name: str, args: argparse.Namespace) -> Issue:
+    """The issue that a reference, a Markdown file or a file of `queue --export` holds."""
+    if re.fullmatch(ISSUE_REF, name):
+        return issue_fetch(name, args)
+    return issue_load(Path(name)) if name.endswith(".json") else issue_read(Path(name))
+
+
+def issue_load(path: Path) -> Issue:
+    """The issue in a file of `queue --export`; an "Allow:" in its text does not count again."""
+    try:
+        facts = json.loads(MASK.text(text_read(path, "issue file")))
+        words = [facts["title"], facts["text"], facts["source"]]
+        lists = [*facts["scope"], *facts["allow"], *facts["removed"]]
+        if not all(isinstance(word, str) for word in words + lists):
+            raise TypeError
+        return Issue(**facts)
+    except (ValueError, TypeError, KeyError):
+        raise Stop(EXIT_USAGE, f"issue file {path} was not written by `queue --export`; "
+                               "export it again, or name a Markdown file") from None
 
 
 def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
@@ -8238,6 +8291,8 @@ def queue_add(commands: Any) -> None:
         help="start at most so many (default 0: no limit)")
     add("--arm", action="store_true",
         help="on a forge: really run, comment and label, if AGENT_QUEUE_ALLOW names it, too")
+    add("--export", metavar="FOLDER", default="",
+        help="write the ready issues to files that issue-to-pr takes, and list these as JSON")
     comments_add(queue)
     strict_add(queue)
     options_add(queue, 0)
@@ -8416,8 +8471,7 @@ def issue_wanted(args: argparse.Namespace) -> Issue | None:
     if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
-        name = str(args.issue)
-        return issue_fetch(name, args) if re.fullmatch(ISSUE_REF, name) else issue_read(args.issue)
+        return issue_find(str(args.issue), args)
     issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
     if there:
         issue_check(issue_read(args.issue), Path.cwd())

@@ -6264,13 +6264,18 @@ def filled(text: str, facts: dict[str, Any], place: Path) -> str:
 
 
 GH = """
+answers = json.loads((OUT / 'answers.json').read_text())
+words = sys.argv[1:]
+if words[:2] == ['repo', 'clone']:
+    sys.exit(subprocess.call(['git', 'clone', '--quiet', 'file://' + answers['remote'], words[3]]))
+if words[1] in answers:
+    print(json.dumps(answers[words[1]]))
+    sys.exit()
 with open(OUT / 'gh', 'a') as file:
-    words = [Path(word).read_text() if word.endswith('.md') else word for word in sys.argv[1:]]
-    text = sys.stdin.read() if {'-', 'body=@-'} & {*words} else ''
+    words = [Path(word).read_text() if word.endswith('.md') else word for word in words]
+    text = sys.stdin.read() if 'body=@-' in words else ''
     print(json.dumps([*words, text, os.environ['GH_TOKEN']]), file=file)
 """
-
-
 class Forge:
     """A forge at home: a bare remote, a directory for each job, and a `gh` that writes down what it gets."""
 
@@ -6280,12 +6285,25 @@ class Forge:
         self.bin = self.place / "bin"
         self.bin.mkdir(parents=True)
         (scratch.out / "gh").touch()
+        self.answer(permission="write")
         self.log = ""  # what all steps have printed
         for name, command in (("python", PYTHON), ("gh", scratch.program(GH, "gh.py")), ("pip", "true")):
             (self.bin / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             (self.bin / name).chmod(0o755)
         self.facts: dict[str, Any] = {"github.token": TOKEN, "github.repository": "ada/app", "github.ref_name": "main",
                                       "github.run_id": "77", "github.run_attempt": "1"}
+
+    def answer(self, title: str = "Say double in another way", body: str = "Allow: Makefile", permission: str = "write",
+               labels: tuple[str, ...] = ("ready-for-agent",)) -> None:
+        """What gh answers: one open issue, 12, whose label somebody with some permission put on it."""
+        issue = {"number": 12, "title": title, "body": body, "state": "open", "labels": [{"name": name} for name in labels]}
+        event = {"event": "labeled", "label": {"name": "ready-for-agent"}, "actor": {"login": "eve"}}
+        path = "repos/ada/app/"
+        (self.scratch.out / "answers.json").write_text(json.dumps({
+            "remote": str(self.remote), f"{path}issues?state=open&per_page=100": [issue], f"{path}issues/12": issue,
+            f"{path}pulls?state=open&per_page=100": [], f"{path}collaborators/eve/permission": {"permission": permission},
+            f"{path}issues/12/timeline?per_page=100": [event | {"created_at": "2026-01-02T03:04:05Z"}],
+            "graphql": {"data": {"repository": {"issue": {"lastEditedAt": None}}}}}))
 
     def job(self, name: str, job: dict[str, Any], **facts: Any) -> tuple[list[int], str]:
         """The exit codes of a job's steps, and its summary."""
@@ -6321,7 +6339,7 @@ class Forge:
             shutil.copy(RUNNER, place / "runner" / "agent_runner.py")
         elif action == "actions/download-artifact":
             shutil.copytree(self.place / "artifacts" / name, place / how["path"])
-        elif action == "actions/upload-artifact":
+        elif action == "actions/upload-artifact" and (place / how["path"]).exists():
             shutil.copytree(place / how["path"], self.place / "artifacts" / name)
 
     def said(self) -> list[list[str]]:
@@ -6341,32 +6359,49 @@ OPTIONS = {"inputs.options": f"--check {shlex.quote(UNIT[0])}"}
 def test_the_workflow_for_issues_runs_at_home(scratch, agent, title):
     """The agent's job sees no token; the other one pushes a branch of its own and opens a draft, or says why not."""
     forge, jobs = Forge(scratch), workflow("agent")["jobs"]
-    issues = forge.place / "artifacts" / "issues"
-    issues.mkdir(parents=True)
-    (issues / "12.md").write_text(ISSUE)
-    facts = {"matrix.issue.number": "12", "matrix.issue.ref": "../issues/12.md", "matrix.issue.title": title,
-             "inputs.agent": scratch.program(REMEMBERS + agent)} | OPTIONS
+    forge.answer(title)
+    assert forge.job("queue", jobs["queue"])[0] == [0], forge.log
+    output = re.fullmatch(r"(?s)issues<<END\n(.*)\nEND\n", (forge.place / "queue" / "output").read_text())
+    (issue,) = json.loads(output[1])
+    facts = {f"matrix.issue.{key}": str(value) for key, value in issue.items()} | OPTIONS
+    facts["inputs.agent"] = scratch.program(REMEMBERS + agent)
     codes, summary = forge.job("agent", jobs["agent"], **facts)
     assert codes == ([0, 0, 0, 0] if agent == EDITS else [0, 1, 0]), forge.log
     assert ("proposed" if agent == EDITS else "no_change") in summary
+    assert "Allow: Makefile" not in forge.log  # the text of a forge's issue allows nothing
     assert TOKEN not in scratch.said("environ") and not forge.said()
     codes, _ = forge.job("publish", jobs["publish"], **facts)
     assert not any(codes), forge.log
     first, *labels = forge.said()
-    state = "agent-proposed" if agent == EDITS else "ready-for-human"
-    labels_path = "repos/ada/app/issues/12/labels"
-    assert [words[:-2] for words in labels] == [["api", labels_path, "--field", f"labels[]={state}"],
-                                               ["api", f"{labels_path}/ready-for-agent", "--method", "DELETE"]]
+    assert [words[:-2] for words in labels] == labels_swapped("agent-proposed" if agent == EDITS else "ready-for-human")
     assert {words[-1] for words in forge.said()} == {TOKEN}
     if agent == NOTHING:
         assert first[:4] == ["issue", "comment", "12", "--body-file"] and first[4].startswith("# no_change"), first
         assert forge.branches() == []
         return
-    assert first[:-2] == ["pr", "create", "--draft", "--base", "main", "--head", "agent/12-77-1", "--title", title,
-                          "--body-file", "-"]
-    assert first[-2].startswith("Closes #12\n\n# Say double in another way"), first
+    assert first[:-3] == ["pr", "create", "--draft", "--base", "main", "--head", "agent/12-77-1", "--title", title,
+                          "--body-file"]
+    assert "Closes ada/app#12." in first[-3], first
     assert forge.branches() == ["agent/12-77-1"]
     assert scratch.git("diff", "--numstat", "main", "agent/12-77-1", cwd=forge.remote) == "1\t1\tapp.py"
+
+
+def labels_swapped(label: str) -> list[list[str]]:
+    """The two calls of gh that put another label on issue 12 in place of the ready one."""
+    path = "repos/ada/app/issues/12/labels"
+    return [["api", path, "--field", f"labels[]={label}"], ["api", f"{path}/ready-for-agent", "--method", "DELETE"]]
+
+
+@pytest.mark.parametrize(("answers", "reason"), [
+    ({"permission": "read"}, "untrusted: github:ada/app#12 ready-for-agent was put on it by eve, whose permission is read"),
+    ({"labels": ("ready-for-agent", "agent-stop")}, "nothing may run: the label agent-stop is on github:ada/app#12")])
+def test_what_the_queue_refuses_starts_no_job(scratch, answers, reason):
+    forge, jobs = Forge(scratch), workflow("agent")["jobs"]
+    forge.answer(**answers)
+    assert forge.job("queue", jobs["queue"])[0] == [0] and reason in forge.log, forge.log
+    output = (forge.place / "queue" / "output").read_text().splitlines()
+    assert output == ["issues<<END", "[]", "END"]
+    assert not expression(jobs["agent"]["if"], {"needs.queue.outputs.issues": output[1]})
 
 
 @pytest.mark.parametrize("agent", [EDITS.replace("x * 2", "x * 3"), NOTHING])
