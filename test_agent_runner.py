@@ -9,11 +9,13 @@ no directory left behind, and a user's repository in which not one byte has move
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import fcntl
 import functools
 import glob
 import hashlib
+import http.server
 import importlib.util
 import inspect
 import io
@@ -6482,6 +6484,117 @@ def test_the_workflows_are_valid(words):
         pytest.skip(f"there is no {words[0]} here")
     ended = ran(*words, *map(str, sorted(WORKFLOWS.glob("*.yml"))))
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+class Tokens(http.server.BaseHTTPRequestHandler):
+    """The forge's door for a GitHub App: it writes down what it is asked for, and gives a token."""
+
+    def do_POST(self) -> None:
+        """Answer one request."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers["Authorization"], body))
+        self.send_response(201)
+        self.end_headers()
+        self.wfile.write(json.dumps({"token": TOKEN}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+ENGINE_TOOLS = ("bash", "curl", "openssl", "tar")
+needs_engine = pytest.mark.skipif(not all(map(shutil.which, ENGINE_TOOLS)), reason=f"needs {', '.join(ENGINE_TOOLS)}")
+
+
+def engine(forge: Forge, *args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """One of the steps around an engine."""
+    environ = forge.scratch.env | {"PATH": f"{forge.bin}:{forge.scratch.env['PATH']}", "AGENT_RUNNER": str(RUNNER)} | env
+    return ran("bash", str(ROOT / ".github" / "engine"), *args, env=environ, cwd=cwd or forge.place)
+
+
+def app_of(scratch: Scratch) -> dict[str, str]:
+    """What says to the steps which GitHub App they are; its key is made here."""
+    key = scratch.place / "key.pem"
+    assert ran("openssl", "genrsa", "-out", str(key), "2048").returncode == 0
+    return {"APP_ID": "5", "APP_INSTALLATION": "9", "APP_KEY_FILE": str(key)}
+
+
+@needs_engine
+@pytest.mark.parametrize("agent", [EDITS, NOTHING])
+def test_the_steps_around_an_engine(scratch, agent):
+    """pack, job, publish, with a server that gives tokens; the store is a directory."""
+    forge, app = Forge(scratch), app_of(scratch)
+    server, asked = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tokens), []
+    server.asked = asked
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    app["GITHUB_API_URL"] = f"http://127.0.0.1:{server.server_port}"
+    packed = engine(forge, "pack", "ada/app", "store", **app)
+    assert (packed.returncode, packed.stdout) == (0, "12\n"), packed
+    store = forge.place / "store" / "12"
+    assert TOKEN.encode() not in (store / "work.tar").read_bytes()  # a tar is not compressed
+    job = engine(forge, "job", "--check", UNIT[0], AGENT_CMD=scratch.program(REMEMBERS + agent),
+                 WORK_URL=f"file://{store}/work.tar", RECORD_URL=f"file://{store}/record.tar.gz")
+    assert job.returncode == (0 if agent == EDITS else 1), job
+    assert not {"GH_TOKEN", "WORK_URL", "RECORD_URL"} & {*json.loads(scratch.said("environ"))}
+    published = engine(forge, "publish", "ada/app", "store", **app)
+    server.shutdown()
+    assert published.returncode == 0, published
+    first, *labels = forge.said()
+    assert [words[:-2] for words in labels] == labels_swapped("agent-proposed" if agent == EDITS else "ready-for-human")
+    assert first[:2] == (["pr", "create"] if agent == EDITS else ["issue", "comment"]) and first[-1] == TOKEN, first
+    assert len(forge.branches()) == (agent == EDITS)
+    rights = [body["permissions"] for _, _, body in asked]
+    assert [right["contents"] for right in rights] == ["read", "write"]
+    assert {body["repositories"][0] for _, _, body in asked} == {"app"}
+    assert_signed(asked[-1][1].removeprefix("Bearer "), Path(app["APP_KEY_FILE"]))
+
+
+def assert_signed(word: str, key: Path) -> None:
+    """Check that a token of a GitHub App was signed with its key, and says which App it is of."""
+    def bits(part: str) -> bytes:
+        return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+
+    head, body, mark = word.split(".")
+    assert json.loads(bits(body))["iss"] == "5" and json.loads(bits(head))["alg"] == "RS256"
+    (key.parent / "mark").write_bytes(bits(mark))
+    checked = subprocess.run(["openssl", "dgst", "-sha256", "-prverify", str(key), "-signature", str(key.parent / "mark")],
+                             input=f"{head}.{body}".encode(), capture_output=True, check=False)
+    assert checked.returncode == 0, checked
+
+
+@needs_engine
+def test_the_time_limit_of_an_engine_leaves_a_whole_record(scratch):
+    """It comes as SIGTERM to the first process: the agent is ended, and the record still goes out."""
+    forge, store = Forge(scratch), scratch.place / "store"
+    store.mkdir()
+    (store / "issue.json").write_text(json.dumps(runner_module().issue_parse(ISSUE, "issue.md")._asdict()))
+    scratch.git("clone", "--quiet", ".", str(store / "repo"))
+    ran("tar", "-cf", "work.tar", "repo", "issue.json", cwd=store)
+    environ = scratch.env | {"AGENT_RUNNER": str(RUNNER), "AGENT_CMD": scratch.program(EDITS + "\nleave('up')\n" + SLEEPS),
+                             "WORK_URL": f"file://{store}/work.tar", "RECORD_URL": f"file://{store}/record.tar.gz"}
+    with subprocess.Popen(["bash", str(ROOT / ".github" / "engine"), "job", "--check", "ok=true"], env=environ,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        STARTED.append(child)
+        wait_for((scratch.out / "up").exists, "the agent")
+        child.terminate()
+        printed = child.communicate(timeout=60)
+    assert child.returncode == 130, printed
+    names = ran("tar", "-tzf", str(store / "record.tar.gz")).stdout
+    assert "/diff.patch" in names and "/handoff.md" in names, names
+
+
+@needs_engine
+def test_a_record_with_a_link_publishes_no_file_of_ours(scratch):
+    """A record comes from a machine where an agent ran: a link in it could lead anywhere."""
+    forge, store = Forge(scratch), scratch.place / "forge" / "store" / "12"
+    (store / "made" / "run").mkdir(parents=True)
+    (scratch.place / "secret").write_text(TOKEN)
+    (store / "made" / "run" / "handoff.md").symlink_to(scratch.place / "secret")
+    ran("tar", "-czf", str(store / "record.tar.gz"), "-C", str(store / "made"), ".")
+    (forge.bin / "curl").write_text("#!/bin/sh\necho '{\"token\": \"short-lived\"}'\n")
+    (forge.bin / "curl").chmod(0o755)
+    ended = engine(forge, "publish", "ada/app", "store", **app_of(scratch))
+    assert (store / "record" / "run").is_dir(), ended
+    assert TOKEN not in scratch.said("gh") + ended.stdout + ended.stderr, ended
 
 
 # === make bench, part (g) ===================================================
