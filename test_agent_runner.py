@@ -6394,6 +6394,36 @@ def labels_swapped(label: str) -> list[list[str]]:
     return [["api", path, "--field", f"labels[]={label}"], ["api", f"{path}/ready-for-agent", "--method", "DELETE"]]
 
 
+@pytest.mark.parametrize(("data", "reason"), [
+    ("[]", "was not written by"), ('{"title": 1}', "was not written by"), ("# A title", "was not written by"),
+    (json.dumps({"title": "A", "text": "A", "source": "x", "scope": [], "allow": [2], "removed": []}), "was not written by")])
+def test_a_file_that_the_queue_did_not_export(scratch, data, reason):
+    ended = scratch.run("issue-to-pr", scratch.issue(data, "12.json"), "--check", "ok=true", agent=CALLED)
+    assert ended.code == 64 and reason in ended.err and ended.err.count("\n") == 1, ended
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_queue_exports_the_issues_of_a_directory(scratch, limit):
+    """A file of the user's own keeps what its Allow: says; --limit counts what is exported."""
+    for number in (1, 2):
+        text = f"# Issue {number}\nLabels: ready-for-agent\nAllow: Makefile\n\nWords.\n"
+        scratch.write({f"issues/000{number}-x.md": text, "issues/0003-y.md": "# No label\n"})
+    scratch.commit()
+    ended = scratch.run("queue", "--export", str(scratch.place / "exported"), "--limit", str(limit))
+    numbers = [1] if limit else [1, 2]
+    assert ended.code == 0 and [item["number"] for item in json.loads(ended.out)] == numbers, ended
+    assert sorted(path.name for path in (scratch.place / "exported").iterdir()) == [f"{number}.json" for number in numbers]
+    (first, *_) = json.loads(ended.out)
+    ended = scratch.run("issue-to-pr", first["ref"], "--check", "ok=true", agent=NOTHING)
+    assert ended.outcome == "no_change" and "the issue itself says Allow: Makefile" in ended.err, ended
+    assert ended.summary["issue"] == "issues/0001-x.md"
+
+
+def test_the_queue_either_runs_or_exports(scratch):
+    ended = scratch.run("queue", "--run", "--export", "x")
+    assert ended.code == 64 and "give one of them" in ended.err and ended.err.count("\n") == 1, ended
+
+
 @pytest.mark.parametrize(("answers", "reason"), [
     ({"permission": "read"}, "untrusted: github:ada/app#12 ready-for-agent was put on it by eve, whose permission is read"),
     ({"labels": ("ready-for-agent", "agent-stop")}, "nothing may run: the label agent-stop is on github:ada/app#12")])
@@ -6564,7 +6594,7 @@ def assert_signed(word: str, key: Path) -> None:
 @needs_engine
 def test_the_time_limit_of_an_engine_leaves_a_whole_record(scratch):
     """It comes as SIGTERM to the first process: the agent is ended, and the record still goes out."""
-    forge, store = Forge(scratch), scratch.place / "store"
+    store = scratch.place / "store"
     store.mkdir()
     (store / "issue.json").write_text(json.dumps(runner_module().issue_parse(ISSUE, "issue.md")._asdict()))
     scratch.git("clone", "--quiet", ".", str(store / "repo"))
@@ -6595,6 +6625,47 @@ def test_a_record_with_a_link_publishes_no_file_of_ours(scratch):
     ended = engine(forge, "publish", "ada/app", "store", **app_of(scratch))
     assert (store / "record" / "run").is_dir(), ended
     assert TOKEN not in scratch.said("gh") + ended.stdout + ended.stderr, ended
+
+
+def engine_blocks(kind: str) -> list[str]:
+    """The code blocks of one kind on the page about engines."""
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", ENGINES.read_text(encoding="utf-8"))
+
+
+def test_what_the_page_on_engines_shows_is_whole():
+    """JSON is JSON, shell is shell, a caller's file has ten lines and names inputs that there are."""
+    (task,) = map(json.loads, engine_blocks("json"))
+    assert "taskRoleArn" not in task and "secrets" in task["containerDefinitions"][0]
+    for text in engine_blocks("bash"):
+        ended = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0 and not re.search(r"python3? \S*agent_runner", text), ended.stderr
+    callers = [text for text in engine_blocks("yaml") if "OWNER/agent_runner/" in text]
+    for name, text in zip(("agent", "self-heal"), callers, strict=True):
+        assert text.count("\n") == 10 and f"workflows/{name}.yml@" in text, text
+        (job,) = Yaml(text).block()["jobs"].values()
+        assert job["with"].keys() <= workflow(name)["on"]["workflow_call"]["inputs"].keys()
+        rights = {*re.findall(r"[a-z-]+: write", text)}
+        assert {f"{key}: {value}" for key, value in workflow(name)["jobs"]["publish"]["permissions"].items()} == rights
+
+
+@pytest.mark.parametrize(("schema", "marks"), [("vendor.github-workflows", "OWNER/agent_runner/"), ("vendor.gitlab-ci", "stages:")])
+def test_the_files_of_the_page_on_engines_are_valid(tmp_path, schema, marks):
+    if not shutil.which("check-jsonschema"):
+        pytest.skip("there is no check-jsonschema here")
+    for number, text in enumerate(text for text in engine_blocks("yaml") if marks in text):
+        (tmp_path / f"{number}.yml").write_text(text)
+    ended = ran("check-jsonschema", "--builtin-schema", schema, *map(str, tmp_path.glob("*.yml")))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_shell_around_engines_is_clean(tmp_path):
+    if not shutil.which("shellcheck"):
+        pytest.skip("there is no shellcheck here")
+    for number, text in enumerate(engine_blocks("bash")):
+        (tmp_path / ("tick.sh" if text.startswith("# tick.sh") else f"{number}.sh")).write_text(text)
+    ended = ran("shellcheck", "--shell=bash", "--external-sources", "--severity=warning", str(ROOT / ".github" / "engine"),
+                *map(str, tmp_path.glob("*.sh")), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stdout
 
 
 # === make bench, part (g) ===================================================
