@@ -6265,7 +6265,7 @@ def filled(text: str, facts: dict[str, Any], place: Path) -> str:
     return re.sub(r"\$\{\{.+?\}\}", lambda hit: str(expression(hit[0], facts, place)), text)
 
 
-GH = """
+GH_ANSWERS = """
 answers = json.loads((OUT / 'answers.json').read_text())
 words = sys.argv[1:]
 if words[:2] == ['repo', 'clone']:
@@ -6278,7 +6278,9 @@ with open(OUT / 'gh', 'a') as file:
     text = sys.stdin.read() if 'body=@-' in words else ''
     print(json.dumps([*words, text, os.environ['GH_TOKEN']]), file=file)
 """
-class Forge:
+
+
+class Home:
     """A forge at home: a bare remote, a directory for each job, and a `gh` that writes down what it gets."""
 
     def __init__(self, scratch: Scratch) -> None:
@@ -6289,7 +6291,7 @@ class Forge:
         (scratch.out / "gh").touch()
         self.answer(permission="write")
         self.log = ""  # what all steps have printed
-        for name, command in (("python", PYTHON), ("gh", scratch.program(GH, "gh.py")), ("pip", "true")):
+        for name, command in (("python", PYTHON), ("gh", scratch.program(GH_ANSWERS, "gh.py")), ("pip", "true")):
             (self.bin / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             (self.bin / name).chmod(0o755)
         self.facts: dict[str, Any] = {"github.token": TOKEN, "github.repository": "ada/app", "github.ref_name": "main",
@@ -6360,7 +6362,7 @@ OPTIONS = {"inputs.options": f"--check {shlex.quote(UNIT[0])}"}
 @pytest.mark.parametrize(("agent", "title"), [(EDITS, "Say `id` in $(touch x) \"another\" way"), (NOTHING, "A title")])
 def test_the_workflow_for_issues_runs_at_home(scratch, agent, title):
     """The agent's job sees no token; the other one pushes a branch of its own and opens a draft, or says why not."""
-    forge, jobs = Forge(scratch), workflow("agent")["jobs"]
+    forge, jobs = Home(scratch), workflow("agent")["jobs"]
     forge.answer(title)
     assert forge.job("queue", jobs["queue"])[0] == [0], forge.log
     output = re.fullmatch(r"(?s)issues<<END\n(.*)\nEND\n", (forge.place / "queue" / "output").read_text())
@@ -6428,7 +6430,7 @@ def test_the_queue_either_runs_or_exports(scratch):
     ({"permission": "read"}, "untrusted: github:ada/app#12 ready-for-agent was put on it by eve, whose permission is read"),
     ({"labels": ("ready-for-agent", "agent-stop")}, "nothing may run: the label agent-stop is on github:ada/app#12")])
 def test_what_the_queue_refuses_starts_no_job(scratch, answers, reason):
-    forge, jobs = Forge(scratch), workflow("agent")["jobs"]
+    forge, jobs = Home(scratch), workflow("agent")["jobs"]
     forge.answer(**answers)
     assert forge.job("queue", jobs["queue"])[0] == [0] and reason in forge.log, forge.log
     output = (forge.place / "queue" / "output").read_text().splitlines()
@@ -6438,7 +6440,7 @@ def test_what_the_queue_refuses_starts_no_job(scratch, answers, reason):
 
 @pytest.mark.parametrize("agent", [EDITS.replace("x * 2", "x * 3"), NOTHING])
 def test_the_workflow_for_a_red_build_runs_at_home(red, agent):
-    forge, jobs = Forge(red), workflow("self-heal")["jobs"]
+    forge, jobs = Home(red), workflow("self-heal")["jobs"]
     event = {"head_branch": "main", "head_sha": red.git("rev-parse", "HEAD")}
     facts = {f"github.event.workflow_run.{key}": text for key, text in event.items()} | OPTIONS
     facts["inputs.agent"] = red.program(REMEMBERS + agent)
@@ -6535,7 +6537,7 @@ ENGINE_TOOLS = ("bash", "curl", "openssl", "tar")
 needs_engine = pytest.mark.skipif(not all(map(shutil.which, ENGINE_TOOLS)), reason=f"needs {', '.join(ENGINE_TOOLS)}")
 
 
-def engine(forge: Forge, *args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def engine(forge: Home, *args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """One of the steps around an engine."""
     environ = forge.scratch.env | {"PATH": f"{forge.bin}:{forge.scratch.env['PATH']}", "AGENT_RUNNER": str(RUNNER)} | env
     return ran("bash", str(ROOT / ".github" / "engine"), *args, env=environ, cwd=cwd or forge.place)
@@ -6552,7 +6554,7 @@ def app_of(scratch: Scratch) -> dict[str, str]:
 @pytest.mark.parametrize("agent", [EDITS, NOTHING])
 def test_the_steps_around_an_engine(scratch, agent):
     """pack, job, publish, with a server that gives tokens; the store is a directory."""
-    forge, app = Forge(scratch), app_of(scratch)
+    forge, app = Home(scratch), app_of(scratch)
     server, asked = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tokens), []
     server.asked = asked
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -6615,7 +6617,7 @@ def test_the_time_limit_of_an_engine_leaves_a_whole_record(scratch):
 @needs_engine
 def test_a_record_with_a_link_publishes_no_file_of_ours(scratch):
     """A record comes from a machine where an agent ran: a link in it could lead anywhere."""
-    forge, store = Forge(scratch), scratch.place / "forge" / "store" / "12"
+    forge, store = Home(scratch), scratch.place / "forge" / "store" / "12"
     (store / "made" / "run").mkdir(parents=True)
     (scratch.place / "secret").write_text(TOKEN)
     (store / "made" / "run" / "handoff.md").symlink_to(scratch.place / "secret")
