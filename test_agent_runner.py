@@ -6559,6 +6559,7 @@ def test_the_steps_around_an_engine(scratch, agent):
     server.asked = asked
     threading.Thread(target=server.serve_forever, daemon=True).start()
     app["GITHUB_API_URL"] = f"http://127.0.0.1:{server.server_port}"
+    assert engine(forge, "publish", "ada/app", "empty", **app).returncode == 0
     packed = engine(forge, "pack", "ada/app", "store", **app)
     assert (packed.returncode, packed.stdout) == (0, "12\n"), packed
     store = forge.place / "store" / "12"
@@ -6574,9 +6575,9 @@ def test_the_steps_around_an_engine(scratch, agent):
     assert [words[:-2] for words in labels] == labels_swapped("agent-proposed" if agent == EDITS else "ready-for-human")
     assert first[:2] == (["pr", "create"] if agent == EDITS else ["issue", "comment"]) and first[-1] == TOKEN, first
     assert len(forge.branches()) == (agent == EDITS)
-    rights = [body["permissions"] for _, _, body in asked]
+    rights = [body["permissions"] for _, _, body in asked[1:]]
     assert [right["contents"] for right in rights] == ["read", "write"]
-    assert {body["repositories"][0] for _, _, body in asked} == {"app"}
+    assert {body["repositories"][0] for _, _, body in asked[1:]} == {"app"}
     assert_signed(asked[-1][1].removeprefix("Bearer "), Path(app["APP_KEY_FILE"]))
 
 
