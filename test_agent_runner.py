@@ -6291,7 +6291,7 @@ class Home:
         (scratch.out / "gh").touch()
         self.answer(permission="write")
         self.log = ""  # what all steps have printed
-        for name, command in (("python", PYTHON), ("gh", scratch.program(GH_ANSWERS, "gh.py")), ("pip", "true")):
+        for name, command in (("python", PYTHON), ("python3", PYTHON), ("gh", scratch.program(GH_ANSWERS, "gh.py")), ("pip", "true")):
             (self.bin / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             (self.bin / name).chmod(0o755)
         self.facts: dict[str, Any] = {"github.token": TOKEN, "github.repository": "ada/app", "github.ref_name": "main",
