@@ -6723,14 +6723,16 @@ def report_page(folder: Path) -> str:
     facts = summary_read(folder)
     title = facts["title"] or "Heal the red gate"
     outcome = facts["outcome"] or "unfinished"
+    steps = steps_read(folder, facts)
+    judged = any(step.name == "guardrails" for step in steps) or bool(facts["violations"])
     parts = [
         tag("header", tag("p", f"{facts['command']} · run {facts['run_id']}", class_="eyebrow"),
             tag("h1", title), report_verdict(facts, folder), report_facts(facts)),
         section("What you can do now", report_commands(facts, folder)),
-        section("Timeline", timeline(steps_read(folder, facts))),
+        section("Timeline", timeline(steps)),
         section("The change", report_diff(folder)),
         section("Evidence", report_evidence(facts, folder)),
-        section("Guardrails", report_guards(facts)),
+        section("Guardrails", report_guards(facts, judged)),
         section("Briefs and logs", report_files(folder))]
     return page(f"{outcome}: {title}", [part for part in parts if part])
 
@@ -6822,9 +6824,9 @@ def report_facts(facts: dict[str, Any]) -> Markup:
     sandbox = facts["sandbox"]
     terms = {"Started": facts["started"][:16].replace("T", " ") + " UTC", "Issue": facts["issue"],
              "Base": facts["base"][:12], "Commit": (facts["commit"] or "")[:12],
-             "Agent": facts["agent_cmd"], "Simulated": facts["simulated"],
              "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
-             "Judged again": facts["rejudged"], "Left out": ", ".join(facts["left_out"])}
+             "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
+             "Left out": ", ".join(facts["left_out"]), "Agent": facts["agent_cmd"]}
     return tag("dl", *(tag("div", tag("dt", term), tag("dd", words_clip(str(words), 400)))
                        for term, words in terms.items() if words), class_="facts")
 
@@ -6848,7 +6850,7 @@ NEXT_WORDS = {  # of a command in the summary's "next"
     r"git (-C .*)?branch -D ": "discard", r"git (-C .*)?apply ": "use it"}
 
 
-class Step(NamedTuple):
+class Span(NamedTuple):
     """A step of a run, in seconds from its beginning."""
 
     name: str
@@ -6858,10 +6860,10 @@ class Step(NamedTuple):
 
     def label(self) -> str:
         """Its name within an attempt: "gate, attempt 2, failures first" is "failures first"."""
-        return re.sub(r", attempt \d+|^gate, (?!attempt)|(?<=^gate), attempt \d+, ", "", self.name)
+        return re.sub(r", attempt \d+", "", self.name).removeprefix("gate, ")
 
 
-def steps_read(folder: Path, facts: dict[str, Any]) -> list[Step]:
+def steps_read(folder: Path, facts: dict[str, Any]) -> list[Span]:
     """The steps in events.jsonl; one that has not ended lasts until the run's end, or until now."""
     began = datetime.fromisoformat(facts["started"]).timestamp()
     text, _ = text_part(folder / "events.jsonl", LOG_HEAD)
@@ -6879,15 +6881,15 @@ def steps_read(folder: Path, facts: dict[str, Any]) -> list[Step]:
         else:
             started.pop(event["name"], 0)
             at = max(0, event["at"] - began)
-            steps.append(Step(event["name"], at, event["seconds"], event["result"]))
-    steps += [Step(name, at - began, end - at, UNENDED) for name, at in started.items()]
+            steps.append(Span(event["name"], at, event["seconds"], event["result"]))
+    steps += [Span(name, at - began, end - at, UNENDED) for name, at in started.items()]
     return sorted(steps, key=lambda step: step.start)
 
 
 UNENDED = "has not ended"
 
 
-def timeline(steps: Sequence[Step], most: int = 80) -> Markup:
+def timeline(steps: Sequence[Span], most: int = 80) -> Markup:
     """Steps as bars to scale: a lane each, so what ran side by side stands one above the other."""
     if not steps:
         return Markup()
@@ -6914,22 +6916,23 @@ def timeline(steps: Sequence[Step], most: int = 80) -> Markup:
 SCALE_LEFT, SCALE_WIDTH = 22, 77  # per cent of the timeline's width: names stand left of the bars
 
 
-def timeline_lane(step: Step, whole: float, top: int) -> Markup:
+def timeline_lane(step: Span, whole: float, top: int) -> Markup:
     """A step's name, its bar, and its result where there is room beside the bar."""
     left = SCALE_LEFT + SCALE_WIDTH * step.start / whole
     width = max(0.4, SCALE_WIDTH * step.seconds / whole)
     words = f"{step.result} · {duration(step.seconds)}"
-    after = left + width < 62
-    note = {"x": f"{left + width + 0.8:.2f}%" if after else f"{left - 0.8:.2f}%"}
-    if not after and left < 42:
-        note = {"x": f"{left + width - 1:.2f}%", "class_": "note inside"}
-    kind = step.name.split(",")[0].split()[0]
+    room, at = 0.62 * len(words), {"x": f"{left - 0.8:.2f}%", "text_anchor": "end"}
+    if left + width + room < 100:
+        at = {"x": f"{left + width + 0.8:.2f}%"}
+    elif width > room and left - room < SCALE_LEFT:
+        at = {"x": f"{left + 0.8:.2f}%", "fill": "inside"}
+    fill = f"note {at.pop('fill', '')}".strip()
     return tag("g", tag("title", f"{step.name}: {words}"),
                tag("text", step.label(), x="0", y=top + 15),
                tag("rect", x=f"{left:.2f}%", y=top + 3, width=f"{width:.2f}%", height="16", rx="4",
-                   class_=f"k-{kind}"),
-               tag("text", words, y=top + 15, text_anchor=None if after else "end",
-                   **{"class_": "note", **note}))
+                   class_=f"k-{step.name.split(',')[0].split()[0]}"),
+               tag("text", tag("tspan", f"{step.result} · ", class_="wordy"),
+                   duration(step.seconds), y=top + 15, class_=fill, **at))
 
 
 def timeline_scale(whole: float, height: int) -> list[Markup]:
@@ -7008,7 +7011,7 @@ def diff_lines(lines: Sequence[str]) -> Markup:
             old, new = int(hunk[1]), int(hunk[2])
         elif sign in ("+", "-", " "):
             before, after = "" if sign == "+" else old, "" if sign == "-" else new
-            numbers = f"{before:>5}{after:>6} "
+            numbers = f"{before:>4}{after:>5} "
             old, new = old + (sign != "+"), new + (sign != "-")
         text = line if len(line) <= 400 else f"{line[:400]} [...]"
         kind = {"+": "add", "-": "cut", " ": None}.get(sign, "hunk")
@@ -7073,19 +7076,17 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in cells))
             for first, *cells in rows]
     return tag("div", tag("table", tag("caption", caption), tag("thead", head),
-                          tag("tbody", *body)), class_="wide")
+                          tag("tbody", *body)), class_="wide", tabindex="0")
 
 
-def report_guards(facts: dict[str, Any]) -> Markup:
+def report_guards(facts: dict[str, Any], judged: bool) -> Markup:
     """What the guardrails looked at, and what they found."""
     violations = [[tag("code", found["rule"]), tag("code", found["path"]), found["reason"]]
                   for found in facts["violations"][:100]]
-    parts = [tag("p", "No guardrail stands against this change.")]
+    parts = [tag("p", "No guardrail stands against this change." if judged else
+                 "The guardrails were not asked: it did not come to that.")]
     if violations:
         parts = [table("Violations", ["Rule", "Path", "Reason"], violations)]
-    elif not facts["attempts"] or facts["attempts"][-1]["result"] in ("", "agent_failed",
-                                                                      "agent_timed_out"):
-        parts = [tag("p", "The guardrails did not judge this change.")]
     scope = facts["scope"] or {}
     changed = facts["attempts"][-1]["changed"] if facts["attempts"] else []
     allowed = facts["options"].get("allow", [])
@@ -7455,11 +7456,12 @@ details{border-top:1px solid var(--line);padding:8px 0} details:first-child{bord
 summary{cursor:pointer} summary:hover{color:var(--live)}
 ins,del{text-decoration:none;font-size:13px} ins{color:var(--good)} del{color:var(--bad)}
 .diff{padding:8px 0;max-height:none;overflow:auto}
-.diff span{display:block;padding:0 12px 0 calc(12ch + 10px)} .diff [data-n]{text-indent:-12ch}
+.diff span{display:block;padding:0 12px 0 calc(10ch + 10px)} .diff [data-n]{text-indent:-10ch}
 .diff [data-n]::before{content:attr(data-n);color:var(--soft);user-select:none}
 .diff .add{background:var(--good-bg)} .diff .cut{background:var(--bad-bg)}
 .diff .hunk{color:var(--live);background:var(--live-bg)}
-.wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%}
+.wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;
+min-width:460px} tbody th{white-space:nowrap}
 caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:6px}
 th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-top:1px solid var(--line)}
 thead th{font-size:13px;color:var(--soft);font-weight:600;border:0} tbody th{font-weight:400}
@@ -7486,7 +7488,7 @@ stroke-width:5;stroke-linecap:round}
 @media(max-width:1100px){.board{grid-template-columns:repeat(3,minmax(0,1fr))}}
 @media(max-width:760px){main{padding:20px 12px} h1{font-size:23px}
 .board{grid-template-columns:minmax(0,1fr)} .story{grid-template-columns:repeat(2,minmax(0,1fr))}
-.commands div{display:block} .timeline .note{display:none} .timeline text{font-size:10.5px}
+.commands div{display:block} .wordy{display:none} .timeline text{font-size:10.5px}
 .files{columns:1} main>section:not(.story){padding:14px}}
 @media print{body{background:#fff} pre{max-height:none} main>section,details{break-inside:avoid}}
 """)
