@@ -6792,7 +6792,8 @@ def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TONES = {  # what an outcome looks like; all others are red
     "proposed": "good", "nothing_to_heal": "good", "blocked": "warn", "scope_disagreement": "warn",
-    "flaky": "warn", "interrupted": "calm", "running": "live", "unfinished": "calm"}
+    "flaky": "warn", "merged": "good", "discarded": "calm", "interrupted": "calm",
+    "running": "live", "unfinished": "calm"}
 
 
 def pill(outcome: str, words: str = "") -> Markup:
@@ -6827,8 +6828,14 @@ def report_facts(facts: dict[str, Any]) -> Markup:
              "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
              "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
              "Left out": ", ".join(facts["left_out"]), "Agent": facts["agent_cmd"]}
-    return tag("dl", *(tag("div", tag("dt", term), tag("dd", words_clip(str(words), 400)))
-                       for term, words in terms.items() if words), class_="facts")
+    return term_list([(term, words_clip(str(words), 400)) for term, words in terms.items()
+                      if words], "facts")
+
+
+def term_list(terms: Iterable[tuple[str, str]], kind: str) -> Markup:
+    """Terms, each with what belongs to it; nothing where there is none."""
+    rows = [tag("div", tag("dt", term), tag("dd", what)) for term, what in terms]
+    return tag("dl", *rows, class_=kind) if rows else Markup()
 
 
 def report_commands(facts: dict[str, Any], folder: Path) -> Markup:
@@ -6837,11 +6844,9 @@ def report_commands(facts: dict[str, Any], folder: Path) -> Markup:
     if not commands and (folder / "diff.patch").exists():  # it was killed
         patch, root = shlex.quote(str(folder / "diff.patch")), shlex.quote(str(folder.parents[1]))
         commands = [f"less {patch}", f"git -C {root} apply {patch}"]
-    rows = []
-    for command in commands:
-        word = next((word for sign, word in NEXT_WORDS.items() if re.search(sign, command)), "look")
-        rows.append(tag("div", tag("dt", word), tag("dd", tag("code", command))))
-    return tag("dl", *rows, class_="commands") if rows else Markup()
+    words = [next((word for sign, word in NEXT_WORDS.items() if re.search(sign, command)), "look")
+             for command in commands]
+    return term_list(zip(words, (tag("code", command) for command in commands)), "commands")
 
 
 NEXT_WORDS = {  # of a command in the summary's "next"
@@ -7095,9 +7100,9 @@ def report_guards(facts: dict[str, Any], judged: bool) -> Markup:
     if facts["look_first"]:
         lines = [tag("li", line) for line in facts["look_first"][:100]]
         parts += [tag("h3", "Look here first"), tag("ul", *lines)]
-    rows = [tag("div", tag("dt", term), tag("dd", *(tag("code", path) for path in paths)))
-            for term, paths in terms.items() if paths]
-    return tag("div", *parts, tag("dl", *rows, class_="facts"))
+    lists = [(term, tag("span", *(tag("code", path) for path in paths)))
+             for term, paths in terms.items() if paths]
+    return tag("div", *parts, term_list(lists, "facts"))
 
 
 def report_files(folder: Path) -> Markup:
@@ -7185,7 +7190,7 @@ class Card(NamedTuple):
     began: float = 0
     runs: int = 0
     attempts: int = 0
-    lines: tuple[str, ...] = ()  # the newest of a running agent's log
+    lines: Sequence[str] = ()  # the newest of a running agent's log
 
 
 def board_page(repo: Repo, refresh: bool) -> str:
@@ -7243,38 +7248,34 @@ def board_group(runs: list[tuple[Path, dict[str, Any]]], merged: set[str],
                 branches: list[str]) -> Card:
     """The card of an issue or a self-heal: its newest run says where it stands."""
     folder, facts = runs[-1]
-    running = is_running(folder)
-    outcome = "running" if running else facts["outcome"] or "unfinished"
-    column, words = board_column(outcome, facts, merged, branches)
-    lines, steps = (), []
-    if running:
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            steps = [step for step in steps_read(folder, facts) if step.result == UNENDED]
-        words = ", ".join(f"{step.name} {duration(step.seconds)}" for step in steps[-2:])
-        lines = tuple(board_lines(folder))
-    elif not (folder / "report.html").exists():
-        report_write(folder)  # an older record
+    lines: list[str] = []
+    if is_running(folder):
+        steps = [step for step in steps_read(folder, facts) if step.result == UNENDED]
+        now = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
+        column, outcome, words, lines = "Running", "running", now, board_lines(folder)
+    else:
+        column, outcome, words = board_column(facts, merged, branches)
+        if not (folder / "report.html").exists():
+            report_write(folder)  # an older record
     return Card(column, facts["title"] or "Heal the red gate", facts["issue"] or "", outcome, words,
                 folder.name, datetime.fromisoformat(facts["started"]).timestamp(), len(runs),
                 sum(len(facts["attempts"]) for _, facts in runs), lines)
 
 
-def board_column(outcome: str, facts: dict[str, Any], merged: set[str],
-                 branches: list[str]) -> tuple[str, str]:
-    """Where a run stands on the board, and a word on it."""
-    if outcome == "running":
-        return "Running", ""
+def board_column(facts: dict[str, Any], merged: set[str],
+                 branches: list[str]) -> tuple[str, str, str]:
+    """Where a run that has ended stands: column, what came of it in a word, in words."""
+    outcome = facts["outcome"] or "unfinished"
     if outcome == "nothing_to_heal":
-        return "Done", "the gate was green"
+        return "Done", outcome, ""
     if outcome != "proposed":
-        return "Needs a human", OUTCOMES.get(outcome, (0, "it did not end by itself"))[1]
+        words = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
+        return "Needs a human", outcome, words
     if facts["run_id"] in merged:
-        return "Done", "merged"
-    if facts["branch"] in branches:
-        return "Proposed", facts["branch"]
-    if facts["dry_run"]:
-        return "Proposed", "dry run: no branch was made"
-    return "Done", "not merged, and its branch is gone"
+        return "Done", "merged", ""
+    if facts["branch"] in branches or facts["dry_run"]:
+        return "Proposed", outcome, facts["branch"] or "a dry run, which makes no branch"
+    return "Done", "discarded", "its branch is gone"
 
 
 def board_merged(repo: Repo, runs: list[dict[str, Any]]) -> set[str]:
@@ -7318,9 +7319,14 @@ def board_card(card: Card) -> Markup:
     facts = [card.source and Path(card.source).name,
              card.runs > 1 and words_counted(card.runs, "run"),
              card.attempts and words_counted(card.attempts, "attempt"),
-             card.began and f"{duration(max(0, time.time() - card.began))} ago"]
+             card.began and age_words(time.time() - card.began)]
     parts.append(tag("p", " · ".join(fact for fact in facts if fact), class_="meta"))
     return tag("article", *parts, class_=TONES.get(card.outcome, "bad") if card.outcome else None)
+
+
+def age_words(seconds: float) -> str:
+    """An age, roughly: "34 s ago", "3 h ago"."""
+    return " ".join(duration(max(10, seconds)).split()[:2]) + " ago"
 
 
 def board_story(runs: list[dict[str, Any]], now: datetime, days: int = 14) -> Markup:
@@ -7333,11 +7339,11 @@ def board_story(runs: list[dict[str, Any]], now: datetime, days: int = 14) -> Ma
         return Markup()
     tones = [Counter(TONES.get(facts["outcome"], "bad") for facts in day)
              for day in by_day.values()]
-    span = f"{dates[0]} to {dates[-1]}"
-    counts = words_first([f"{number} {outcome.replace('_', ' ')}" for outcome, number in
-                          Counter(facts["outcome"] for facts in recent).most_common()], 3)
+    span, counts = f"{dates[0]} to {dates[-1]}", sum(tones, Counter())
+    legend = [tag("span", f"{counts[tone]} {word} ", class_=tone)
+              for tone, word in LEGEND.items() if counts[tone]]
     parts = [tag("figure", tag("figcaption", "Runs ", tag("b", str(len(recent)))),
-                 chart_bars(tones, f"Runs by outcome per day, {span}"), tag("small", counts))]
+                 chart_bars(tones, f"Runs by outcome per day, {span}"), tag("small", *legend))]
     for name, measure, form in STORY:
         values = [measure(day) for day in by_day.values()]
         whole = measure(recent)
@@ -7367,6 +7373,7 @@ def story_healed(runs: list[dict[str, Any]]) -> float | None:
     return sum(heals) / len(heals) if heals else None
 
 
+LEGEND = {"good": "proposed", "warn": "refused", "bad": "failed", "calm": "stopped"}  # by tone
 STORY: list[tuple[str, Callable[[list[dict[str, Any]]], float | None], Callable[[float], str]]] = [
     ("Median time", story_minutes, lambda minutes: duration(minutes * 60)),
     ("Attempts per run", story_attempts, lambda number: f"{number:.1f}"),
@@ -7380,7 +7387,7 @@ def chart_bars(days: Sequence[Mapping[str, int]], title: str) -> Markup:
     width, parts = 100 / len(days), []
     for number, day in enumerate(days):
         top = 60.0
-        for tone in ("good", "warn", "bad", "calm"):
+        for tone in LEGEND:
             height = 56 * day.get(tone, 0) / most
             top -= height
             if height:
@@ -7466,7 +7473,8 @@ caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:6px}
 th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-top:1px solid var(--line)}
 thead th{font-size:13px;color:var(--soft);font-weight:600;border:0} tbody th{font-weight:400}
 ul{margin:6px 0;padding-left:20px} .files{columns:2} .cards{list-style:none;padding:0;margin:0}
-.board{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:14px;align-items:start}
+.board{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
+.board section{flex:1 1 170px;min-width:0} .board section:not(:has(li)){flex:0 0 96px}
 .board h2{font-size:14px;padding:0 4px} .count{color:var(--soft);font-weight:400}
 .none{color:var(--soft);padding:0 4px}
 article{background:var(--card);border:1px solid var(--line);border-top:3px solid var(--line);
@@ -7485,9 +7493,11 @@ color:var(--ink);font-size:18px;line-height:1.1}
 .chart polyline,.chart path,.chart line{fill:none;vector-effect:non-scaling-stroke}
 .chart polyline{stroke:var(--live);stroke-width:1.5} .chart path{stroke:var(--live);
 stroke-width:5;stroke-linecap:round}
-@media(max-width:1100px){.board{grid-template-columns:repeat(3,minmax(0,1fr))}}
+small .good{color:var(--good)} small .bad{color:var(--bad)} small .warn{color:var(--warn)}
+@media(max-width:1100px){.board section{flex:1 1 30%}}
 @media(max-width:760px){main{padding:20px 12px} h1{font-size:23px}
-.board{grid-template-columns:minmax(0,1fr)} .story{grid-template-columns:repeat(2,minmax(0,1fr))}
+.board section,.board section:not(:has(li)){flex:1 1 100%}
+.story{grid-template-columns:repeat(2,minmax(0,1fr))}
 .commands div{display:block} .wordy{display:none} .timeline text{font-size:10.5px}
 .files{columns:1} main>section:not(.story){padding:14px}}
 @media print{body{background:#fff} pre{max-height:none} main>section,details{break-inside:avoid}}

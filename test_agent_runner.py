@@ -9,10 +9,13 @@ no directory left behind, and a user's repository in which not one byte has move
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
+import html.parser
 import importlib.util
 import inspect
 import io
@@ -4776,6 +4779,121 @@ def test_a_run_without_a_change_cannot_be_judged_again(scratch):
     assert ended.code == 64 and "left no change" in ended.err, ended
 
 
+# === Pages and board ========================================================
+
+HOSTILE = "</title></pre><script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>\"'&\x1b[31m\u202e"
+
+
+def record_made(root: Path, number: int, outcome: str | None = "gave_up", days: float = 0, **facts: Any) -> Path:
+    """A record as a run leaves it, without the run; the folder."""
+    began = time.time() - days * 86400
+    folder = root / ".agent-runs" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(began))}-{number:06x}"
+    folder.mkdir(parents=True)
+    check = {"name": "pytest", "ok": False, "reason": "1 failed", "seconds": 0.5, "tests": {"failed": 1}}
+    attempt = {"number": 1, "agent_exit": 0, "agent_seconds": 2.0, "tree": "", "changed": ["app.py"], "gate": None, "result": "red"}
+    summary = {
+        "schema": 1, "run_id": folder.name, "command": "issue-to-pr", "issue": f"issues/{number:04}-do-it.md", "title": f"Do it, {number}",
+        "simulated": None, "agent_cmd": "agent", "repository": str(root), "sandbox": {"kind": "bwrap", "why": None}, "base": "b" * 40,
+        "head": "b" * 40, "left_out": [], "dry_run": False, "options": {"allow": []}, "rejudged": None, "branch": None, "commit": None,
+        "tree": None, "outcome": outcome, "error": None, "seconds": 90.0, "attempts": [attempt], "places": [],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)), "baseline": {"checks": [check]}, "recheck": None,
+        "twin": None, "scope": None, "findings": [], "violations": [], "look_first": [], "next": []} | facts
+    (folder / "run_summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def page_texts(page: str) -> str:
+    """The text that a browser shows; every tag must be one of ours, and have only attributes of ours."""
+    class Reader(html.parser.HTMLParser):
+        texts: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "img", "iframe", "object", "link", "base", "form"), tag
+            assert not [name for name, _ in attrs if name.startswith("on") or name in ("src", "style")], attrs
+            for name, value in attrs:
+                assert name != "href" or re.fullmatch(r"\./[\w.%/-]+", value or ""), value
+
+        def handle_data(self, data: str) -> None:
+            self.texts.append(data)
+
+    reader = Reader()
+    reader.texts = []
+    reader.feed(page)
+    return "".join(reader.texts)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+needs_browser = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
+
+
+class Browser:
+    """A headless Chromium that is asked through a pipe, by the DevTools protocol; no port, no package."""
+
+    def __init__(self, place: Path, width: int = 1280, height: int = 900) -> None:
+        hears, self.to = os.pipe()
+        self.of, says = os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (hears, says)]
+        options = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--hide-scrollbars",
+                   "--remote-debugging-pipe", f"--user-data-dir={place}", "--allow-file-access-from-files"]
+        options += ["--no-sandbox"] * (os.geteuid() == 0)
+        self.child = subprocess.Popen([BROWSER, *options], preexec_fn=lambda: [os.dup2(end, n) for n, end in enumerate(ends, 3)],
+                                      pass_fds=(3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for end in (hears, says, *ends):
+            os.close(end)
+        self.rest, self.number, self.session, self.events = b"", 0, "", []
+        target = self.ask("Target.createTarget", url="about:blank", newWindow=True, width=width, height=height)["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
+        os.close(self.to)
+        os.close(self.of)
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        """The answer to one command; what happens meanwhile is noted in `events`."""
+        self.number += 1
+        session = {"sessionId": self.session} if self.session else {}
+        os.write(self.to, json.dumps({"id": self.number, "method": method, "params": params, **session}).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert (data := os.read(self.of, 1 << 20)), "the browser has ended"
+                self.rest += data
+            line, _, self.rest = self.rest.partition(b"\0")
+            message = json.loads(line)
+            if message.get("id") == self.number:
+                assert "error" not in message, message
+                return message["result"]
+            self.events.append(message)
+
+    def value(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def open(self, page: Path) -> None:
+        """Load a page, wholly."""
+        self.events.clear()
+        self.ask("Page.navigate", url=page.as_uri())
+        wait_for(lambda: self.value("document.readyState") == "complete" and self.value("location.pathname") == str(page), "the page")
+
+    def trouble(self) -> list[str]:
+        """What the console shows, and each request but for pages on disk."""
+        shown = [json.dumps(event["params"]) for event in self.events
+                 if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return shown + [url for url in urls if not url.startswith("file:")]
+
+    def picture(self, path: Path, theme: str = "light") -> None:
+        """Save what the page looks like."""
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
+
+
 # === The command line =======================================================
 
 
@@ -5369,5 +5487,67 @@ def bench() -> None:
                 print(f"| {row} |", flush=True)
 
 
+# === The pictures of the README, drawn by hand (make pictures) ==============
+
+STORY = [  # of the records on the pictured board: days ago, outcome, title, attempts, minutes
+    (12.6, "proposed", "Say what a greeting costs", 1, 3), (12.2, "gate_failed", "Greet in Latin", 2, 9),
+    (11.3, "proposed", "", 1, 4), (10.4, "proposed", "Read the names from a file", 2, 6), (9.2, "gave_up", "", 2, 12),
+    (8.4, "proposed", "", 2, 5), (7.7, "proposed", "Keep the case of a name", 1, 2), (6.1, "agent_timed_out", "Translate all greetings", 1, 30),
+    (5.3, "proposed", "Greet two people at once", 1, 3), (5.1, "blocked", "Make the slow test faster", 2, 7),
+    (3.4, "proposed", "", 1, 3), (2.3, "proposed", "Trim the name", 1, 2), (1.2, "proposed", "Add a farewell", 2, 5),
+    (0.8, "scope_disagreement", "Sort the imports", 1, 2), (0.3, "proposed", "", 2, 4)]
+REVIEWED = ("Add a farewell", "Trim the name")  # proposed and not merged yet; all others are
+
+
+def pictures(place: str = "") -> None:
+    """Draw .github/board.png and .github/run.png: a run of this repository's own, and a board of made-up records."""
+    module = runner_module()
+    with tempfile.TemporaryDirectory(prefix="pictures-") as name:
+        scratch = Scratch(Path(name) / "x", module.DEMO_FILES | {"greeting.py": module.GREET_PLAIN})
+        scratch.root = scratch.root.rename(scratch.place / "greetings")
+        _, wrong, right, tests = module.DEMO_STORIES["issue-to-pr"]
+        scratch.git("remote", "add", "origin", "https://example.org/greetings.git")
+        agent = in_turn(*(f"time.sleep(2)\nprint('reading greeting.py')\n{writes('greeting.py', code)}{writes('tests/test_greeting.py', tests)}"
+                          for code in (wrong, right)))
+        run = scratch.propose(agent, "--fix-attempts", "1", checks=REAL, issue=module.DEMO_ISSUE)
+        plain(run.folder, scratch)
+        for number, (days, outcome, title, attempts, minutes) in enumerate(STORY, 1):
+            record_story(scratch, number, days, outcome, title, attempts, minutes)
+        going = record_made(scratch.root, 99, None, 0.004, title="Show the greeting in colour", attempts=[])
+        (going / "events.jsonl").write_text(json.dumps({"at": time.time() - 200, "name": "agent, attempt 1", "seconds": 0, "result": "started"}) + "\n")
+        (going / "agent-1.log").write_text("reading greeting.py\nreading tests/test_greeting.py\nediting greeting.py\nrunning pytest: 2 passed\n")
+        lock = module.lock_make(going / "running")
+        assert scratch.run("board").code == 0
+        os.close(lock)
+        for file, page, height in (("run", run.folder / "report.html", 1010), ("board", scratch.root / ".agent-runs/index.html", 900)):
+            with Browser(Path(name) / file, height=height) as browser:
+                browser.open(page)
+                browser.picture(Path(place or ROOT / ".github") / f"{file}.png")
+
+
+def plain(folder: Path, scratch: Scratch) -> None:
+    """Take the paths of this machine out of a record, and write its page again."""
+    path = folder / "run_summary.json"
+    summary = json.loads(path.read_text()) | {"agent_cmd": "my-agent --headless", "issue": "issues/0001-add-a-shout.md"}
+    path.write_text(json.dumps(summary).replace(str(scratch.root), "~/greetings").replace(str(scratch.place), "~"))
+    runner_module().report_write(folder)
+
+
+def record_story(scratch: Scratch, number: int, days: float, outcome: str, title: str, attempts: int, minutes: float) -> None:
+    """One record of the pictured board; a proposal that was reviewed is merged."""
+    facts: dict[str, Any] = {"title": title} if title else {"command": "self-heal", "issue": None, "title": None}
+    if title:
+        facts["issue"] = f"issues/{number:04}-{title.lower().replace(' ', '-')}.md"
+    if outcome == "proposed":
+        facts |= {"branch": f"agent/{title.lower().replace(' ', '-') or 'self-heal'}", "commit": f"{number:040x}"}
+    folder = record_made(scratch.root, number, outcome, days, seconds=minutes * 60.0, **facts, attempts=[
+        {"number": n + 1, "agent_exit": 0, "agent_seconds": minutes * 25, "tree": "", "changed": ["greeting.py"], "gate": None, "result": "red"}
+        for n in range(attempts)])
+    if title in REVIEWED:
+        scratch.git("branch", facts["branch"])
+    elif outcome == "proposed":
+        scratch.commit(f"Merge\n\nAgent-Run: {folder.name}")
+
+
 if __name__ == "__main__":
-    {"soak": soak, "bench": bench}[sys.argv[1]]()
+    {"soak": soak, "bench": bench, "pictures": pictures}[sys.argv[1]](*sys.argv[2:])
