@@ -6784,7 +6784,7 @@ def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
     if refresh:
         head.append(tag("meta", http_equiv="refresh", content=str(BOARD_SECONDS)))
     head.append(tag("style", PAGE_STYLE))
-    foot = tag("footer", f"agent_runner {__version__}. {NOT_PUSHED}")
+    foot = tag("footer", f"agent_runner {__version__} never pushes and never merges.")
     body = tag("body", tag("main", *parts), foot)
     return "<!doctype html>\n" + tag("html", tag("head", *head), body, lang="en") + "\n"
 
@@ -7485,8 +7485,8 @@ article.good{border-top-color:var(--good)} article.bad{border-top-color:var(--ba
 article.warn{border-top-color:var(--warn)} article.live{border-top-color:var(--live)}
 .story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px;margin:0 0 24px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;
-padding:14px 16px} figcaption{color:var(--soft);font-size:13px} figcaption b{float:right;
-color:var(--ink);font-size:18px;line-height:1.1}
+padding:14px 16px} figcaption{display:flex;justify-content:space-between;gap:8px;
+color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-size:18px;line-height:1.1}
 .chart{width:100%;height:64px;margin:10px 0 6px} .chart rect.good{fill:var(--good)}
 .chart rect.bad{fill:var(--bad)} .chart rect.warn{fill:var(--warn)}
 .chart rect.calm{fill:var(--calm)}
