@@ -6871,27 +6871,34 @@ class Span(NamedTuple):
 def steps_read(folder: Path, facts: dict[str, Any]) -> list[Span]:
     """The steps in events.jsonl; one that has not ended lasts until the run's end, or until now."""
     began = datetime.fromisoformat(facts["started"]).timestamp()
-    text, _ = text_part(folder / "events.jsonl", LOG_HEAD)
-    events = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
-    # The start is known to the second only, the events to a thousandth.
-    began = max([began, *(event["at"] for event in events[:1])])
     end = began + facts["seconds"] if facts["outcome"] else time.time()
-    end = max([end, *(event["at"] + event["seconds"] for event in events)])
     steps, started = [], {}
-    for event in events:
-        if event.get("argv"):  # a program
-            continue
-        if event["result"] == "started":
-            started[event["name"]] = event["at"]
-        else:
-            started.pop(event["name"], 0)
-            at = max(0, event["at"] - began)
-            steps.append(Span(event["name"], at, event["seconds"], event["result"]))
+    for name, at, seconds, result in events_read(folder):
+        end = max(end, at + seconds)
+        if result == "started":
+            started[name] = at
+        elif result != PROGRAM:
+            started.pop(name, 0)
+            steps.append(Span(name, at - began, seconds, result))
     steps += [Span(name, at - began, end - at, UNENDED) for name, at in started.items()]
+    # The start is known to the second only, the events to a thousandth.
+    first = min((step.start for step in steps), default=0)
+    steps = [step._replace(start=step.start - first) for step in steps]
     return sorted(steps, key=lambda step: step.start)
 
 
-UNENDED = "has not ended"
+def events_read(folder: Path) -> Iterator[Span]:
+    """The events of a run, by the clock; a line that is none is passed over."""
+    for line in text_part(folder / "events.jsonl", LOG_HEAD)[0].splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            event = json.loads(line)
+            at, seconds = float(event["at"]), float(event["seconds"])
+            result = PROGRAM if "argv" in event else str(event["result"])
+            if 0 <= at < 1e11 and 0 <= seconds < 1e9:  # else it is infinite, or no number
+                yield Span(str(event["name"]), at, seconds, result)
+
+
+UNENDED, PROGRAM = "has not ended", "was a program"
 
 
 def timeline(steps: Sequence[Span], most: int = 80) -> Markup:
@@ -6900,21 +6907,19 @@ def timeline(steps: Sequence[Span], most: int = 80) -> Markup:
         return Markup()
     steps = steps[-most:]
     whole = max([step.start + step.seconds for step in steps] + [0.1])
-    names = Counter(step.label() for step in steps)
-    desc = ", ".join(f"{name} {number} times" if number > 1 else name
-                     for name, number in names.items())
-    marks, top, attempt = [], 24, "0"
+    marks, top, attempt = [], 24, 0
     for step in steps:
-        number = re.findall(r"attempt (\d+)", step.name)[:1] or [attempt]
-        if number[0] > attempt and step.name.startswith(("agent", "gate")):
-            attempt = number[0]
+        number = re.search(r"attempt (\d{1,4})", step.name)
+        if number and int(number[1]) > attempt:
+            attempt = int(number[1])
             marks.append(tag("text", f"Attempt {attempt}", x="0", y=top + 17, class_="group"))
             marks.append(tag("line", x1="0", x2="100%", y1=top + 2, y2=top + 2))
             top += 24
         marks.append(timeline_lane(step, whole, top))
         top += 24
     return tag("svg", tag("title", f"Timeline of {duration(whole)}"),
-               tag("desc", f"{len(steps)} steps: {desc}"), *timeline_scale(whole, top), *marks,
+               tag("desc", ", ".join(step.label() for step in steps)),
+               *timeline_scale(whole, top), *marks,
                role="img", width="100%", height=top + 4, class_="timeline")
 
 
@@ -6942,8 +6947,7 @@ def timeline_lane(step: Span, whole: float, top: int) -> Markup:
 
 def timeline_scale(whole: float, height: int) -> list[Markup]:
     """The lines and the words of a time scale with at most six marks."""
-    units = [unit * 10 ** power for power in range(-1, 2) for unit in (1, 2, 5)]
-    units += [60, 120, 300, 600, 1200, 3600, 7200, 4 * 3600]
+    units = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 14400)
     unit = next((unit for unit in units if whole / unit <= 6), whole)
     marks = []
     for number in range(int(whole / unit) + 1):
@@ -6965,7 +6969,7 @@ def duration(seconds: float) -> str:
     return f"{int(seconds / size)} {unit}" + (f" {rest} {below}" if rest else "")
 
 
-DIFF_BYTES, DIFF_LINES = 150_000, 1500  # of diff.patch that a page shows
+DIFF_BYTES, DIFF_LINES, DIFF_FILES = 150_000, 1500, 200  # of diff.patch that a page shows
 TEXT_SHOWN = 6000  # bytes of each brief and log that a page shows
 
 
@@ -6974,21 +6978,16 @@ def report_diff(folder: Path) -> Markup:
     text, more = text_part(folder / "diff.patch", DIFF_BYTES)
     if not text:
         return Markup()
-    room, parts, unshown = DIFF_LINES, [], []
-    for path, lines in diff_files(text):
-        shown = lines[:max(0, room)]
+    room, parts = DIFF_LINES, []
+    for path, lines in diff_files(text)[:DIFF_FILES]:
+        shown = lines[:room]
         room -= len(shown)
-        if not shown and lines:
-            unshown.append(path)
-            continue
         added, removed = (sum(line[:1] == sign for line in lines) for sign in "+-")
         counts = tag("span", tag("ins", f"+{added}"), " ", tag("del", f"−{removed}"))
         rest = len(lines) - len(shown)
         cut = [tag("p", f"{rest} more lines are in diff.patch")] if rest else []
         parts.append(tag("details", tag("summary", tag("code", path), " ", counts),
                          diff_lines(shown), *cut, open="" if len(lines) <= 200 else None))
-    if unshown:
-        parts.append(tag("p", f"Not shown: {words_first(unshown, 20)}"))
     beyond = f", of which {more:,} more bytes are not shown here" if more else ""
     return tag("div", *parts, tag("p", "The whole: ", link("diff.patch", "diff.patch"), beyond))
 
@@ -7140,9 +7139,7 @@ def text_part(path: Path, limit: int, end: bool = False) -> tuple[str, int]:
 
 BOARD_SECONDS = 2  # between two writings of a board that is watched
 BOARD_RUNS = 500  # the newest records that a board is made of
-COLUMNS = {"Ready": "waits for a run", "Blocked": "waits for another issue",
-           "Running": "an agent is at work", "Proposed": "waits for your review",
-           "Needs a human": "ended without a proposal", "Done": "merged"}
+COLUMNS = ("Ready", "Blocked", "Running", "Proposed", "Needs a human", "Done")
 
 
 def cmd_board(args: argparse.Namespace) -> int:
@@ -7198,9 +7195,9 @@ def board_page(repo: Repo, refresh: bool) -> str:
     records = board_records(repo)
     cards = board_cards(repo, records)
     columns = []
-    for name, what in COLUMNS.items():
+    for name in COLUMNS:
         mine = [card for card in cards if card.column == name]
-        heading = tag("h2", name, " ", tag("span", str(len(mine)), class_="count"), title=what)
+        heading = tag("h2", name, " ", tag("span", str(len(mine)), class_="count"))
         items = [tag("li", board_card(card)) for card in mine[:60]]
         none = [] if items else [tag("p", "none", class_="none")]
         columns.append(tag("section", heading, *none, tag("ul", *items, class_="cards"),
@@ -7230,7 +7227,10 @@ def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[
         groups[facts["issue"] or run_id].append((folder, facts))
     merged = board_merged(repo, [facts for _, facts in records])
     branches = git(repo, "for-each-ref", "--format=%(refname:short)", "refs/heads/agent/").split()
-    cards = [board_group(runs, merged, branches) for runs in groups.values()]
+    cards = []
+    for runs in groups.values():
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # no record
+            cards.append(board_group(runs, merged, branches))
     cards.sort(key=lambda card: card.began, reverse=True)
     queued = board_issues(repo)
     known = {card.source for card in queued}

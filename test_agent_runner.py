@@ -4908,7 +4908,7 @@ def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
     (folder / "diff.patch").write_text(f"diff --git a/{hostile} b/{hostile}\n--- a/{hostile}\n+++ b/{hostile}\n@@ -1 +1 @@ {hostile}\n-{hostile}\n+{hostile}\n")
     began = json.loads((folder / "run_summary.json").read_text())["started"]
     at = time.mktime(time.strptime(began[:19], "%Y-%m-%dT%H:%M:%S"))
-    (folder / "events.jsonl").write_text(json.dumps({"at": at, "name": f"agent, {hostile}", "seconds": 1, "result": hostile}) + "\n")
+    (folder / "events.jsonl").write_text('no json\n[[]]\n{"name": 1}\n{"name": "x", "at": 1e999, "seconds": NaN, "result": ""}\n' + json.dumps({"at": at, "name": f"agent, {hostile}", "seconds": 1, "result": hostile}) + "\n")
     return folder
 
 
@@ -4979,7 +4979,7 @@ def test_a_timeline_is_to_scale():
     bars = [(float(x), int(y), float(width)) for x, y, width in re.findall(r'<rect x="([\d.]+)%" y="(\d+)" width="([\d.]+)%"', drawn)]
     assert [width for _, _, width in bars] == [7.7, 30.8, 15.4, 38.5] and [x for x, _, _ in bars] == [22.0, 29.7, 37.4, 60.5]
     assert len({y for _, y, _ in bars}) == 4, "what overlaps has a lane of its own"
-    assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>4 steps: workspace, agent, baseline gate, gate</desc>" in drawn
+    assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>workspace, agent, baseline gate, gate</desc>" in drawn
 
 
 def test_the_lines_of_a_diff_have_their_numbers():
