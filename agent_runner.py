@@ -1392,7 +1392,7 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
     violations += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
     violations += hidden_lint(base, gate) + unseen
-    result = words_counted(len(violations), "violation") if violations else "nothing against it"
+    result = words_counted(len(violations), "violation") if violations else "no violation"
     step_report("guardrails", time.monotonic() - started, result)
     return violations, [*notes, *unseen_notes, *skipped_tests(base, gate)]
 
@@ -6951,10 +6951,11 @@ def timeline_scale(whole: float, height: int) -> list[Markup]:
     unit = next((unit for unit in units if whole / unit <= 6), whole)
     marks = []
     for number in range(int(whole / unit) + 1):
-        x = f"{SCALE_LEFT + SCALE_WIDTH * number * unit / whole:.2f}%"
+        left = SCALE_LEFT + SCALE_WIDTH * number * unit / whole
+        x, anchor = f"{left:.2f}%", "end" if left > 93 else None
         marks.append(tag("line", x1=x, x2=x, y1="18", y2=height))
         words = duration(number * unit) if number else "0"
-        marks.append(tag("text", words, x=x, y="12", class_="tick"))
+        marks.append(tag("text", words, x=x, y="12", text_anchor=anchor, class_="tick"))
     return marks
 
 
@@ -7468,7 +7469,8 @@ ins,del{text-decoration:none;font-size:13px} ins{color:var(--good)} del{color:va
 .diff .add{background:var(--good-bg)} .diff .cut{background:var(--bad-bg)}
 .diff .hunk{color:var(--live);background:var(--live-bg)}
 .wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;
-min-width:460px} tbody th{white-space:nowrap}
+min-width:460px} th{overflow-wrap:normal}
+tbody th{white-space:nowrap}
 caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:6px}
 th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-top:1px solid var(--line)}
 thead th{font-size:13px;color:var(--soft);font-weight:600;border:0} tbody th{font-weight:400}

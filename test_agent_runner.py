@@ -4963,7 +4963,7 @@ def test_the_page_of_a_run(shared):
     _, ended = shared
     page = ended.text("report.html")
     texts = page_texts(page)
-    for words in ("The gate is green, and a commit is proposed on agent/", "after 1 attempt in", "baseline gate: ", "guardrails: nothing against it",
+    for words in ("The gate is green, and a commit is proposed on agent/", "after 1 attempt in", "baseline gate: ", "guardrails: no violation",
                   "+def triple(x):", "New test: ", "Blind twin: ", "No guardrail stands against this change.", "git branch -D"):
         assert words in texts, words
     assert f"  report        {os.path.relpath(ended.folder, Path(ended.summary['repository']))}/report.html\n" in ended.out
