@@ -1315,7 +1315,9 @@ def call_outcome(ran: Ran) -> str:
 
 def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables, but for those that AGENT_PASS_ENV names."""
-    return git_environ(environ) | {name: environ[name] for name in agent_passed(environ)}
+    plain = git_environ(environ)
+    passed = {name: environ[name] for name in agent_passed(environ)}
+    return {name: plain[name] for name in plain if not name.startswith("GH_")} | passed  # gh's own
 
 
 def agent_passed(environ: Mapping[str, str]) -> list[str]:
@@ -7057,7 +7059,10 @@ class Forge:
         if text is None:
             raise Stop(EXIT_MISSING, f"{self.ref}: there is no {path.partition('?')[0]}, or it may "
                                      "not be read; check the name, and who gh is signed in as")
-        return [entry for page in json_values(text, path) for entry in page]
+        pages = json_values(text, path)
+        if not pages or not all(isinstance(page, list) for page in pages):
+            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no list; try again later")
+        return [entry for page in pages for entry in page]
 
     def send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """Change something; what came back, where that is an object; raises Stop."""
@@ -7103,7 +7108,7 @@ def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
         pulls = forge.pages(f"pulls?state=open&{PAGE}")
         proposed, runs = proposals_open(repo), runs_known(repo)
         tasks = [forge_task(repo, forge, entry, pulls, proposed, runs, mine)
-                 for entry in entries if not entry.get("pull_request")]
+                 for entry in entries if "pull_request" not in entry]
         known = {task.number for task in tasks}
         wanted = {number for task in tasks if is_labelled(task) for number in task.blockers} - known
         answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
@@ -7220,7 +7225,7 @@ def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
     base, _, number = name.partition("#")
     forge = forge_of(base or forge_here(repo_open(Path.cwd())))
     entry = forge.get(f"issues/{number}") if forge and number else None
-    if not forge or not entry or entry.get("pull_request"):
+    if not forge or not entry or "pull_request" in entry:
         raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
                                "check the number, and who gh is signed in as")
     # Read first and proved afterwards: an edit in between is seen, and one after that changes
@@ -7456,7 +7461,7 @@ def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Re
         facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
         outcome = facts.get("outcome") or "no outcome"
         step["result"] = f"{outcome}, exit {ran.exit}"
-    last = distill_cut(one_line(MASK.text(text.strip().rpartition("\n")[2])))
+    last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
     note = facts.get("branch") or facts.get("error") or (OUTCOMES[outcome][1]
                                                           if outcome in OUTCOMES else last)
     return Result(ref, 130 if ran.exit is None else ran.exit, outcome,
