@@ -4987,7 +4987,7 @@ class Sandbox(NamedTuple):
     kind: str = "none"
     words: Sequence[str] = ()  # of the prefix, as far as it is always the same
     shown: Sequence[Path] = ()  # the user's repository: may be read there, not written
-    hidden: Sequence[Path] = ()  # its git directories: their configuration may hold a token
+    hidden: Sequence[Path] = ()  # its git directories and gh's own: they may hold a token
     image: str = ""
     mark: str = ""  # the names of this run's containers begin with it
     why: str = ""  # where auto came to none
@@ -5060,6 +5060,8 @@ def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
     if common.name == ".git":  # of a linked worktree: its main one
         shown.append(common.parent)
     hidden = [common] if repo.git_dir.is_relative_to(common) else [common, repo.git_dir]
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or HOME / ".config") / "gh"
+    hidden += filter(Path.is_dir, [Path(os.environ.get("GH_CONFIG_DIR") or config).resolve()])
     # Signals do not end it, our death does; no process outside is visible in it; without
     # capabilities (root has some) nothing in it undoes a mount.
     words = [*signals_set("1"), program, "--die-with-parent", "--unshare-pid", "--cap-drop", "ALL"]
@@ -5331,11 +5333,11 @@ def program_report(ran: Ran) -> None:
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
                 stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0,
-                prefix: Sequence[str] = ()) -> Ran:
+                prefix: Sequence[str] = (), grace: float = GRACE) -> Ran:
     """How somebody else's program ended; its output is in the file `log`.
 
     `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that
-    asks it to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises,
+    asks it to stop, within `grace`; `prefix` is its sandbox. Raises Interrupted. When this ends,
     nothing that the program started is running.
     """
     if ENDING.is_set():
@@ -5349,7 +5351,7 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
             LIVE.add(child.pid)
         limit = started + seconds if seconds else float("inf")
         ended = program_copy(child, sink, limit, idle=idle or float("inf"))
-        program_end(child, sink, soft)
+        program_end(child, sink, soft, grace)
     timed_out = not ended and not ENDING.is_set()
     code = child.returncode if ended else None
     ran = Ran(argv, code, time.monotonic() - started, timed_out=timed_out)
@@ -5385,12 +5387,12 @@ def program_copy(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 limit = min(limit, time.monotonic() + GRACE)
 
 
-def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str) -> None:
+def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str, grace: float) -> None:
     """End a program, if it still runs, by ever harder signals; then all that it has left behind."""
-    for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
+    for name, seconds in ((soft, grace), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
         if child.poll() is None:
             group_signal(child.pid, name)
-            program_copy(child, sink, time.monotonic() + grace, heed=False)
+            program_copy(child, sink, time.monotonic() + seconds, heed=False)
     child.stdout.close()  # type: ignore[union-attr]
     child.wait()
     program_sweep(child)
@@ -6748,12 +6750,16 @@ def cmd_queue(args: argparse.Namespace) -> int:
     repo = repo_open(Path.cwd())
     if args.run:
         return queue_run(repo, args)
-    items = queue_items(repo, args.source)
+    queue_show(queue_items(repo, args.source), args.json)
+    return 0
+
+
+def queue_show(items: list[QueueItem], as_json: bool) -> None:
+    """Print the issues of a queue, as a table or as JSON."""
     rows = [(item.state, "-" if item.priority is None else str(item.priority), item.ref,
              f"{item.title}: {item.reason}".removesuffix(": ")) for item in items]
     table_print(("state", "priority", "issue", "title, reason"), rows,
-                [item._asdict() for item in items] if args.json else None)
-    return 0
+                [item._asdict() for item in items] if as_json else None)
 
 
 def table_print(heads: tuple[str, ...], rows: list[tuple[str, ...]],
@@ -7290,11 +7296,34 @@ class Result(NamedTuple):
 def queue_run(repo: Repo, args: argparse.Namespace) -> int:
     """Run what is ready, several at a time; the worst exit code, which is the highest."""
     forge = forge_of(args.source)
-    if not is_armed(forge, args):
-        return dry_tick(repo, args, str(forge and forge.name))
-    if not args.simulate:  # what is missing for all of them is said once
+    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
+    armed = not forge or (args.arm and forge.name.lower() in allowed)
+    if armed and not args.simulate:  # what is missing for all of them is said once
         words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
         agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
+    if armed:
+        queue_prepare(repo, forge)
+    ready = [item for item in queue_items(repo, args.source) if item.state == "ready"]
+    ready = ready[:args.limit or None]
+    if not armed:
+        queue_show(ready, args.json)
+        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
+                    f"AGENT_QUEUE_ALLOW={forge and forge.name}")
+        return 0
+    tick = Tick(repo, forge, args)
+    from concurrent.futures import ThreadPoolExecutor
+    try:
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            list(pool.map(tick.turn, [item.ref for item in ready]))
+    except Interrupted:
+        return OUTCOMES["interrupted"][0]
+    finally:
+        tick.show()
+    return max([result.exit_code or 0 for result in tick.results], default=0)
+
+
+def queue_prepare(repo: Repo, forge: Forge | None) -> None:
+    """Make a place for the claims, and release those of runs that were killed."""
     runs_recover(repo)
     runs = repo.root / ".agent-runs"
     (runs / "queue").mkdir(parents=True, exist_ok=True)
@@ -7303,124 +7332,69 @@ def queue_run(repo: Repo, args: argparse.Namespace) -> int:
             file_write(runs / ".gitignore", "*\n")
     if forge:
         claims_release(repo, forge)
-    ready = [item.ref for item in queue_items(repo, args.source) if item.state == "ready"]
-    tick = Tick(repo, forge, args, deque(ready))
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-        futures = [pool.submit(tick.work) for _ in range(max(1, args.jobs))]
-    errors = [error for future in futures if (error := future.exception())]
-    tick.show(args.json)
-    codes = [result.exit_code or 0 for result in tick.results]
-    for error in errors:
-        if not isinstance(error, (Interrupted, Stop)):
-            raise error
-        codes.append(error.exit_code if isinstance(error, Stop) else OUTCOMES["interrupted"][0])
-        CONSOLE.say(f"agent_runner: {error or 'interrupted'}")
-    return max(codes, default=0)
-
-
-def is_armed(forge: Forge | None, args: argparse.Namespace) -> bool:
-    """Whether issues may be run: on a forge after two separate acts."""
-    if not forge:
-        return True
-    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    return args.arm and forge.name.lower() in allowed
-
-
-def dry_tick(repo: Repo, args: argparse.Namespace, name: str) -> int:
-    """Print what a tick would run."""
-    ready = [item for item in queue_items(repo, args.source) if item.state == "ready"]
-    rows = [(item.ref, item.title) for item in ready[:args.limit or None]]
-    table_print(("would run", "title"), rows, [item._asdict() for item in ready]
-                if args.json else None)
-    CONSOLE.say("disarmed, nothing was started: "
-                f"that takes both --arm and AGENT_QUEUE_ALLOW={name}")
-    return 0
 
 
 class Tick:
-    """One pass over the ready issues, shared by its workers."""
+    """One pass over the ready issues; the turns of several may come at the same time."""
 
-    def __init__(self, repo: Repo, forge: Forge | None, args: argparse.Namespace,
-                 refs: deque[str]) -> None:
-        self.repo, self.forge, self.args, self.refs = repo, forge, args, refs
-        self.lock = threading.Lock()
-        self.started = 0
+    def __init__(self, repo: Repo, forge: Forge | None, args: argparse.Namespace) -> None:
+        self.repo, self.forge, self.args = repo, forge, args
         self.results: list[Result] = []  # in the order in which they ended
         self.stopped = ""  # why no further issue is started
 
-    def work(self) -> None:
-        """Take one issue after the other, until there is none or the queue is stopped."""
-        while ref := self.next():
-            try:
-                result = self.turn(ref)
-            except BaseException as error:
-                self.stopped = self.stopped or f"{ref}: {str(error) or 'interrupted'}"
-                raise
-            with self.lock:
-                if result:
-                    self.results.append(result)
-                self.stopped = self.stopped or environment_failed(self.results)
+    def turn(self, ref: str) -> None:
+        """Claim an issue, look again, run it, unless the queue was stopped."""
+        if (self.repo.root / ".agent-runs" / "STOP").exists():
+            self.stopped = self.stopped or "there is a file .agent-runs/STOP"
+        if self.stopped:
+            return
+        try:
+            claim = claim_path(self.repo, ref)
+            with claim_take(claim) as free:
+                result = self.look_again(ref, claim) if free else Result(
+                    ref, None, "claimed", note="a queue of this machine works on it")
+        except BaseException as error:
+            self.stopped = f"{ref}: {str(error) or 'interrupted'}"
+            raise
+        self.results += [result] if result else []
+        self.stopped = self.stopped or environment_failed(self.results)
 
-    def next(self) -> str:
-        """The issue whose turn it is; "" where there is none."""
-        with self.lock:
-            full = 0 < self.args.limit <= self.started
-            if self.stopped or full or not self.refs:
-                return ""
-            if (self.repo.root / ".agent-runs" / "STOP").exists():
-                self.stopped = "there is a file .agent-runs/STOP"
-                return ""
-            self.started += 1
-            return self.refs.popleft()
-
-    def turn(self, ref: str) -> Result | None:
-        """How an issue's turn ended: claim it, look again, run it."""
-        claim = claim_path(self.repo, ref)
-        with claim_take(claim) as free:
-            item, halted = self.look_again(ref, claim) if free else (None, "")
-            if halted:
-                self.stopped = f"the label {HALT} is on {halted}"
-                return None
-            if not item or item.state != "ready":
-                with self.lock:
-                    self.started -= 1
-                state, why = (item.state, item.reason) if item else ("claimed", "by another queue")
-                return Result(ref, None, state, note=why)
-            if self.forge:
-                return self.turn_claimed(self.forge, item, claim)
-            return issue_run(self.repo, self.args, ref, claim)
-
-    def look_again(self, ref: str, claim: Path) -> tuple[QueueItem | None, str]:
-        """The issue as it is now, and the one that stops the queue, or ""."""
+    def look_again(self, ref: str, claim: Path) -> Result | None:
+        """How a claimed issue ended; None where the queue is stopped."""
         tasks = queue_tasks(self.repo, self.args.source, claim)
         known = {task.number: task for task in tasks if task.number is not None}
         halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
-        items = [queue_decide(task, known) for task in tasks
-                 if task.ref == ref and not task.done and not halted]
-        return items[0] if items else None, "".join(halted[:1])
+        if halted:
+            self.stopped = f"the label {HALT} is on {halted[0]}"
+            return None
+        items = [queue_decide(task, known) for task in tasks if task.ref == ref and not task.done]
+        if not items or items[0].state != "ready":
+            state, reason = (items[0].state, items[0].reason) if items else ("gone", "")
+            return Result(ref, None, state, note=reason)
+        if self.forge:
+            return self.run_claimed(self.forge, int(items[0].number or 0), ref, claim)
+        return issue_run(self.repo, self.args, ref, claim)
 
-    def turn_claimed(self, forge: Forge, item: QueueItem, claim: Path) -> Result:
+    def run_claimed(self, forge: Forge, number: int, ref: str, claim: Path) -> Result:
         """How an issue of a forge ended: it is claimed there, and gets a comment and a label."""
-        number = int(item.number or 0)
         try:
             if not claim_forge(forge, number, claim):
-                return Result(item.ref, None, "claimed", note="another queue was first")
-            result = issue_run(self.repo, self.args, item.ref, claim)
+                return Result(ref, None, "claimed", note="another queue was first")
+            result = issue_run(self.repo, self.args, ref, claim)
             if result.facts.get("outcome") and not is_environment(result):
                 outcome_publish(forge, number, result)
             return result
         finally:
             claim_release(forge, number, claim)
 
-    def show(self, as_json: bool) -> None:
+    def show(self) -> None:
         """Print what came of each issue, and why the queue stopped."""
         rows = [("-" if result.exit_code is None else str(result.exit_code), result.outcome,
                  result.ref, result.run_id or "-", result.note) for result in self.results]
         facts = [{name: getattr(result, name) for name in Result._fields[:5]}
                  for result in self.results]
         table_print(("exit", "outcome", "issue", "run", "branch or reason"), rows,
-                    facts if as_json else None)
+                    facts if self.args.json else None)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
 
@@ -7453,7 +7427,8 @@ def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Re
     argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args),
             *trusted, "--", ref]
     with CONSOLE.step(ref) as step:
-        ran = program_run(argv, cwd=Path.cwd(), env=dict(os.environ), seconds=0, log=log)
+        ran = program_run(argv, cwd=Path.cwd(), env=dict(os.environ), seconds=0, log=log,
+                          soft="SIGINT", grace=60)  # an interrupted run saves its work
         text = log_read(log)
         run_id, demo = (re.search(pattern, text, re.MULTILINE) for pattern in (
             r"^run (\d+-\d+-\w+): ", r"^simulated: .*the demo repository is (.*)$"))
