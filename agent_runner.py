@@ -253,7 +253,7 @@ class Run:
 
 
 # === Chapter 2. The blueprint ===============================================
-# Called by: run_whole (chapter 22).
+# Called by: run_whole (chapter 23).
 # Promises: the agent is called in agent_step (and for a scope in scope_settle), and it cannot
 #   skip a step.
 # At first: read it.
@@ -958,6 +958,7 @@ class Issue(NamedTuple):
     source: str  # the file's path as it was given
     scope: list[str]  # globs of its "Scope:" lines: what may change
     allow: list[str]  # globs of its "Allow:" lines: what is protected and may change nevertheless
+    removed: Sequence[str] = ()  # what was taken out of its text, as no reader sees it
 
 
 def issue_read(path: Path) -> Issue:
@@ -1029,7 +1030,8 @@ def issue_check(issue: Issue, root: Path) -> None:
         there = re.search(r"[/.*]", glob) or os.path.exists(root / glob)
         return bool(there) or glob_match(glob, known)
 
-    for word in ("Scope", "Allow"):
+    # An "Allow:" of a forge's issue never counts, whatever stands in it.
+    for word in ("Scope",) if issue.source.startswith("github:") else ("Scope", "Allow"):
         for line in lines_after(issue.text, word):
             globs = globs_split(line)
             wrong = [glob for glob in globs if not is_path(glob)]
@@ -1313,7 +1315,9 @@ def call_outcome(ran: Ran) -> str:
 
 def agent_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without secret-looking variables, but for those that AGENT_PASS_ENV names."""
-    return git_environ(environ) | {name: environ[name] for name in agent_passed(environ)}
+    plain = git_environ(environ)
+    passed = {name: environ[name] for name in agent_passed(environ)}
+    return {name: plain[name] for name in plain if not name.startswith("GH_")} | passed  # gh's own
 
 
 def agent_passed(environ: Mapping[str, str]) -> list[str]:
@@ -4659,7 +4663,8 @@ def record_facts(run: Run) -> dict[str, Any]:
     return {
         "schema": 1, "run_id": run.run_id, "version": __version__, "command": job.command,
         "issue": job.issue.source if job.issue else None,
-        "title": job.issue.title if job.issue else None, "simulated": job.simulated or None,
+        "title": job.issue.title if job.issue else None,
+        "removed": list(job.issue.removed) if job.issue else [], "simulated": job.simulated or None,
         "agent_cmd": shlex.join(job.agent_cmd), "repository": str(job.repo.root),
         "sandbox": {key: getattr(job.sandbox, key) or None
                     for key in ("kind", "why", "image", "mark")},
@@ -4813,6 +4818,8 @@ def proposal_text(run: Run) -> str:
     if job.recorded:
         origin += f", judged again in run {run.run_id}"
     origin += f", from the issue `{job.issue.source}`." if job.issue else ", from a red gate."
+    if job.issue and job.issue.source.startswith("github:"):  # so that the forge knows
+        origin += f" Closes {job.issue.source.removeprefix('github:')}."
     parts = [f"# {proposal_title(job)}", origin]
     if run.base.commit != run.base.head:
         parts.append("The branch's first commit holds the uncommitted changes that the run "
@@ -4982,7 +4989,7 @@ class Sandbox(NamedTuple):
     kind: str = "none"
     words: Sequence[str] = ()  # of the prefix, as far as it is always the same
     shown: Sequence[Path] = ()  # the user's repository: may be read there, not written
-    hidden: Sequence[Path] = ()  # its git directories: their configuration may hold a token
+    hidden: Sequence[Path] = ()  # its git directories and gh's own: they may hold a token
     image: str = ""
     mark: str = ""  # the names of this run's containers begin with it
     why: str = ""  # where auto came to none
@@ -5055,6 +5062,8 @@ def sandbox_bwrap(repo: Repo) -> tuple[Sandbox, str]:
     if common.name == ".git":  # of a linked worktree: its main one
         shown.append(common.parent)
     hidden = [common] if repo.git_dir.is_relative_to(common) else [common, repo.git_dir]
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or HOME / ".config") / "gh"
+    hidden += filter(Path.is_dir, [Path(os.environ.get("GH_CONFIG_DIR") or config).resolve()])
     # Signals do not end it, our death does; no process outside is visible in it; without
     # capabilities (root has some) nothing in it undoes a mount.
     words = [*signals_set("1"), program, "--die-with-parent", "--unshare-pid", "--cap-drop", "ALL"]
@@ -5332,11 +5341,11 @@ def step_report(name: str, seconds: float, result: str) -> None:
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
                 stdin: Path | None = None, soft: str = "SIGTERM", idle: float = 0,
-                prefix: Sequence[str] = ()) -> Ran:
+                prefix: Sequence[str] = (), grace: float = GRACE) -> Ran:
     """How somebody else's program ended; its output is in the file `log`.
 
     `seconds` limits the whole of it, `idle` its silence (0: no limit); `soft` names the signal that
-    asks it to stop, `prefix` is its sandbox. Raises Interrupted. When this returns or raises,
+    asks it to stop, within `grace`; `prefix` is its sandbox. Raises Interrupted. When this ends,
     nothing that the program started is running.
     """
     if ENDING.is_set():
@@ -5350,7 +5359,7 @@ def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: flo
             LIVE.add(child.pid)
         limit = started + seconds if seconds else float("inf")
         ended = program_copy(child, sink, limit, idle=idle or float("inf"))
-        program_end(child, sink, soft)
+        program_end(child, sink, soft, grace)
     timed_out = not ended and not ENDING.is_set()
     code = child.returncode if ended else None
     ran = Ran(argv, code, time.monotonic() - started, timed_out=timed_out)
@@ -5386,12 +5395,12 @@ def program_copy(child: subprocess.Popen[bytes], sink: Log, limit: float, heed: 
                 limit = min(limit, time.monotonic() + GRACE)
 
 
-def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str) -> None:
+def program_end(child: subprocess.Popen[bytes], sink: Log, soft: str, grace: float) -> None:
     """End a program, if it still runs, by ever harder signals; then all that it has left behind."""
-    for name, grace in ((soft, GRACE), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
+    for name, seconds in ((soft, grace), ("SIGTERM", GRACE * 2), ("SIGKILL", GRACE)):
         if child.poll() is None:
             group_signal(child.pid, name)
-            program_copy(child, sink, time.monotonic() + grace, heed=False)
+            program_copy(child, sink, time.monotonic() + seconds, heed=False)
     child.stdout.close()  # type: ignore[union-attr]
     child.wait()
     program_sweep(child)
@@ -6700,7 +6709,858 @@ def run_close(folder: Path, place: Path | None) -> None:
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
 
-# === Chapter 21. Pages and board ============================================
+# === Chapter 21. The queue ==================================================
+# Called by: the command line.
+# Promises: what cannot be read or proved is never ready; nothing is pushed, merged or closed; a
+#   forge is written to only where --arm and AGENT_QUEUE_ALLOW both allow it.
+# At first: read queue_decide and distrust, skip the rest.
+#
+# Which issue may run now, and why may the rest not? A source of issues is a directory of this
+# repository, where the checked-out commit is the authority, or github:OWNER/REPO, which is
+# reached through `gh api` alone. One call is one tick: cron, or a person, makes the next.
+
+READY, WORKING, PROPOSED = "ready-for-agent", "agent-in-progress", "agent-proposed"
+HUMAN, HALT = "ready-for-human", "agent-stop"
+AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the issue is
+OVER_TO_HUMAN = ("gate_failed", "no_change", "blocked", "scope_disagreement", "agent_timed_out",
+                 "agent_failed")
+
+
+class QueueItem(NamedTuple):
+    """A labelled issue, and whether it may run now."""
+
+    number: int | None
+    ref: str  # what issue-to-pr takes
+    title: str
+    priority: int | None
+    state: str  # ready, blocked, claimed, proposed, untrusted or invalid
+    reason: str
+
+
+class Task(NamedTuple):
+    """What is known of one issue of a source."""
+
+    number: int | None
+    ref: str
+    title: str = ""
+    labels: Collection[str] = ()
+    blockers: Collection[int] = ()
+    done: bool = False  # closed, or its proposal is merged, or its file is gone
+    problem: str = ""  # why it cannot be read
+    taken: str = ""  # who works on it
+    proposed: str = ""  # where its proposal is
+    human: str = ""  # why a human has to look first
+    distrust: Callable[[], str] = str  # why nobody answers for it, or ""; it may cost calls
+
+
+def cmd_queue(args: argparse.Namespace) -> int:
+    """Show what may run now and why the rest may not; with --run, run it."""
+    if args.arm and (args.simulate or args.dry_run or not args.run):
+        raise Stop(EXIT_USAGE, "--arm is for real proposals; give it with --run, and neither "
+                               "--simulate nor --dry-run")
+    repo = repo_open(Path.cwd())
+    if args.run:
+        return queue_run(repo, args)
+    queue_show(queue_items(repo, args.source), args.json)
+    return 0
+
+
+def queue_show(items: list[QueueItem], as_json: bool) -> None:
+    """Print the issues of a queue, as a table or as JSON."""
+    rows = [(item.state, "-" if item.priority is None else str(item.priority), item.ref,
+             f"{item.title}: {item.reason}".removesuffix(": ")) for item in items]
+    table_print(("state", "priority", "issue", "title, reason"), rows,
+                [item._asdict() for item in items] if as_json else None)
+
+
+def table_print(heads: tuple[str, ...], rows: list[tuple[str, ...]],
+                facts: list[dict[str, Any]] | None) -> None:
+    """Print a table on stdout; where there are facts, these, as JSON."""
+    text = json.dumps(facts, indent=2)
+    if facts is None:
+        cells = [[console_safe(one_line(cell)) for cell in row] for row in (heads, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                 for row in cells]
+        text = "\n".join(lines)
+    console_print(MASK.text(text), sys.stdout)
+
+
+def queue_items(repo: Repo, source: str | Path) -> list[QueueItem]:
+    """The labelled issues of a directory, or of github:OWNER/REPO, in the order of their turn."""
+    tasks = queue_tasks(repo, str(source))
+    known = {task.number: task for task in tasks if task.number is not None}
+    items = [queue_decide(task, known) for task in tasks if not task.done and is_labelled(task)]
+    last = float("inf")
+    return sorted(items, key=lambda item: [last if value is None else value
+                                           for value in (item.priority, item.number)])
+
+
+def is_labelled(task: Task) -> bool:
+    """Whether an issue is the queue's."""
+    return not {READY, WORKING, PROPOSED}.isdisjoint(task.labels)
+
+
+def queue_tasks(repo: Repo, source: str, mine: Path | None = None) -> list[Task]:
+    """The issues of a source, also those without a label: others may be blocked by them."""
+    forge = forge_of(source)
+    return forge_tasks(repo, forge, mine) if forge else file_tasks(repo, Path(source), mine)
+
+
+def queue_decide(task: Task, known: Mapping[int, Task]) -> QueueItem:
+    """The state of an issue, with the reason."""
+    missing = [number for number in task.blockers if number not in known]
+    waits = [number for number in task.blockers if number in known and not known[number].done]
+    cycle = cycle_of(task, known)
+    facts = (
+        ("invalid", task.problem),
+        ("invalid", missing and f"Blocked by {issues_listed(missing)}: there is no such issue"),
+        ("invalid", cycle and f"Blocked by goes in a circle: {' -> '.join(map(str, cycle))}"),
+        ("claimed", task.taken),
+        ("proposed", task.proposed),
+        ("blocked", waits and f"by {issues_listed(waits)}"),
+        ("blocked", task.human),
+    )
+    state, reason = next(((state, reason) for state, reason in facts if reason), ("ready", ""))
+    if state == "ready":
+        reason = "" if READY in task.labels else f"its label is not {READY}"
+        reason = reason or task.distrust()
+        state = "untrusted" if reason else "ready"
+    found = [re.fullmatch(r"priority:\s*(\d{1,6})", label, re.ASCII) for label in task.labels]
+    priorities = [int(hit[1]) for hit in found if hit]
+    return QueueItem(task.number, task.ref, task.title, min(priorities, default=None), state,
+                     str(reason))
+
+
+def issues_listed(numbers: Iterable[int]) -> str:
+    """Some issues for a person: "#2, #7"."""
+    return ", ".join(f"#{number}" for number in numbers)
+
+
+def cycle_of(task: Task, known: Mapping[int, Task]) -> list[int]:
+    """The way from an issue along "Blocked by" back to itself; [] where there is none."""
+    ways, been = deque([[task]]), set()
+    while ways:
+        way = ways.popleft()
+        for number in way[-1].blockers:
+            if number == task.number:
+                return [step.number for step in way] + [number]
+            if number in known and number not in been and not known[number].done:
+                been.add(number)
+                ways.append([*way, known[number]])
+    return []
+
+
+# --- What an issue's text says of the queue.
+
+def labels_read(text: str) -> list[str]:
+    """The labels of an issue file: those of its header, which ends at the second heading."""
+    lines = "\n".join(lines_unfenced(text))
+    header = "".join(re.split(r"(?m)^ {0,3}#+(?=\s)", lines, maxsplit=2)[:2])
+    labels = [label for line in lines_after(header, "Labels") for label in line.split(",")]
+    return [label.strip().lower() for label in labels]
+
+
+BLOCKED_BY = r"(?i)[\s>*_#-]*blocked\s+by\b[\s:*_]*(.*)"
+
+
+def blockers_read(text: str) -> tuple[list[int], str]:
+    """The issues that a text says it is blocked by; what is wrong with how it says so, or ""."""
+    numbers, problem = [], ""
+    for line in lines_unfenced(text):
+        if hit := re.match(BLOCKED_BY, line):
+            named = re.findall(r"(?<![\w/])#(\d{1,9})\b", hit[1], re.ASCII)
+            numbers += map(int, named)
+            rest = re.sub(r"(?i)(?<![\w/])#\d{1,9}\b|\b(and|none|nothing)\b|[\s,;.*_]", "", hit[1])
+            if rest or not re.search(r"(?i)[\d#]|none|nothing", hit[1]):
+                problem = f"{line.strip()[:80]!r} is no list of issues; write: Blocked by #2, #7"
+    return numbers, problem
+
+
+# --- Issues in a directory.
+
+def file_tasks(repo: Repo, folder: Path, mine: Path | None) -> list[Task]:
+    """The issue files of a directory: in HEAD, not in HEAD, and gone from it."""
+    place, root = folder.resolve(), repo.root.resolve()
+    if not place.is_dir() or not place.is_relative_to(root):
+        raise Stop(EXIT_USAGE, f"{folder} is no directory of {repo.root}; name one with issue "
+                               "files, or github:OWNER/REPO")
+    head = git(repo, "rev-parse", "HEAD").strip()
+    top = place.relative_to(root)
+    paths = [path for path in tree_paths(repo, head)
+             if Path(path).parent == top and path.endswith(".md")]
+    committed = {Path(path).name: data for path, (_, _, data)
+                 in tree_files(repo, head, paths).items()}
+    names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
+    deleted = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
+                  "HEAD", "--", f":(top,literal){top}").split("\0")
+    facts = FileFacts(repo, head, top, committed, Counter(map(file_number, names)), mine,
+                      issues_named(repo, "HEAD"), proposals_open(repo), runs_known(repo))
+    tasks = [file_task(facts, folder / name) for name in sorted(names)]
+    there = {task.number for task in tasks}
+    gone = {file_number(Path(path).name) for path in deleted if Path(path).parent == top} - there
+    return tasks + [Task(number, str(folder), done=True) for number in gone]
+
+
+class FileFacts(NamedTuple):
+    """What HEAD, the branches and the records say of a directory's issues."""
+
+    repo: Repo
+    head: str  # the commit
+    top: Path  # the directory in it
+    committed: dict[str, bytes]  # its issue files
+    numbers: Counter[int | None]
+    mine: Path | None  # the claim that is ours
+    merged: Collection[str]  # the issues whose proposals are in HEAD
+    proposed: dict[str, str]  # those whose proposals are not, with their branches
+    runs: list[dict[str, Any]]
+
+
+def file_task(facts: FileFacts, path: Path) -> Task:
+    """What is known of an issue file."""
+    name, inside, number = path.name, str(facts.top / path.name), file_number(path.name)
+    data, there = facts.committed.get(name), path.exists()
+    committed = (data or b"").decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
+    labels: Collection[str] = [READY]  # as far as anybody can tell
+    try:
+        issue = issue_parse(committed, str(path)) if committed and not there else issue_read(path)
+        labels, (blockers, problem) = labels_read(issue.text), blockers_read(issue.text)
+        issue_check(issue, facts.repo.root)
+    except Stop as stop:
+        return Task(number, str(path), name, labels, problem=str(stop))
+    if number is None:
+        problem = "its name does not begin with a number, as in 0007-name.md; rename it"
+    elif facts.numbers[number] > 1:
+        problem = f"two files have the number {number}; rename one of them"
+    runs = [run for run in facts.runs if is_same_issue(str(run["issue"]), inside)]
+    branches = [branch for source, branch in facts.proposed.items()
+                if is_same_issue(source, inside)]
+    reason = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
+    return Task(number, str(path), issue.title, labels, blockers,
+                any(is_same_issue(source, inside) for source in facts.merged), problem,
+                taken_by(facts.repo, str(path), runs, facts.mine), ", ".join(branches),
+                handed_over(runs, facts.head), lambda: reason)
+
+
+def file_number(name: str) -> int | None:
+    """The number of an issue file: "0002-name.md" -> 2."""
+    hit = re.match(r"\d{1,9}(?!\d)", name, re.ASCII)
+    return int(hit[0]) if hit else None
+
+
+def file_distrust(committed: bool, there: bool, same: bool) -> str:
+    """Why an issue file is not what the checked-out commit says, or ""."""
+    if not committed:
+        return "not committed; commit it"
+    if not there:
+        return "deleted here, but not in HEAD; restore it, or commit that"
+    return "" if same else "differs from HEAD; commit or undo the change"
+
+
+def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
+    """The issues that the "Issue:" trailers of commits name, each with a commit."""
+    log = git(repo, "log", "-z", "--format=%H%n%b", "--grep=^Issue: ", *revs).split("\0")
+    entries = [entry.partition("\n") for entry in log]
+    return {source.strip(): commit for commit, _, body in entries
+            for source in re.findall(r"(?m)^Issue: (.+)$", body)}
+
+
+def proposals_open(repo: Repo) -> dict[str, str]:
+    """The issues that have a proposal which is not in HEAD, each with its branch."""
+    refs = git(repo, "for-each-ref", "--format=%(refname)", "refs/heads/agent/",
+               "refs/remotes/").split()
+    branches = [ref for ref in refs if "/agent/" in ref]
+    return {source: re.sub(r"^refs/(heads|remotes)/", "", branch) for branch in branches
+            for source in issues_named(repo, branch, "^HEAD")}
+
+
+def runs_known(repo: Repo) -> list[dict[str, Any]]:
+    """The records of runs on issues, the newest last; `alive` says whether one is going on."""
+    runs = []
+    for folder in sorted((repo.root / ".agent-runs").glob("*/")):
+        facts = summary_read(folder)
+        if facts.get("issue") and not facts.get("simulated"):
+            mark = folder / "running"
+            runs.append(facts | {"alive": mark.exists() and not is_free(mark)})
+    return runs
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock."""
+    with lock_take(path) as free:
+        return free
+
+
+def is_same_issue(source: str, path: str) -> bool:
+    """Whether a recorded source is an issue: "../issues/2.md" and "2.md" are "issues/2.md"."""
+    named = [part for part in Path(source.lower()).parts if part not in ("..", os.sep)]
+    parts = [*Path(path.lower()).parts]
+    fewer = min(len(named), len(parts))
+    return fewer > 0 and named[-fewer:] == parts[-fewer:]
+
+
+def taken_by(repo: Repo, ref: str, runs: list[dict[str, Any]], mine: Path | None) -> str:
+    """Who works on an issue on this machine, or ""."""
+    claim = claim_path(repo, ref)
+    alive = [run["run_id"] for run in runs if run["alive"]]
+    if alive:
+        return f"run {alive[-1]} works on it"
+    taken = claim != mine and claim.exists() and not is_free(claim)
+    return "a queue of this machine works on it" if taken else ""
+
+
+def handed_over(runs: list[dict[str, Any]], head: str) -> str:
+    """Why a human has to look at an issue first, or "": on the same commit its run failed."""
+    last = runs[-1] if runs else {}
+    if last.get("head") != head or last.get("outcome") not in OVER_TO_HUMAN or is_at_once(last):
+        return ""
+    return (f"run {last['run_id']} ended {last['outcome']} on this commit; "
+            "a human decides, or a new commit does")
+
+
+# --- Issues on a forge.
+
+FORGE = r"github:([A-Za-z0-9][\w-]*/[\w.-]+)"
+ISSUE_REF = r"(github:[^/#]+/[^/#]+)?#[0-9]{1,9}"
+PAGE = "per_page=100"
+GH_NEEDS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
+GH_NEVER = ("GH_DEBUG", "GH_FORCE_TTY", "CLICOLOR_FORCE", "DEBUG", "GH_REPO")
+EDITED = ("query($owner: String!, $name: String!, $number: Int!) { repository(owner: $owner, "
+          "name: $name) { issue(number: $number) { lastEditedAt } } }")
+
+
+def forge_of(source: str) -> Forge | None:
+    """The forge's repository that a source names; None for a directory; raises Stop."""
+    if not source.startswith("github:"):
+        return None
+    hit = re.fullmatch(FORGE, source, re.ASCII)
+    if not hit:
+        raise Stop(EXIT_USAGE, f"{source!r} is not github:OWNER/REPO; correct it")
+    return Forge(hit[1])
+
+
+class Forge:
+    """A repository on a forge, reached through `gh api`; each call has a time limit."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.ref = name, f"github:{name}"
+        self.levels: dict[str, str] = {}
+
+    def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> str | None:
+        """What a call printed; None where there is no such thing; raises Stop for all else."""
+        environ = environ_plain(os.environ) | {name: os.environ[name] for name in GH_NEEDS
+                                               if name in os.environ}
+        for name in GH_NEVER:
+            environ.pop(name, None)
+        environ |= {"GH_PROMPT_DISABLED": "1", "GH_NO_UPDATE_NOTIFIER": "1", "NO_COLOR": "1"}
+        stdin = b"" if body is None else json.dumps(body).encode()
+        ran = program_call(["gh", "api", path, *words, *(["--input", "-"] if stdin else [])],
+                           env=environ, stdin=stdin, seconds=120, heed=heed)
+        if ran.exit == 4 or b"gh auth login" in ran.err:
+            raise Stop(EXIT_MISSING, "gh is not signed in; run `gh auth login`, or set GH_TOKEN")
+        if ran.exit and re.search(rb"HTTP (404|410)", ran.err):
+            return None
+        if ran.exit:
+            raise Stop(EXIT_MISSING, f"gh api {path} failed: {ran.last_line()}; try again later")
+        return ran.out.decode("utf-8", "replace")
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        """One thing of this repository; None where it is not there; raises Stop."""
+        text = self.call(f"repos/{self.name}/{path}")
+        values = None if text is None else json_values(text, path)
+        return values[0] if values else None
+
+    def pages(self, path: str) -> list[dict[str, Any]]:
+        """All pages of a list of this repository; raises Stop where one is missing."""
+        text = self.call(f"repos/{self.name}/{path}", "--paginate")
+        if text is None:
+            raise Stop(EXIT_MISSING, f"{self.ref}: there is no {path.partition('?')[0]}, or it may "
+                                     "not be read; check the name, and who gh is signed in as")
+        pages = json_values(text, path)
+        if not pages or not all(isinstance(page, list) for page in pages):
+            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no list; try again later")
+        return [entry for page in pages for entry in page]
+
+    def send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Change something; what came back, where that is an object; raises Stop."""
+        # Also while we are being ended: what is left behind would look like a lock.
+        text = self.call(f"repos/{self.name}/{path}", "--method", method, body=body, heed=False)
+        values = json_values(text, path) if text else []
+        return values[0] if values and isinstance(values[0], dict) else {}
+
+    def level(self, login: str) -> str:
+        """The permission of somebody: "admin", "write", "read", "none"; "" where it is unknown."""
+        if login not in self.levels:
+            answer = self.get(f"collaborators/{login}/permission") or {}
+            self.levels[login] = str(answer.get("permission") or "")
+        return self.levels[login]
+
+    def edited(self, number: int) -> str | None:
+        """When the text of an issue was last edited; None: never. Raises Stop, or KeyError."""
+        owner, name = self.name.split("/")
+        text = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
+                         f"name={name}", "-F", f"number={number}")
+        answer = json_values(text or "[]", "graphql")[0]
+        return answer["data"]["repository"]["issue"]["lastEditedAt"]
+
+
+def json_values(text: str, path: str) -> list[Any]:
+    """The JSON values that stand one after the other in a text: a page each; raises Stop."""
+    values, at, decoder = [], 0, json.JSONDecoder()
+    try:
+        while at < len(text := text.strip()):
+            value, at = decoder.raw_decode(text, at)
+            values.append(value)
+            at += len(text[at:]) - len(text[at:].lstrip())
+    except (ValueError, RecursionError):
+        raise Stop(EXIT_MISSING,
+                   f"gh api {path}: the answer is no whole JSON; try again later") from None
+    return values
+
+
+def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
+    """The open issues of a forge's repository, and those that they are blocked by."""
+    try:
+        entries = forge.pages(f"issues?state=open&{PAGE}")
+        pulls = forge.pages(f"pulls?state=open&{PAGE}")
+        proposed, runs = proposals_open(repo), runs_known(repo)
+        tasks = [forge_task(repo, forge, entry, pulls, proposed, runs, mine)
+                 for entry in entries if "pull_request" not in entry]
+        known = {task.number for task in tasks}
+        wanted = {number for task in tasks if is_labelled(task) for number in task.blockers} - known
+        answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
+        return tasks + [Task(number, f"{forge.ref}#{number}", done=answer["state"] == "closed")
+                        for number, answer in answers.items() if answer]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Stop(EXIT_MISSING, f"{forge.ref}: an answer of gh api is not what was expected "
+                                 f"({type(error).__name__}: {error}); try again later") from None
+
+
+def forge_task(repo: Repo, forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
+               proposed: dict[str, str], runs: list[dict[str, Any]], mine: Path | None) -> Task:
+    """What is known of an open issue of a forge."""
+    number, ref = int(entry["number"]), f"{forge.ref}#{entry['number']}"
+    labels = labels_of(entry)
+    blockers, problem = blockers_read(hidden_removed(entry["body"] or "")[0])
+    own = [run for run in runs if str(run["issue"]).lower() == ref.lower()]
+    taken = taken_by(repo, ref, own, mine)
+    if WORKING in labels and not taken:
+        taken = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
+        if claim_path(repo, ref).exists():
+            taken = "its run was killed; the next armed tick releases it"
+    closing = [pull for pull in pulls if is_closing(pull, forge.name, number)]
+    where = [f"pull request #{pull['number']}" for pull in closing]
+    where += [branch for source, branch in proposed.items() if source.lower() == ref.lower()]
+    where += [f"its label is {PROPOSED}"] if PROPOSED in labels else []
+    return Task(number, ref, one_line(hidden_removed(entry["title"])[0]), labels, blockers,
+                problem=problem, taken=taken, proposed=", ".join(where),
+                distrust=lambda: forge_distrust(forge, number))
+
+
+def labels_of(entry: dict[str, Any]) -> list[str]:
+    """The labels of a forge's issue."""
+    return [label["name"].strip().lower() for label in entry["labels"]]
+
+
+def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
+    """Whether an open pull request would close an issue, or was made for it by this program."""
+    text = f"{pull['title']}\n{pull['body'] or ''}"
+    named = rf"({re.escape(name)})?#{number}\b|https?://[^/\s]+/{re.escape(name)}/issues/{number}\b"
+    return bool(re.search(rf"(?i)\b(close[sd]?|fix(e[sd])?|resolve[sd]?):?\s+({named})"
+                          rf"|github:{re.escape(name)}#{number}\b", text))
+
+
+def forge_distrust(forge: Forge, number: int) -> str:
+    """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
+    try:
+        events = forge.pages(f"issues/{number}/timeline?{PAGE}")
+        event = label_event(events)
+        login = login_of(event)
+        edits = [event["created_at"] for event in events if event["event"] == "renamed"]
+        edited = forge.edited(number)
+        return distrust(event, forge.level(login) if login else "",
+                        edits + ([] if edited is None else [edited]))
+    except Stop as stop:
+        return f"it cannot be proved: {stop}"
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        return f"it cannot be proved: an answer of gh api lacks something ({error})"
+
+
+def distrust(event: dict[str, Any], level: str, edits: list[Any]) -> str:
+    """Why an issue is not to be trusted, or "": its label's event, that person, the edits."""
+    if not event:
+        return f"no event says who put {READY} on it"
+    login = login_of(event)
+    if not login:
+        return f"the event that put {READY} on it names nobody"
+    if level not in ("admin", "write"):
+        return f"{READY} was put on it by {login}, whose permission is {level or 'unknown'}"
+    labelled = moment(event["created_at"])
+    late = [edit for edit in edits if moment(edit) >= labelled]
+    return f"title or text was edited at {max(late)}, after {READY}" if late else ""
+
+
+def label_event(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest event that put the ready label on, unless a newer one took it off; else {}."""
+    own = [event for event in events if event["event"] in ("labeled", "unlabeled")
+           and event["label"]["name"].strip().lower() == READY]
+    ordered = sorted(own, key=lambda event: moment(event["created_at"]))
+    return ordered[-1] if ordered and ordered[-1]["event"] == "labeled" else {}
+
+
+def login_of(event: dict[str, Any]) -> str:
+    """Who an event names; "" where that is nobody, or no name that a path may hold."""
+    login = (event.get("actor") or {}).get("login") or ""
+    return login if re.fullmatch(r"[A-Za-z0-9_-]+(\[bot\])?", login) else ""
+
+
+def moment(text: str) -> datetime:
+    """The moment of a forge's time stamp; raises ValueError, TypeError or AttributeError."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+
+
+HIDDEN = {  # what a reader of the page does not see, and the agent would read
+    "hidden comment": r"(?s)<!--.*?-->|(?m:^) {0,3}<!--.*\Z"
+                      r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*",
+    "invisible character": "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
+                           "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+                           "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]",
+}
+
+
+def hidden_removed(text: str) -> tuple[str, list[str]]:
+    """A text without what its reader does not see, and what that was: ["2 hidden comments"]."""
+    text, removed = text.replace("\r\n", "\n"), []
+    for what, pattern in reversed(HIDDEN.items()):  # a character may hide a comment
+        text, count = re.subn(pattern, "", text)
+        removed += [words_counted(count, what)] if count else []
+    return text, removed
+
+
+def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
+    """The issue of a forge that "github:OWNER/REPO#12" or "#12" names; raises Stop."""
+    base, _, number = name.partition("#")
+    forge = forge_of(base or forge_here(repo_open(Path.cwd())))
+    entry = forge.get(f"issues/{number}") if forge and number else None
+    if not forge or not entry or "pull_request" in entry:
+        raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
+                               "check the number, and who gh is signed in as")
+    # Read first and proved afterwards: an edit in between is seen, and one after that changes
+    # nothing.
+    why = trust_missing(forge, entry) if args.trusted else ""
+    if why:
+        raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
+    (title, in_title), (body, in_body) = map(hidden_removed, (entry["title"], entry["body"] or ""))
+    issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
+    comments = comments_read(forge, int(number)) if args.with_comments else ""
+    text, in_comments = hidden_removed(comments)
+    return issue._replace(text=issue.text + MASK.text(text), allow=[],
+                          removed=[*in_title, *in_body, *in_comments])
+
+
+def trust_missing(forge: Forge, entry: dict[str, Any]) -> str:
+    """Why an issue that was just read may not run unattended, or ""."""
+    if entry.get("state") != "open" or READY not in labels_of(entry):
+        return f"it is not open with the label {READY}"
+    return forge_distrust(forge, int(entry["number"]))
+
+
+def comments_read(forge: Forge, number: int) -> str:
+    """The comments of those who may write, older than the ready label and not edited since."""
+    event = label_event(forge.pages(f"issues/{number}/timeline?{PAGE}"))
+    comments = forge.pages(f"issues/{number}/comments?{PAGE}") if event else []
+    parts = []
+    for comment in comments:
+        login, newest = login_of({"actor": comment["user"]}), comment["updated_at"]
+        if login and moment(newest) < moment(event["created_at"]) \
+                and forge.level(login) in ("admin", "write"):
+            parts.append(f"\n\n## Comment by {login}, {newest}\n{comment['body']}")
+    return "".join(parts)
+
+
+def forge_here(repo: Repo) -> str:
+    """The source that the clone's remote is: "github:OWNER/REPO"; raises Stop."""
+    remotes = git(repo, "remote").split()
+    remote = "origin" if "origin" in remotes else "".join(remotes[:1])
+    address = git(repo, "remote", "get-url", remote).strip() if remote else ""
+    host = os.environ.get("GH_HOST") or "github.com"
+    hit = re.fullmatch(rf"(?:\w+://)?(?:[^@/]+@)?{re.escape(host)}(?::\d+)?[:/]+"
+                       r"([\w-]+/[\w.-]+?)(?:\.git)?/?", address, re.ASCII)
+    if not hit:
+        raise Stop(EXIT_USAGE, f"the remote of this clone is no repository of {host}; "
+                               "write the issue as github:OWNER/REPO#12, or set GH_HOST")
+    return f"github:{hit[1]}"
+
+# --- One tick: run what is ready.
+
+class Result(NamedTuple):
+    """How an issue's turn ended; without an exit code where it was not started."""
+
+    ref: str
+    exit_code: int | None
+    outcome: str
+    run_id: str = ""
+    note: str = ""  # the branch, or the reason
+    facts: Mapping[str, Any] = {}  # of its record
+
+
+def queue_run(repo: Repo, args: argparse.Namespace) -> int:
+    """Run what is ready, several at a time; the worst exit code, which is the highest."""
+    forge = forge_of(args.source)
+    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
+    armed = not forge or (args.arm and forge.name.lower() in allowed)
+    if armed and not args.simulate:  # what is missing for all of them is said once
+        words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
+        agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
+    if armed:
+        queue_prepare(repo, forge)
+    ready = [item for item in queue_items(repo, args.source) if item.state == "ready"]
+    ready = ready[:args.limit or None]
+    if not armed:
+        queue_show(ready, args.json)
+        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
+                    f"AGENT_QUEUE_ALLOW={forge and forge.name}")
+        return 0
+    tick = Tick(repo, forge, args)
+    from concurrent.futures import ThreadPoolExecutor
+    try:
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            list(pool.map(tick.turn, [item.ref for item in ready]))
+    except Interrupted:
+        return OUTCOMES["interrupted"][0]
+    finally:
+        tick.show()
+    return max([result.exit_code or 0 for result in tick.results], default=0)
+
+
+def queue_prepare(repo: Repo, forge: Forge | None) -> None:
+    """Make a place for the claims, and release those of runs that were killed."""
+    runs_recover(repo)
+    runs = repo.root / ".agent-runs"
+    (runs / "queue").mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another queue made it just now
+        if not (runs / ".gitignore").exists():
+            file_write(runs / ".gitignore", "*\n")
+    if forge:
+        claims_release(repo, forge)
+
+
+class Tick:
+    """One pass over the ready issues; the turns of several may come at the same time."""
+
+    def __init__(self, repo: Repo, forge: Forge | None, args: argparse.Namespace) -> None:
+        self.repo, self.forge, self.args = repo, forge, args
+        self.results: list[Result] = []  # in the order in which they ended
+        self.stopped = ""  # why no further issue is started
+
+    def turn(self, ref: str) -> None:
+        """Claim an issue, look again, run it, unless the queue was stopped."""
+        if (self.repo.root / ".agent-runs" / "STOP").exists():
+            self.stopped = self.stopped or "there is a file .agent-runs/STOP"
+        if self.stopped:
+            return
+        try:
+            claim = claim_path(self.repo, ref)
+            with claim_take(claim) as free:
+                result = self.look_again(ref, claim) if free else Result(
+                    ref, None, "claimed", note="a queue of this machine works on it")
+        except BaseException as error:
+            self.stopped = f"{ref}: {str(error) or 'interrupted'}"
+            raise
+        self.results += [result] if result else []
+        self.stopped = self.stopped or environment_failed(self.results)
+
+    def look_again(self, ref: str, claim: Path) -> Result | None:
+        """How a claimed issue ended; None where the queue is stopped."""
+        tasks = queue_tasks(self.repo, self.args.source, claim)
+        known = {task.number: task for task in tasks if task.number is not None}
+        halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
+        if halted:
+            self.stopped = f"the label {HALT} is on {halted[0]}"
+            return None
+        items = [queue_decide(task, known) for task in tasks if task.ref == ref and not task.done]
+        if not items or items[0].state != "ready":
+            state, reason = (items[0].state, items[0].reason) if items else ("gone", "")
+            return Result(ref, None, state, note=reason)
+        if self.forge:
+            return self.run_claimed(self.forge, int(items[0].number or 0), ref, claim)
+        return issue_run(self.repo, self.args, ref, claim)
+
+    def run_claimed(self, forge: Forge, number: int, ref: str, claim: Path) -> Result:
+        """How an issue of a forge ended: it is claimed there, and gets a comment and a label."""
+        try:
+            if not claim_forge(forge, number, claim):
+                return Result(ref, None, "claimed", note="another queue was first")
+            result = issue_run(self.repo, self.args, ref, claim)
+            if result.facts.get("outcome") and not is_environment(result):
+                outcome_publish(forge, number, result)
+            return result
+        finally:
+            claim_release(forge, number, claim)
+
+    def show(self) -> None:
+        """Print what came of each issue, and why the queue stopped."""
+        rows = [("-" if result.exit_code is None else str(result.exit_code), result.outcome,
+                 result.ref, result.run_id or "-", result.note) for result in self.results]
+        facts = [{name: getattr(result, name) for name in Result._fields[:5]}
+                 for result in self.results]
+        table_print(("exit", "outcome", "issue", "run", "branch or reason"), rows,
+                    facts if self.args.json else None)
+        if self.stopped:
+            CONSOLE.say(f"the queue stopped: {self.stopped}")
+
+
+def is_at_once(facts: Mapping[str, Any]) -> bool:
+    """Whether a run's agent failed so soon that it cannot have worked on the issue."""
+    seconds = [attempt["agent_seconds"] for attempt in facts.get("attempts") or []]
+    return facts.get("outcome") == "agent_failed" and max(seconds, default=0) < AT_ONCE
+
+
+def is_environment(result: Result) -> bool:
+    """Whether an ending says nothing about the issue: then no label is changed."""
+    return result.exit_code in (EXIT_MISSING, 130) or is_at_once(result.facts)
+
+
+def environment_failed(results: Sequence[Result]) -> str:
+    """Why no further issue can do better, or ""; the results in the order in which they ended."""
+    ran = [result for result in results if result.exit_code is not None][-2:]
+    if ran and ran[-1].exit_code == EXIT_MISSING:
+        return f"something is missing here: {ran[-1].note}"
+    if len(ran) == 2 and all(is_at_once(result.facts) for result in ran):
+        return "the agent failed at once, twice in a row; try its command by hand"
+    return ""
+
+
+def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Result:
+    """How an issue ended in a process of this program; what it printed is beside the claim."""
+    log = claim.with_suffix(".log")
+    trusted = ["--trusted"] if ref.startswith("github:") else []
+    argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args),
+            *trusted, "--", ref]
+    with CONSOLE.step(ref) as step:
+        ran = program_run(argv, cwd=Path.cwd(), env=dict(os.environ), seconds=0, log=log,
+                          soft="SIGINT", grace=60)  # an interrupted run saves its work
+        text = log_read(log)
+        run_id, demo = (re.search(pattern, text, re.MULTILINE) for pattern in (
+            r"^run (\d+-\d+-\w+): ", r"^simulated: .*the demo repository is (.*)$"))
+        root = Path(demo[1]) if demo and args.simulate else repo.root
+        facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
+        outcome = facts.get("outcome") or "no outcome"
+        step["result"] = f"{outcome}, exit {ran.exit}"
+    last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
+    note = facts.get("branch") or facts.get("error") or (OUTCOMES[outcome][1]
+                                                          if outcome in OUTCOMES else last)
+    return Result(ref, 130 if ran.exit is None else ran.exit, outcome,
+                  run_id[1] if run_id else "", note, facts)
+
+
+QUEUE_OWN = ("command", "handler", "recorded", "source", "run", "jobs", "limit", "arm", "json")
+
+
+def options_words(args: argparse.Namespace) -> list[str]:
+    """The options of the command line that issue-to-pr gets, too."""
+    words = []
+    for name, value in vars(args).items():
+        if name in QUEUE_OWN or value is None or value is False or value in ("", []):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            text = "=".join(one) if isinstance(one, tuple) else str(one)
+            words.append(flag if value is True else f"{flag}={text}")
+    return words
+
+
+# --- Claims: a file that its queue keeps locked; on a forge also a label and a comment.
+
+CLAIM = "An agent works on this (claim {token}). This comment goes when the run has ended."
+CLAIM_WINDOW = timedelta(minutes=15)  # within which two queues may not have seen each other
+
+
+def claim_path(repo: Repo, ref: str) -> Path:
+    """The file of an issue's claim."""
+    import hashlib
+    name = ref.lower() if ref.startswith("github:") else os.path.realpath(ref)
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return repo.root / ".agent-runs" / "queue" / f"{digest}.claim"
+
+
+@contextlib.contextmanager
+def claim_take(claim: Path) -> Iterator[bool]:
+    """Whether an issue is ours until the end of the block: no other queue here may have it."""
+    claim.touch()
+    with lock_take(claim) as free:
+        yield free
+        if free and not claim.stat().st_size:  # else the forge still shows it
+            claim.unlink()
+
+
+def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
+    """Claim an issue where others see it; False where another queue was first."""
+    facts = {"forge": forge.name, "number": number, "comment": 0}
+    claim.write_text(json.dumps(facts))  # first: whatever happens now can be released
+    token = os.urandom(6).hex()
+    forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
+    mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM.format(token=token)})
+    claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
+    # The forge numbers comments: of those who came at the same time the first one has it.
+    pattern = re.escape(CLAIM).replace(r"\{token\}", "[0-9a-f]{12}")
+    rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+              if comment["id"] < mine["id"] and re.fullmatch(pattern, comment["body"] or "")
+              and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
+    if rivals:
+        claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
+    return not rivals
+
+
+def claim_release(forge: Forge, number: int, claim: Path) -> None:
+    """Take our claim off the forge; what cannot be done now the next tick does."""
+    facts = json_read(claim, TEXT_LIMIT, dict)
+    if facts["comment"]:
+        forge.send("DELETE", f"issues/comments/{facts['comment']}")
+    if "label" not in facts:
+        forge.send("DELETE", f"issues/{number}/labels/{WORKING}")
+    claim.write_text("")
+
+
+def claims_release(repo: Repo, forge: Forge) -> None:
+    """Release the claims that queues of this clone left behind when they were killed."""
+    alive = {str(run["issue"]).lower() for run in runs_known(repo) if run["alive"]}
+    for claim in sorted((repo.root / ".agent-runs" / "queue").glob("*.claim")):
+        with lock_take(claim) as free, contextlib.suppress(OSError, ValueError, KeyError):
+            facts = json_read(claim, TEXT_LIMIT, dict)
+            ref = f"{forge.ref}#{facts['number']}"
+            if free and facts["forge"].lower() == forge.name.lower() and ref.lower() not in alive:
+                claim_release(forge, facts["number"], claim)
+                claim.unlink()
+                CONSOLE.say(f"{ref}: its run was killed; the claim is released")
+
+
+def outcome_publish(forge: Forge, number: int, result: Result) -> None:
+    """Comment how a run ended, then swap the ready label for what comes next."""
+    label = PROPOSED if result.outcome == "proposed" else HUMAN
+    forge.send("POST", f"issues/{number}/comments", {"body": outcome_comment(result.facts)})
+    forge.send("POST", f"issues/{number}/labels", {"labels": [label]})
+    forge.send("DELETE", f"issues/{number}/labels/{READY}")
+
+
+def outcome_comment(facts: Mapping[str, Any]) -> str:
+    """The essentials of a record, as a comment on its issue."""
+    attempts = facts.get("attempts") or []
+    changed = attempts[-1]["changed"] if attempts else []
+    counted = words_counted(len(attempts), "attempt")
+    lines = [f"**{facts['outcome']}**: {OUTCOMES[facts['outcome']][1]}", "",
+             f"- run {facts['run_id']}, exit {facts['exit_code']}, {counted}, {facts['seconds']} s",
+             f"- base {facts['base'][:12]}; changed: {words_first(changed, 20) or 'nothing'}"]
+    if facts.get("branch"):
+        lines.append(f"- branch {facts['branch']} ({facts['commit'][:12]}), where the queue runs")
+    findings = words_clip("\n".join(facts.get("findings") or []), 3000)
+    if findings and facts["outcome"] != "proposed":
+        fence = "`" * (max(map(len, re.findall("`+", findings)), default=2) + 1)
+        lines += ["", fence.rjust(3, "`"), findings, fence.rjust(3, "`")]
+    return MASK.text("\n".join([*lines, "", NOT_PUSHED]))
+
+
+# === Chapter 22. Pages and board ============================================
 # Called by: run_whole, run_close and the command line.
 # Promises: a page is one file that loads and runs nothing; what comes from outside is text in it.
 # At first: read tag, then report_page and board_page.
@@ -7506,7 +8366,7 @@ small .good{color:var(--good)} small .bad{color:var(--bad)} small .warn{color:va
 """)
 
 
-# === Chapter 22. The command line ===========================================
+# === Chapter 23. The command line ===========================================
 # Called by: people and CI.
 # Promises: arguments become plain values; wrong usage is one line and exit 64.
 # At first: read run_whole.
@@ -7578,6 +8438,8 @@ def run_announce(run: Run) -> None:
         CONSOLE.say(f"the issue itself says Scope: {', '.join(job.issue.scope)}")
     if job.issue and job.issue.allow:
         CONSOLE.say(f"the issue itself says Allow: {', '.join(job.issue.allow)}")
+    if job.issue and job.issue.removed:
+        CONSOLE.say(f"removed from the issue, unseen by its reader: {', '.join(job.issue.removed)}")
     if job.recorded:
         CONSOLE.say(f"no agent is called: the change is that of run {job.recorded['run_id']}")
     elif hint := agent_hint(job.agent_cmd):
@@ -7641,7 +8503,12 @@ def parser_build() -> Parser:
         "Hand an issue to the agent in AGENT_CMD; propose what passes the gate.",
         ["issue-to-pr issue.md --simulate good", "issue-to-pr issue.md --fix-attempts 2"])
     issue.add_argument("issue", metavar="ISSUE.md", type=Path,
-                       help="a Markdown file whose first heading is the title")
+                       help="a Markdown file whose first heading is the title; or an issue of a "
+                            "forge: github:OWNER/REPO#12, or #12 in a clone of it")
+    issue.add_argument("--trusted", action="store_true",
+                       help=f"of a forge, only where somebody who may write put {READY} on it, "
+                            "and nobody edited it since")
+    comments_add(issue)
     strict_add(issue)
     heal = command_add(
         commands, "self-heal", "a red gate becomes a proposal",
@@ -7652,6 +8519,7 @@ def parser_build() -> Parser:
         options_add(command, attempts)
         command.set_defaults(handler=cmd_run)
     past_runs_add(commands)
+    queue_add(commands)
     board_add(commands)
     return parser
 
@@ -7690,6 +8558,35 @@ def past_runs_add(commands: Any) -> None:
     runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
                       help="delete the records that are older")
     runs.set_defaults(handler=cmd_runs)
+
+
+def queue_add(commands: Any) -> None:
+    """Add the command that picks issues to the parsers of the others."""
+    queue = command_add(
+        commands, "queue", "what may run now, and why the rest may not",
+        "List the labelled issues with their states; with --run, run what is ready.\n"
+        "The exit code is then the highest of the runs.",
+        ["queue", "queue --run --jobs 2 --limit 5 --fix-attempts 1"])
+    add = queue.add_argument
+    add("source", metavar="SOURCE", nargs="?", default="issues",
+        help="a directory of issue files (default issues), or github:OWNER/REPO")
+    add("--run", action="store_true", help="run each ready issue, in a process of its own; the "
+                                           "options below that issue-to-pr knows are passed on")
+    add("--jobs", type=number_whole, metavar="N", default=1, help="so many at once (default 1)")
+    add("--limit", type=number_whole, metavar="K", default=0,
+        help="start at most so many (default 0: no limit)")
+    add("--arm", action="store_true",
+        help="on a forge: really run, comment and label, if AGENT_QUEUE_ALLOW names it, too")
+    comments_add(queue)
+    strict_add(queue)
+    options_add(queue, 0)
+    queue.set_defaults(handler=cmd_queue)
+
+
+def comments_add(parser: Parser) -> None:
+    """Add the option that makes comments part of a forge's issue."""
+    parser.add_argument("--with-comments", action="store_true",
+                        help="add the comments of those who may write, older than the ready label")
 
 
 def board_add(commands: Any) -> None:
@@ -7872,7 +8769,8 @@ def issue_wanted(args: argparse.Namespace) -> Issue | None:
     if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
-        return issue_read(args.issue)
+        name = str(args.issue)
+        return issue_fetch(name, args) if re.fullmatch(ISSUE_REF, name) else issue_read(args.issue)
     issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
     if there:
         issue_check(issue_read(args.issue), Path.cwd())
