@@ -7653,7 +7653,7 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; f
 TONES = {  # what an outcome looks like; all others are red
     "proposed": "good", "nothing_to_heal": "good", "blocked": "warn", "scope_disagreement": "warn",
     "flaky": "warn", "merged": "good", "discarded": "calm", "interrupted": "calm",
-    "running": "live", "unfinished": "calm"}
+    "running": "live", "unfinished": "calm", "ready": "calm", "untrusted": "warn"}
 
 
 def pill(outcome: str, words: str = "") -> Markup:
@@ -8093,15 +8093,30 @@ def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # no record
             cards.append(board_group(runs, merged, branches))
     cards.sort(key=lambda card: card.began, reverse=True)
-    queued = board_issues(repo)
-    known = {card.source for card in queued}
-    going = [card for card in cards if card.source not in known or card.column == "Running"]
-    shown = {card.source for card in going}
-    return [*(card for card in queued if card.source not in shown), *going]
+    queued = {issue_path(repo, card.source): card for card in board_issues(repo)}
+    for card in [card for card in cards if card.source]:
+        waiting = queued.get(issue_path(repo, card.source))
+        if waiting and waiting.column == "Ready" and card.column != "Running":
+            cards.remove(card)  # its turn comes again
+        elif waiting:
+            del queued[issue_path(repo, card.source)]
+    return [*queued.values(), *cards]
+
+
+def issue_path(repo: Repo, source: str) -> str:
+    """An issue's file, however a run named it."""
+    return os.path.normpath(repo.root / source)
 
 
 def board_issues(repo: Repo) -> list[Card]:
-    """The issues that wait, Ready or Blocked."""
+    """The labelled issues of the directory issues/ that wait, in their turn."""
+    columns = {"ready": "Ready", "blocked": "Blocked", "untrusted": "Needs a human",
+               "invalid": "Needs a human"}
+    if not (folder := repo.root / "issues").is_dir():
+        return []
+    with contextlib.suppress(Stop):  # it leads out of the repository
+        return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
+                for item in queue_items(repo, folder) if item.state in columns]
     return []
 
 

@@ -5705,6 +5705,25 @@ def test_the_columns_of_the_board(scratch):
         assert (root / ".agent-runs" / name).is_file(), name
 
 
+def test_the_board_shows_what_waits_in_the_queue(scratch):
+    """A run's card stands for its issue, but where the issue's turn comes again."""
+    labelled = "# {0}\n\nLabels: ready-for-agent\n\nDo it.\n"
+    for number, name in enumerate(("first", "second", "tried", "going"), 1):
+        scratch.write({f"issues/{number:04}-{name}.md": labelled.format(name) + "Blocked by #1\n" * (name == "second")})
+    record_made(scratch.root, 3, "gate_failed", 1, title="tried", issue="issues/0003-tried.md")
+    scratch.commit()
+    scratch.write({"issues/0005-new.md": labelled.format("new"), "issues/0006-plain.md": "# plain\n\nNo label.\n"})
+    going = record_made(scratch.root, 4, None, title="going", issue=str(scratch.root / "issues/0004-going.md"))
+    lock = runner_module().lock_make(going / "running")
+    ended = scratch.ended(scratch.start("board"), others=1)
+    os.close(lock)
+    assert ended.code == 0, ended
+    assert {name: cards for name, cards in board_shown(scratch).items() if cards} == {
+        "Ready": ["first: ready", "tried: ready"], "Blocked": ["second: blocked"], "Running": ["going: running"],
+        "Needs a human": ["new: untrusted"]}
+    assert "by #1" in (scratch.root / ".agent-runs/index.html").read_text()
+
+
 def test_a_board_of_hostile_records(scratch):
     hostile_record(scratch.root)
     going = hostile_record(scratch.root / "x", days=1)
@@ -6398,7 +6417,11 @@ def pictures(place: str = "") -> None:
         plain(run.folder, scratch)
         for number, (days, outcome, title, attempts, minutes) in enumerate(STORY, 1):
             record_story(scratch, number, days, outcome, title, attempts, minutes)
-        going = record_made(scratch.root, 99, None, 0.004, title="Show the greeting in colour", attempts=[])
+        for number, title in ((17, "Greet by the time of day"), (18, "Greet whole teams"), (19, "Send a greeting by mail")):
+            blocked = "Blocked by #17\n" * (number == 19)
+            scratch.write({f"issues/{number:04}-{title.lower().replace(' ', '-')}.md": f"# {title}\n\nLabels: ready-for-agent\n{blocked}\nDo it.\n"})
+        scratch.commit("Ask for more")
+        going = record_made(scratch.root, 16, None, 0.004, title="Show the greeting in colour", attempts=[], issue="issues/0016-show-it-in-colour.md")
         (going / "events.jsonl").write_text(json.dumps({"at": time.time() - 200, "name": "agent, attempt 1", "seconds": 0, "result": "started"}) + "\n")
         (going / "agent-1.log").write_text("reading greeting.py\nreading tests/test_greeting.py\nediting greeting.py\nrunning pytest: 2 passed\n")
         lock = module.lock_make(going / "running")
