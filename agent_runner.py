@@ -8363,7 +8363,8 @@ article.warn{border-top-color:var(--warn)} article.live{border-top-color:var(--l
 .story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px;margin:0 0 24px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;
 padding:14px 16px} figcaption{display:flex;justify-content:space-between;gap:8px;
-color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-size:18px;line-height:1.1}
+color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-size:18px;line-height:1.1;
+white-space:nowrap}
 .chart{width:100%;height:64px;margin:10px 0 6px} .chart rect.good{fill:var(--good)}
 .chart rect.bad{fill:var(--bad)} .chart rect.warn{fill:var(--warn)}
 .chart rect.calm{fill:var(--calm)}
