@@ -8131,8 +8131,9 @@ def board_group(runs: list[tuple[Path, dict[str, Any]]], merged: set[str],
         column, outcome, words, lines = "Running", "running", now, board_lines(folder)
     else:
         column, outcome, words = board_column(facts, merged, branches)
-        if not (folder / "report.html").exists():
-            report_write(folder)  # an older record
+        age = time.time() - (folder / "run_summary.json").stat().st_mtime
+        if age > 60 and not (folder / "report.html").exists():  # else the run is at it
+            report_write(folder)
     return Card(column, facts["title"] or "Heal the red gate", facts["issue"] or "", outcome, words,
                 folder.name, datetime.fromisoformat(facts["started"]).timestamp(), len(runs),
                 sum(len(facts["attempts"]) for _, facts in runs), lines)

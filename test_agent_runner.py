@@ -5456,6 +5456,7 @@ def record_made(root: Path, number: int, outcome: str | None = "gave_up", days: 
         "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)), "baseline": {"checks": [check]}, "recheck": None,
         "twin": None, "scope": None, "findings": [], "violations": [], "look_first": [], "next": []} | facts
     (folder / "run_summary.json").write_text(json.dumps(summary))
+    os.utime(folder / "run_summary.json", (began - 100, began - 100))
     return folder
 
 
