@@ -7107,9 +7107,19 @@ def json_values(text: str, path: str) -> list[Any]:
     return values
 
 
+@contextlib.contextmanager
+def answers_checked(name: str) -> Iterator[None]:
+    """Where an answer is not what it should be, that is a Stop."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise Stop(EXIT_MISSING, f"{name}: an answer of gh api is not what was expected "
+                                 f"({type(error).__name__}: {error}); try again later") from None
+
+
 def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
     """The open issues of a forge's repository, and those that they are blocked by."""
-    try:
+    with answers_checked(forge.ref):
         entries = forge.pages(f"issues?state=open&{PAGE}")
         pulls = forge.pages(f"pulls?state=open&{PAGE}")
         proposed, runs = proposals_open(repo), runs_known(repo)
@@ -7120,9 +7130,6 @@ def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
         answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
         return tasks + [Task(number, f"{forge.ref}#{number}", done=answer["state"] == "closed")
                         for number, answer in answers.items() if answer]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Stop(EXIT_MISSING, f"{forge.ref}: an answer of gh api is not what was expected "
-                                 f"({type(error).__name__}: {error}); try again later") from None
 
 
 def forge_task(repo: Repo, forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
@@ -7162,17 +7169,15 @@ def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
 def forge_distrust(forge: Forge, number: int) -> str:
     """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
     try:
-        events = forge.pages(f"issues/{number}/timeline?{PAGE}")
-        event = label_event(events)
-        login = login_of(event)
-        edits = [event["created_at"] for event in events if event["event"] == "renamed"]
-        edited = forge.edited(number)
-        return distrust(event, forge.level(login) if login else "",
-                        edits + ([] if edited is None else [edited]))
+        with answers_checked(f"{forge.ref}#{number}"):
+            events = forge.pages(f"issues/{number}/timeline?{PAGE}")
+            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
+            edited, event = forge.edited(number), label_event(events)
+            login = login_of(event)
+            return distrust(event, forge.level(login) if login else "",
+                            edits + ([] if edited is None else [edited]))
     except Stop as stop:
         return f"it cannot be proved: {stop}"
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        return f"it cannot be proved: an answer of gh api lacks something ({error})"
 
 
 def distrust(event: dict[str, Any], level: str, edits: list[Any]) -> str:
@@ -7228,30 +7233,24 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
 
 def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
     """The issue of a forge that "github:OWNER/REPO#12" or "#12" names; raises Stop."""
-    base, _, number = name.partition("#")
-    forge = forge_of(base or forge_here(repo_open(Path.cwd())))
-    entry = forge.get(f"issues/{number}") if forge and number else None
-    if not forge or not entry or "pull_request" in entry:
-        raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
-                               "check the number, and who gh is signed in as")
-    # Read first and proved afterwards: an edit in between is seen, and one after that changes
-    # nothing.
-    why = trust_missing(forge, entry) if args.trusted else ""
-    if why:
-        raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
-    (title, in_title), (body, in_body) = map(hidden_removed, (entry["title"], entry["body"] or ""))
-    issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
-    comments = comments_read(forge, int(number)) if args.with_comments else ""
-    text, in_comments = hidden_removed(comments)
-    return issue._replace(text=issue.text + MASK.text(text), allow=[],
-                          removed=[*in_title, *in_body, *in_comments])
-
-
-def trust_missing(forge: Forge, entry: dict[str, Any]) -> str:
-    """Why an issue that was just read may not run unattended, or ""."""
-    if entry.get("state") != "open" or READY not in labels_of(entry):
-        return f"it is not open with the label {READY}"
-    return forge_distrust(forge, int(entry["number"]))
+    base, _, digits = name.partition("#")
+    forge, number = forge_of(base or forge_here(repo_open(Path.cwd()))), int(digits)
+    with answers_checked(name):
+        entry = forge.get(f"issues/{number}") if forge else None
+        if not forge or not entry or "pull_request" in entry:
+            raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
+                                   "check the number, and who gh is signed in as")
+        # Read first, proved afterwards: an edit in between is seen, a later one changes nothing.
+        labelled = entry["state"] == "open" and READY in labels_of(entry)
+        why = f"it is not open with the label {READY}"
+        if args.trusted and (why := forge_distrust(forge, number) if labelled else why):
+            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
+        title, in_title = hidden_removed(entry["title"])
+        body, in_body = hidden_removed(entry["body"] or "")
+        text, in_text = hidden_removed(comments_read(forge, number) if args.with_comments else "")
+        issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
+        return issue._replace(text=issue.text + MASK.text(text), allow=[],
+                              removed=[*in_title, *in_body, *in_text])
 
 
 def comments_read(forge: Forge, number: int) -> str:
@@ -7461,7 +7460,7 @@ def options_words(args: argparse.Namespace) -> list[str]:
 
 # --- Claims: a file that its queue keeps locked; on a forge also a label and a comment.
 
-CLAIM = "An agent works on this (claim {token}). This comment goes when the run has ended."
+CLAIM = "An agent of a queue works on this. This comment goes when the run has ended."
 CLAIM_WINDOW = timedelta(minutes=15)  # within which two queues may not have seen each other
 
 
@@ -7487,15 +7486,14 @@ def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
     """Claim an issue where others see it; False where another queue was first."""
     facts = {"forge": forge.name, "number": number, "comment": 0}
     claim.write_text(json.dumps(facts))  # first: whatever happens now can be released
-    token = os.urandom(6).hex()
     forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
-    mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM.format(token=token)})
-    claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
-    # The forge numbers comments: of those who came at the same time the first one has it.
-    pattern = re.escape(CLAIM).replace(r"\{token\}", "[0-9a-f]{12}")
-    rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
-              if comment["id"] < mine["id"] and re.fullmatch(pattern, comment["body"] or "")
-              and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
+    with answers_checked(f"{forge.ref}#{number}"):
+        mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
+        claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
+        # The forge numbers comments: of those who came at the same time the first one has it.
+        rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+                  if comment["id"] < mine["id"] and comment["body"] == CLAIM
+                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
     if rivals:
         claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
     return not rivals
