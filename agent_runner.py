@@ -7172,6 +7172,9 @@ def forge_distrust(forge: Forge, number: int) -> str:
         with answers_checked(f"{forge.ref}#{number}"):
             events = forge.pages(f"issues/{number}/timeline?{PAGE}")
             edits = [event["created_at"] for event in events if event["event"] == "renamed"]
+            kinds = [event["event"] for event in events]
+            if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
+                return "a pull request was linked to it by hand; unlink that if it is closed"
             edited, event = forge.edited(number), label_event(events)
             login = login_of(event)
             return distrust(event, forge.level(login) if login else "",
@@ -7477,9 +7480,11 @@ def claim_take(claim: Path) -> Iterator[bool]:
     """Whether an issue is ours until the end of the block: no other queue here may have it."""
     claim.touch()
     with lock_take(claim) as free:
-        yield free
-        if free and not claim.stat().st_size:  # else the forge still shows it
-            claim.unlink()
+        try:
+            yield free
+        finally:
+            if free and not claim.stat().st_size:  # else the forge still shows it
+                claim.unlink()
 
 
 def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
@@ -7532,19 +7537,21 @@ def outcome_publish(forge: Forge, number: int, result: Result) -> None:
 
 def outcome_comment(facts: Mapping[str, Any]) -> str:
     """The essentials of a record, as a comment on its issue."""
-    attempts = facts.get("attempts") or []
-    changed = attempts[-1]["changed"] if attempts else []
-    counted = words_counted(len(attempts), "attempt")
+    attempts = facts["attempts"]
+    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
+    changed = [f"`{one_line(path).replace('`', '')}`" for path in attempts[-1]["changed"]
+               ] if attempts else []
     lines = [f"**{facts['outcome']}**: {OUTCOMES[facts['outcome']][1]}", "",
-             f"- run {facts['run_id']}, exit {facts['exit_code']}, {counted}, {facts['seconds']} s",
+             f"- exit {facts['exit_code']}, {words_counted(len(attempts), 'attempt')}, "
+             + f"{facts['seconds']} s; the record is `.agent-runs/{facts['run_id']}`",
              f"- base {facts['base'][:12]}; changed: {words_first(changed, 20) or 'nothing'}"]
-    if facts.get("branch"):
-        lines.append(f"- branch {facts['branch']} ({facts['commit'][:12]}), where the queue runs")
-    findings = words_clip("\n".join(facts.get("findings") or []), 3000)
-    if findings and facts["outcome"] != "proposed":
-        fence = "`" * (max(map(len, re.findall("`+", findings)), default=2) + 1)
-        lines += ["", fence.rjust(3, "`"), findings, fence.rjust(3, "`")]
-    return MASK.text("\n".join([*lines, "", NOT_PUSHED]))
+    if facts["branch"]:
+        lines += [f"- branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}"]
+    findings = words_clip("\n".join(facts["findings"]), 3000)
+    if findings and not facts["branch"]:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", findings)), default=0))
+        lines += ["", fence, findings, fence]
+    return MASK.text("\n".join(lines))
 
 
 # === Chapter 22. The command line ===========================================

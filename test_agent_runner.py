@@ -5242,10 +5242,13 @@ def test_the_issues_of_a_forge(scratch: Scratch, gh: str) -> None:
         forge.pulls.append({"number": 307, "title": "Do it", "body": "Fixes #306"})
         forge.issue(308)
         forge.events[308] = []
+        forge.issue(309)
+        forge.events[309] += [{"event": "connected"}, {"event": "disconnected"}, {"event": "connected"}]
         ended = scratch.run("queue", REPO, "--json", env=forge.env)
         items = {item["number"]: item for item in json.loads(ended.out)}
         expected = {2: "ready", 3: "untrusted", 4: "untrusted", 5: "untrusted", 6: "untrusted", 7: "untrusted", 8: "invalid", 9: "ready",
-                    10: "invalid", 302: "invalid", 303: "invalid", 304: "claimed", 305: "proposed", 306: "proposed", 308: "untrusted"}
+                    10: "invalid", 302: "invalid", 303: "invalid", 304: "claimed", 305: "proposed", 306: "proposed", 308: "untrusted",
+                    309: "untrusted"}
         assert {number: item["state"] for number, item in items.items()} == expected, ended
         assert [*items][:2] == [9, 2] and items[9]["ref"] == "github:ada/app#9" and items[9]["priority"] == 1
         assert "eve, whose permission is read" in items[3]["reason"] and "#999" in items[10]["reason"]
