@@ -7118,9 +7118,19 @@ def json_values(text: str, path: str) -> list[Any]:
     return values
 
 
+@contextlib.contextmanager
+def answers_checked(name: str) -> Iterator[None]:
+    """Where an answer is not what it should be, that is a Stop."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise Stop(EXIT_MISSING, f"{name}: an answer of gh api is not what was expected "
+                                 f"({type(error).__name__}: {error}); try again later") from None
+
+
 def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
     """The open issues of a forge's repository, and those that they are blocked by."""
-    try:
+    with answers_checked(forge.ref):
         entries = forge.pages(f"issues?state=open&{PAGE}")
         pulls = forge.pages(f"pulls?state=open&{PAGE}")
         proposed, runs = proposals_open(repo), runs_known(repo)
@@ -7131,9 +7141,6 @@ def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
         answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
         return tasks + [Task(number, f"{forge.ref}#{number}", done=answer["state"] == "closed")
                         for number, answer in answers.items() if answer]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Stop(EXIT_MISSING, f"{forge.ref}: an answer of gh api is not what was expected "
-                                 f"({type(error).__name__}: {error}); try again later") from None
 
 
 def forge_task(repo: Repo, forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
@@ -7173,17 +7180,18 @@ def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
 def forge_distrust(forge: Forge, number: int) -> str:
     """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
     try:
-        events = forge.pages(f"issues/{number}/timeline?{PAGE}")
-        event = label_event(events)
-        login = login_of(event)
-        edits = [event["created_at"] for event in events if event["event"] == "renamed"]
-        edited = forge.edited(number)
-        return distrust(event, forge.level(login) if login else "",
-                        edits + ([] if edited is None else [edited]))
+        with answers_checked(f"{forge.ref}#{number}"):
+            events = forge.pages(f"issues/{number}/timeline?{PAGE}")
+            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
+            kinds = [event["event"] for event in events]
+            if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
+                return "a pull request was linked to it by hand; unlink that if it is closed"
+            edited, event = forge.edited(number), label_event(events)
+            login = login_of(event)
+            return distrust(event, forge.level(login) if login else "",
+                            edits + ([] if edited is None else [edited]))
     except Stop as stop:
         return f"it cannot be proved: {stop}"
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        return f"it cannot be proved: an answer of gh api lacks something ({error})"
 
 
 def distrust(event: dict[str, Any], level: str, edits: list[Any]) -> str:
@@ -7239,30 +7247,24 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
 
 def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
     """The issue of a forge that "github:OWNER/REPO#12" or "#12" names; raises Stop."""
-    base, _, number = name.partition("#")
-    forge = forge_of(base or forge_here(repo_open(Path.cwd())))
-    entry = forge.get(f"issues/{number}") if forge and number else None
-    if not forge or not entry or "pull_request" in entry:
-        raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
-                               "check the number, and who gh is signed in as")
-    # Read first and proved afterwards: an edit in between is seen, and one after that changes
-    # nothing.
-    why = trust_missing(forge, entry) if args.trusted else ""
-    if why:
-        raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
-    (title, in_title), (body, in_body) = map(hidden_removed, (entry["title"], entry["body"] or ""))
-    issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
-    comments = comments_read(forge, int(number)) if args.with_comments else ""
-    text, in_comments = hidden_removed(comments)
-    return issue._replace(text=issue.text + MASK.text(text), allow=[],
-                          removed=[*in_title, *in_body, *in_comments])
-
-
-def trust_missing(forge: Forge, entry: dict[str, Any]) -> str:
-    """Why an issue that was just read may not run unattended, or ""."""
-    if entry.get("state") != "open" or READY not in labels_of(entry):
-        return f"it is not open with the label {READY}"
-    return forge_distrust(forge, int(entry["number"]))
+    base, _, digits = name.partition("#")
+    forge, number = forge_of(base or forge_here(repo_open(Path.cwd()))), int(digits)
+    with answers_checked(name):
+        entry = forge.get(f"issues/{number}") if forge else None
+        if not forge or not entry or "pull_request" in entry:
+            raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
+                                   "check the number, and who gh is signed in as")
+        # Read first, proved afterwards: an edit in between is seen, a later one changes nothing.
+        labelled = entry["state"] == "open" and READY in labels_of(entry)
+        why = f"it is not open with the label {READY}"
+        if args.trusted and (why := forge_distrust(forge, number) if labelled else why):
+            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
+        title, in_title = hidden_removed(entry["title"])
+        body, in_body = hidden_removed(entry["body"] or "")
+        text, in_text = hidden_removed(comments_read(forge, number) if args.with_comments else "")
+        issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
+        return issue._replace(text=issue.text + MASK.text(text), allow=[],
+                              removed=[*in_title, *in_body, *in_text])
 
 
 def comments_read(forge: Forge, number: int) -> str:
@@ -7472,7 +7474,7 @@ def options_words(args: argparse.Namespace) -> list[str]:
 
 # --- Claims: a file that its queue keeps locked; on a forge also a label and a comment.
 
-CLAIM = "An agent works on this (claim {token}). This comment goes when the run has ended."
+CLAIM = "An agent of a queue works on this. This comment goes when the run has ended."
 CLAIM_WINDOW = timedelta(minutes=15)  # within which two queues may not have seen each other
 
 
@@ -7489,24 +7491,25 @@ def claim_take(claim: Path) -> Iterator[bool]:
     """Whether an issue is ours until the end of the block: no other queue here may have it."""
     claim.touch()
     with lock_take(claim) as free:
-        yield free
-        if free and not claim.stat().st_size:  # else the forge still shows it
-            claim.unlink()
+        try:
+            yield free
+        finally:
+            if free and not claim.stat().st_size:  # else the forge still shows it
+                claim.unlink()
 
 
 def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
     """Claim an issue where others see it; False where another queue was first."""
     facts = {"forge": forge.name, "number": number, "comment": 0}
     claim.write_text(json.dumps(facts))  # first: whatever happens now can be released
-    token = os.urandom(6).hex()
     forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
-    mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM.format(token=token)})
-    claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
-    # The forge numbers comments: of those who came at the same time the first one has it.
-    pattern = re.escape(CLAIM).replace(r"\{token\}", "[0-9a-f]{12}")
-    rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
-              if comment["id"] < mine["id"] and re.fullmatch(pattern, comment["body"] or "")
-              and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
+    with answers_checked(f"{forge.ref}#{number}"):
+        mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
+        claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
+        # The forge numbers comments: of those who came at the same time the first one has it.
+        rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+                  if comment["id"] < mine["id"] and comment["body"] == CLAIM
+                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
     if rivals:
         claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
     return not rivals
@@ -7545,19 +7548,21 @@ def outcome_publish(forge: Forge, number: int, result: Result) -> None:
 
 def outcome_comment(facts: Mapping[str, Any]) -> str:
     """The essentials of a record, as a comment on its issue."""
-    attempts = facts.get("attempts") or []
-    changed = attempts[-1]["changed"] if attempts else []
-    counted = words_counted(len(attempts), "attempt")
+    attempts = facts["attempts"]
+    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
+    changed = [f"`{one_line(path).replace('`', '')}`" for path in attempts[-1]["changed"]
+               ] if attempts else []
     lines = [f"**{facts['outcome']}**: {OUTCOMES[facts['outcome']][1]}", "",
-             f"- run {facts['run_id']}, exit {facts['exit_code']}, {counted}, {facts['seconds']} s",
+             f"- exit {facts['exit_code']}, {words_counted(len(attempts), 'attempt')}, "
+             + f"{facts['seconds']} s; the record is `.agent-runs/{facts['run_id']}`",
              f"- base {facts['base'][:12]}; changed: {words_first(changed, 20) or 'nothing'}"]
-    if facts.get("branch"):
-        lines.append(f"- branch {facts['branch']} ({facts['commit'][:12]}), where the queue runs")
-    findings = words_clip("\n".join(facts.get("findings") or []), 3000)
-    if findings and facts["outcome"] != "proposed":
-        fence = "`" * (max(map(len, re.findall("`+", findings)), default=2) + 1)
-        lines += ["", fence.rjust(3, "`"), findings, fence.rjust(3, "`")]
-    return MASK.text("\n".join([*lines, "", NOT_PUSHED]))
+    if facts["branch"]:
+        lines += [f"- branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}"]
+    findings = words_clip("\n".join(facts["findings"]), 3000)
+    if findings and not facts["branch"]:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", findings)), default=0))
+        lines += ["", fence, findings, fence]
+    return MASK.text("\n".join(lines))
 
 
 # === Chapter 22. Pages and board ============================================
