@@ -7579,7 +7579,7 @@ def report_write(folder: Path) -> None:
     path = folder / "report.html"
     try:
         file_write(path, report_page(folder))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         CONSOLE.say(f"{path_shown(path)} cannot be written: {error}")
 
 
@@ -8081,7 +8081,20 @@ def board_records(repo: Repo) -> list[tuple[Path, dict[str, Any]]]:
     """The newest records, oldest first: folder and summary."""
     paths = sorted((repo.root / ".agent-runs").glob("*/run_summary.json"))[-BOARD_RUNS:]
     records = [(path.parent, summary_read(path.parent)) for path in paths]
-    return [(folder, facts) for folder, facts in records if facts]
+    return [(folder, facts) for folder, facts in records if is_record(facts)]
+
+
+def is_record(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what a board is made of: an agent may have written one, too."""
+    try:
+        datetime.fromisoformat(facts["started"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
+    return (all(word is None or isinstance(word, str) for word in words)
+            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
+            and "command" in facts)
 
 
 def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[Card]:

@@ -24,6 +24,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -5456,7 +5457,7 @@ def test_an_edit_after_the_look_is_seen(scratch: Scratch) -> None:
 HOSTILE = "</title></pre><script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>\"'&\x1b[31m\u202e"
 
 
-def record_made(root: Path, number: int, outcome: str | None = "gave_up", days: float = 0, **facts: Any) -> Path:
+def record_made(root: Path, number: int, outcome: Any = "gave_up", days: float = 0, **facts: Any) -> Path:
     """A record as a run leaves it, without the run; the folder."""
     began = time.time() - days * 86400
     folder = root / ".agent-runs" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(began))}-{number:06x}"
@@ -5506,9 +5507,8 @@ class Browser:
         hears, self.to = os.pipe()
         self.of, says = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (hears, says)]
-        options = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--hide-scrollbars",
+        options = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--hide-scrollbars", "--no-sandbox",
                    "--remote-debugging-pipe", f"--user-data-dir={place}", "--allow-file-access-from-files"]
-        options += ["--no-sandbox"] * (os.geteuid() == 0)
         self.child = subprocess.Popen([BROWSER, *options], preexec_fn=lambda: [os.dup2(end, n) for n, end in enumerate(ends, 3)],
                                       pass_fds=(3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for end in (hears, says, *ends):
@@ -5535,6 +5535,7 @@ class Browser:
         os.write(self.to, json.dumps({"id": self.number, "method": method, "params": params, **session}).encode() + b"\0")
         while True:
             while b"\0" not in self.rest:
+                assert select.select([self.of], [], [], 60)[0], "the browser does not answer"
                 assert (data := os.read(self.of, 1 << 20)), "the browser has ended"
                 self.rest += data
             line, _, self.rest = self.rest.partition(b"\0")
@@ -5745,9 +5746,12 @@ def test_a_board_of_hostile_records(scratch):
     going = hostile_record(scratch.root / "x", days=1)
     going = going.rename(scratch.root / ".agent-runs" / going.name.replace("000007", "000008"))
     shutil.rmtree(scratch.root / "x")
-    (scratch.root / ".agent-runs/20260101-000000-00000a").mkdir()
-    (scratch.root / ".agent-runs/20260101-000000-00000a/run_summary.json").write_text("{")
+    for number, wrong in enumerate(({"started": "x"}, {"seconds": "1"}, {"attempts": None}, {"attempts": [1]}, {"run_id": [1]}, {"issue": {}},
+                                    *[{"seconds": 1e999}] * 20, {"outcome": "x"}, {"outcome": 1}), 10):
+        record_made(scratch.root, number, **wrong)
+    (record_made(scratch.root, 30) / "run_summary.json").write_text("{")
     assert scratch.run("board").code == 0
+    assert not re.search(r">[^<]*\b(inf|nan)\b", (scratch.root / ".agent-runs/index.html").read_text())
     assert "<script>" in page_texts((scratch.root / ".agent-runs/index.html").read_text())
 
 
