@@ -8313,9 +8313,9 @@ PAGE_STYLE = Markup("""
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1b2230;--soft:#5a6475;--line:#dfe3ea;--code:#f1f3f6;
 --good:#17703a;--good-bg:#e3f4e8;--bad:#b4232c;--bad-bg:#fce9e9;--warn:#8a5300;--warn-bg:#fdf0d8;
 --calm:#556072;--calm-bg:#e9ecf1;--live:#1f5fbf;--live-bg:#e2ecfb;--agent:#7a4fc9;--gate:#2f6fd0}
-@media(prefers-color-scheme:dark){:root{--bg:#0f131a;--card:#181d26;--ink:#e4e8ef;--soft:#9aa5b5;
---line:#2b323e;--code:#10151d;--good:#5fcf86;--good-bg:#14301f;--bad:#ff8e8b;--bad-bg:#3a1a1d;
---warn:#f0b85a;--warn-bg:#37270c;--calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;
+@media screen and (prefers-color-scheme:dark){:root{--bg:#0f131a;--card:#181d26;--ink:#e4e8ef;
+--soft:#9aa5b5;--line:#2b323e;--code:#10151d;--good:#5fcf86;--good-bg:#14301f;
+--bad:#ff8e8b;--bad-bg:#3a1a1d;--warn:#f0b85a;--warn-bg:#37270c;--calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;
 --agent:#b794f6;--gate:#6ea4f5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
@@ -8397,7 +8397,8 @@ small .good{color:var(--good)} small .bad{color:var(--bad)} small .warn{color:va
 .story{grid-template-columns:repeat(2,minmax(0,1fr))}
 .commands div{display:block} .wordy{display:none} .timeline text{font-size:10.5px}
 .files{columns:1} main>section:not(.story){padding:14px}}
-@media print{body{background:#fff} pre{max-height:none} main>section,details{break-inside:avoid}}
+@media print{body{background:#fff;print-color-adjust:exact} pre{max-height:none}
+tr,svg,article,.verdict{break-inside:avoid}}
 """)
 
 

@@ -5799,6 +5799,34 @@ def test_a_browser_runs_nothing_and_asks_nobody(tmp_path):
             server.accept()[0].close()
 
 
+# The texts of a page whose colour is too near to that of what lies behind them (WCAG: 4.5 to 1).
+PALE = r"""(() => {
+    const rgb = text => text.match(/[\d.]+/g).map(Number)
+    const part = value => value / 255 <= 0.03928 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4
+    const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b) + 0.05
+    const behind = node => rgb(getComputedStyle(node).backgroundColor)[3] === 0 && node.parentElement ? behind(node.parentElement)
+        : rgb(getComputedStyle(node).backgroundColor)
+    return [...document.querySelectorAll('body :not(svg, svg *)')].filter(node => [...node.childNodes].some(
+        child => child.nodeType === 3 && child.data.trim())).filter(node => {
+        const [a, b] = [light(rgb(getComputedStyle(node).color)), light(behind(node))]
+        return Math.max(a, b) / Math.min(a, b) < 4.5}).map(node => `${node.tagName}.${node.className}`)})()"""
+
+
+@needs_browser
+def test_a_page_can_be_read_by_day_by_night_and_on_paper(tmp_path):
+    page = record_made(tmp_path, 1) / "report.html"
+    (page.parent / "diff.patch").write_text("diff --git a/x b/x\n@@ -1 +1 @@\n-a\n+b\n")
+    runner_module().report_write(page.parent)
+    with Browser(tmp_path / "profile", 400) as browser:
+        browser.open(page)
+        inks = []
+        for media, theme in (("screen", "light"), ("screen", "dark"), ("print", "dark")):
+            browser.ask("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": theme}])
+            inks.append(browser.value("getComputedStyle(document.body).color"))
+            assert browser.value(PALE) == [], (media, theme)
+        assert inks[0] == inks[2] != inks[1] and browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
 @needs_browser
 def test_a_browser_shows_how_a_run_goes_on(scratch):
     """The board that is open loads itself again: the agent's last lines, then what came of it."""
