@@ -8315,8 +8315,8 @@ PAGE_STYLE = Markup("""
 --calm:#556072;--calm-bg:#e9ecf1;--live:#1f5fbf;--live-bg:#e2ecfb;--agent:#7a4fc9;--gate:#2f6fd0}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#0f131a;--card:#181d26;--ink:#e4e8ef;
 --soft:#9aa5b5;--line:#2b323e;--code:#10151d;--good:#5fcf86;--good-bg:#14301f;
---bad:#ff8e8b;--bad-bg:#3a1a1d;--warn:#f0b85a;--warn-bg:#37270c;--calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;
---agent:#b794f6;--gate:#6ea4f5}}
+--bad:#ff8e8b;--bad-bg:#3a1a1d;--warn:#f0b85a;--warn-bg:#37270c;
+--calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;--agent:#b794f6;--gate:#6ea4f5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
