@@ -1301,9 +1301,10 @@ def agent_call(run: Run, label: str, checkout: Checkout, brief: str) -> Ran:
         visible.append(Path(__file__).resolve())  # this file is the agent
     reach = Reach(checkout.place, beside / "tmp", read=visible, names=agent_passed(os.environ),
                   network=True, home=True)
+    log = run.folder / f"agent-{label}.log"
+    CONSOLE.watch(job.agent_seconds, log)
     return job.sandbox.run(argv, reach, env=agent_environ(os.environ), seconds=job.agent_seconds,
-                           idle=job.idle_seconds, log=run.folder / f"agent-{label}.log",
-                           stdin=stdin)
+                           idle=job.idle_seconds, log=log, stdin=stdin)
 
 
 def call_outcome(ran: Ran) -> str:
@@ -2189,7 +2190,7 @@ class Gates:
 
     def failures_first(self, attempt: Attempt, names: list[str]) -> GateResult:
         """The result on a change of what failed last, alone, in some checks."""
-        return gate_step(f"gate, attempt {attempt.number}, failures first", self.change,
+        return gate_step(f"failures first, attempt {attempt.number}", self.change,
                          attempt.tree, f"{attempt.number}-first", names, FAILURES_FIRST)
 
     def whole(self, attempt: Attempt) -> GateResult:
@@ -2248,7 +2249,9 @@ def gate_step(name: str, gate: Gate, tree: str, label: str, only: Sequence[str] 
     """The result of the gate on a tree, shown as a step of the run."""
     with CONSOLE.step(name) as step:
         result = gate.run_checks(tree, label, only, further)
-        step["result"] = "; ".join(f"{check.name}: {check.reason}" for check in result.checks)
+        step["result"] = result.line()
+        # The tests of a blind twin are to fail.
+        step["ok"] = None if "twin" in name else all(check.ok for check in result.checks)
     return result
 
 
@@ -2307,6 +2310,7 @@ class Gate:
         from concurrent.futures import ThreadPoolExecutor
         prepared = self.checkout.git("ls-files", "--modified", "-z") if self.job.setup else ""
         checks = [check for check in self.job.checks if not only or check.name in only]
+        CONSOLE.watch(self.job.gate_seconds)
         with ThreadPoolExecutor(len(checks)) as pool:
             results = list(pool.map(lambda check: self._checked(check, further), checks))
         result = GateResult(tree, results, prepared={*prepared.split("\0")})
@@ -2505,9 +2509,10 @@ def import_roots(place: Path) -> list[str]:
 
 
 def log_read(log: Path) -> str:
-    """A program's output as text, whatever bytes it holds."""
+    """A program's output as a terminal would show it in the end, whatever bytes it holds."""
     try:
-        return file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+        output = file_read(log, LOG_HEAD + LOG_TAIL + 1000).decode("utf-8", "replace")
+        return screen_text(output)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -2656,6 +2661,10 @@ class GateResult:
     def green(self) -> bool:
         """Whether there were checks and all of them are green."""
         return bool(self.checks) and all(check.ok for check in self.checks)
+
+    def line(self) -> str:
+        """The result for the screen: "ruff no findings · pytest 12 passed"."""
+        return " · ".join(f"{check.name} {check.reason}" for check in self.checks)
 
     def findings(self) -> list[str]:
         """The findings of the red checks, a few lines each."""
@@ -4051,7 +4060,7 @@ def distill_tests(failures: list[Failure]) -> list[str]:
             # A missing module, say, that is imported at many places.
             key = alike.setdefault(failed.error, key)
         groups.setdefault(key, []).append(failed)
-        printed[key] = printed.get(key) or failure.printed
+        printed[key] = printed.get(key) or screen_text(failure.printed)
     return [distill_cause(group, printed[key]) for key, group in groups.items()]
 
 
@@ -4847,16 +4856,20 @@ def handoff_text(run: Run) -> str:
     if run.scope:
         scope = [f"## The scope\n{', '.join(run.scope['globs'])} (from {run.scope['source']}) "
                  + run.scope["why"]]
-    decision = DECISIONS["stalled" if is_without_progress(run) else run.outcome]
     commands = [f"    {command}  # {word}" for word, command in run.next]
     return "\n\n".join([
         f"# {run.outcome}: {outcome_words(run)}",
         f"Run {run.run_id}, {run.job.command}{issue}", *scope,
         "## What failed\n" + "\n".join(evidence_lines(run)) + f"\n\n~~~~\n{findings}\n~~~~",
         "## What was tried\n" + ("\n".join(tried) or "- no agent was called"),
-        f"## The decision needed\nDecide: {decision}",
+        f"## The decision needed\nDecide: {decision_text(run)}",
         "## Next\n" + ("\n".join(commands) or "    (nothing was changed)"),
     ]) + "\n"
+
+
+def decision_text(run: Run) -> str:
+    """The one decision that a human has to take now."""
+    return DECISIONS["stalled" if is_without_progress(run) else run.outcome]
 
 
 DECISIONS = {  # the one decision that a handoff asks for
@@ -4940,23 +4953,42 @@ def call_findings(run: Run, findings: list[str]) -> list[str]:
 
 
 def result_text(run: Run) -> str:
-    """The result for stdout: the outcome, and the commands for a human."""
+    """The result for stdout, in twelve lines at most: the outcome, and the commands for a human."""
     dry = "; dry run, so no branch was made" if run.job.dry_run else ""
     lines = [f"{run.outcome}: {outcome_words(run)}{dry}"]
     if run.outcome == "proposed":
         if run.branch:
             attempts = words_counted(len(run.attempts), "attempt")
             lines = [f"proposed: {run.branch} ({run.commit[:12]}), {attempts}"]
-        lines += [tree_stat(run.job.repo, run.base.tree, run.tree), *evidence_lines(run),
-                  *(f"! {line}" for line in run.judgement.look_first)]
+        lines += result_evidence(run)
+    elif run.outcome in DECISIONS:
+        lines.append(f"decide: {decision_text(run)}")
     lines += [f"  {word:<13} {command}" for word, command in run.next]
     pages = [run.folder / name for name in ("proposal.md", "handoff.md", "report.html")
              if (run.folder / name).exists()]
     lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
-    lines.append(f"  {'record':<13} {path_shown(run.folder)}")
+    if not pages:
+        lines.append(f"  {'record':<13} {path_shown(run.folder)}")
     if run.outcome == "proposed":
         lines.append(NOT_PUSHED)
     return "\n".join(lines)
+
+
+def result_evidence(run: Run) -> list[str]:
+    """What a proposal rests on: what changed, the gate before and after, what to see first."""
+    changed = one_line(words_first(run.attempts[-1].changed, 3))
+    stat = tree_stat(run.job.repo, run.base.tree, run.tree).rpartition("\n")[2].strip()
+    lines = [f"{stat}: {changed}"]
+    for when, *results in (("base", run.baseline),
+                           ("change", run.judgement.gate, run.judgement.recheck)):
+        parts = [result.line() for result in results if result]
+        if parts:
+            lines.append(f"{when:<7} " + ", with the base's gate files ".join(parts))
+    if run.judgement.twin:
+        lines.append(f"twin    {run.judgement.twin}")
+    looks = run.judgement.look_first
+    more = f" (and {len(looks) - 1} more: see the proposal)" if looks[1:] else ""
+    return [*lines, *(f"! {line}{more}" for line in looks[:1])]
 
 
 # ##############################################################################
@@ -6087,78 +6119,278 @@ UTC = timezone(timedelta())  # datetime.UTC is newer than Python 3.10
 LOG_HEAD, LOG_TAIL = 14_000_000, 6_000_000  # bytes kept of one program's output
 
 
+class Step:
+    """One line of the story: of what is running, and in the end how it ended."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.thread = name, threading.get_ident()
+        self.facts: dict[str, Any] = {"result": "done"}  # the caller's; `ok`: whether that is well
+        self.started, self.ended = time.monotonic(), 0.0
+        self.limit = 0.0  # when it will be stopped; 0: there is no limit
+        self.log: Path | None = None  # of the program whose output is shown
+        self.output = b""  # the newest of it
+        self.pending = b""  # with -v: the beginning of its next line
+
+    def lines(self, now: float) -> list[str]:
+        """The line, its result in a column, and while it runs the program's newest one."""
+        column = 25 if console_width(sys.stderr) >= 60 else 0
+        name, seconds = self.name.ljust(column), (self.ended or now) - self.started
+        if self.ended:
+            result = self.facts["result"]
+            ok = self.facts.get("ok", not re.match(STEP_FAILED, result))
+            mark = "•" if ok is None else "✓" if ok else "✗"
+            return [f"{mark} {name}  {result}  {seconds:.1f} s"]
+        left = f", {seconds_shown(self.limit - now)} left" if self.limit else ""
+        line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {seconds_shown(seconds)}{left}"
+        newest = screen_text(self.output.decode("utf-8", "replace")).strip().splitlines()[-1:]
+        return [line, *(f"  {one_line(words)}" for words in newest)]
+
+
+STEP_FAILED = r"exit [^0]|out of time|stopped|no answer"
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+ASCII = str.maketrans(f"✓✗•·{SPINNER}", "+x*|-\\|/-\\|/-\\")  # where an encoding has no more
+
+
 class Console:
-    """One line a step, safe from several threads; on a terminal also a live line below them."""
+    """The story on stderr, safe from several threads: a line a step, in the order of their starts.
+
+    A step's line is printed for good when it and all before it have ended. On a terminal the
+    others are drawn below what was printed, again and again.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.running: dict[str, float] = {}
-        self.live = sys.stderr is not None and sys.stderr.isatty()
+        self.lock = threading.RLock()
+        self.steps: list[Step] = []  # from the first one that still runs
+        self.drawn: list[str] = []  # the lines on the screen that are not for good
+        self.live = console_is_terminal(sys.stderr)
+        self.quiet, self.verbose, self.color = False, False, "auto"
         self.ticking = False
 
-    def say(self, text: str) -> None:
+    def choose(self, args: argparse.Namespace) -> None:
+        """Heed -q, -v and --color from now on."""
+        self.quiet, self.verbose, self.color = args.quiet, args.verbose, args.color
+        self.live = self.live and not self.quiet
+
+    def say(self, text: str, always: bool = False) -> None:
         """Print lines of the story; control characters are shown, not obeyed."""
         with self.lock:
-            self._clear()
-            console_print(console_safe(MASK.text(text)), sys.stderr)
-            self._draw()
+            self._show(text, always)
 
     def group(self, title: str, text: str) -> None:
         """Print longer text, foldable where GitHub Actions shows the log."""
-        if os.environ.get("GITHUB_ACTIONS") != "true":
+        if self.quiet or not is_in_actions():
             return self.say(f"{title}\n{text}")
-        # The text may come from an agent: no workflow command in it may be obeyed.
-        token = os.urandom(8).hex()
-        self.say(f"::group::{title}\n::stop-commands::{token}\n{text}\n::{token}::\n::endgroup::")
+        self.command("group", title)
+        self.say(text)
+        self.command("endgroup")
+
+    def command(self, name: str, text: str = "", **facts: str) -> None:
+        """Print a workflow command of GitHub Actions: nothing in its data can be another one."""
+        def escaped(value: str, more: str = "") -> str:
+            value = re.sub(f"[%\r\n{more}]", lambda hit: f"%{ord(hit[0]):02X}", MASK.text(value))
+            return console_safe(value)
+
+        shown = ",".join(f"{key}={escaped(value, ':,')}" for key, value in facts.items())
+        console_print(f"::{f'{name} {shown}'.strip()}::{escaped(text)}", sys.stderr)
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[dict[str, str]]:
-        """Name a step, then print its `result`, which the caller leaves in the yielded dict."""
-        started = time.monotonic()
-        facts = {"result": "done"}
-        step_report(name, 0, "started")
-        if not self.live:
-            self.say(f"{name} ...")
+    def step(self, name: str) -> Iterator[dict[str, Any]]:
+        """Name a step, then show its `result`, which the caller leaves in the yielded dict."""
+        step = Step(name)
         with self.lock:
-            self.running[name] = started
+            self.steps.append(step)
+            self._show("" if self.live else f"{name} ...")
         self._tick()
         try:
-            yield facts
+            step_report(name, 0, "started")
+            yield step.facts
         except BaseException:
-            facts["result"] = "stopped"
+            step.facts |= {"result": "stopped", "ok": False}
             raise
         finally:
+            if step.pending:
+                self.heard(step.log, b"\n")
+            step.ended = time.monotonic()
             with self.lock:
-                self.running.pop(name, None)
-            seconds = time.monotonic() - started
-            self.say(f"{name} {'.' * max(2, 28 - len(name))} {facts['result']}  {seconds:.1f} s")
-            step_report(name, seconds, facts["result"])
+                while self.steps and self.steps[0].ended:
+                    self._show(*self.steps.pop(0).lines(0))
+            step_report(name, step.ended - step.started, step.facts["result"])
 
-    def _clear(self) -> None:
-        """Take the live line off the screen."""
-        if self.live and self.ticking:
-            console_print("\r\x1b[K", sys.stderr, end="")
+    def watch(self, seconds: float, log: Path | None = None) -> None:
+        """Show when this thread's step will be stopped, and the newest output in its log."""
+        limit = time.monotonic() + seconds if seconds else 0
+        for step in [*self.steps]:  # another thread may take one out meanwhile
+            if step.thread == threading.get_ident() and not step.ended:
+                step.limit, step.log = limit, log
 
-    def _draw(self) -> None:
-        """Put the live line on the screen: what is running, and for how long."""
-        if self.live and self.running:
-            now = time.monotonic()
-            shown = ", ".join(f"{name} {now - start:.0f} s" for name, start in self.running.items())
-            width = max(20, shutil.get_terminal_size().columns - 1)
-            console_print(f"\r\x1b[K{console_safe(shown)[:width]}", sys.stderr, end="")
+    def heard(self, log: Path | None, data: bytes) -> None:
+        """Take what a program has printed now; with -v it is shown as soon as a line is whole."""
+        for step in [*self.steps]:
+            if not log or step.log != log:
+                continue
+            if not self.verbose:
+                step.output = (step.output + data[-4000:])[-4000:]
+                continue
+            lines, newline, step.pending = (step.pending[-100_000:] + data).rpartition(b"\n")
+            for line in lines.split(b"\n") if newline else []:
+                self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
+
+    def _show(self, text: str = "", always: bool = False) -> None:
+        """Print text for good, above the lines that are not; all of it in one write."""
+        before = ""
+        if self.drawn:
+            width = console_width(sys.stderr)  # it may have changed, and the lines with it
+            rows = sum(-(-text_cells(line) // width) or 1 for line in self.drawn)
+            before = f"\r\x1b[{rows - 1}A\x1b[J" if rows > 1 else "\r\x1b[J"
+        if text and (always or not self.quiet):
+            width = console_width(sys.stderr) if self.live else 0
+            text = console_wrap(console_safe(MASK.text(text)), width, "  ")
+            before += console_paint(console_inert(text), r"^(?:(✓)|(✗)) ", sys.stderr) + "\n"
+        if before or self.live:
+            self.drawn = self._lines() if self.live else []
+            below = console_paint("\n".join(self.drawn), r"^(?:(✓)|(✗)) ", sys.stderr)
+            console_print(before + below, sys.stderr, end="")
+
+    def _lines(self) -> list[str]:
+        """The lines of the steps that are not printed for good, each cut to a row."""
+        width, height = console_width(sys.stderr) - 1, console_width(sys.stderr, 1) - 1
+        lines = [line for step in self.steps for line in step.lines(time.monotonic())]
+        return [text_cut(console_safe(MASK.text(line)), width) for line in lines[-height:]]
 
     def _tick(self) -> None:
-        """Draw the live line every second from now on."""
+        """Draw what is running from now on, again and again."""
         if not self.live or self.ticking:
             return
         self.ticking = True
 
         def beat() -> None:
             while True:
-                time.sleep(1)
+                time.sleep(0.2)
                 with self.lock:
-                    self._draw()
+                    if self.steps:
+                        self._show()
         threading.Thread(target=beat, daemon=True).start()
+
+
+def is_in_actions() -> bool:
+    """Whether GitHub Actions reads what is printed."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
+def console_inert(text: str) -> str:
+    """The text with nothing in it that GitHub Actions would take for a workflow command."""
+    if not is_in_actions():
+        return text
+    return re.sub(r"(?m)^([^\S\n]*):(?=:)|#(?=#\[)",
+                  lambda hit: f"{hit[1] or ''}\\x{ord(hit[0][-1]):02x}", text)
+
+
+def console_is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that can do more than print lines."""
+    with contextlib.suppress(ValueError):  # it is closed
+        return bool(stream and stream.isatty()) and os.environ.get("TERM", "dumb") != "dumb"
+    return False
+
+
+def console_width(stream: TextIO | None, which: int = 0) -> int:
+    """The columns (or with 1 the rows) of a stream's terminal, now."""
+    size = 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no terminal
+        size = os.get_terminal_size(stream.fileno())[which]  # type: ignore[union-attr]
+    return size or (80, 24)[which]
+
+
+def console_wrap(text: str, width: int, indent: str = "") -> str:
+    """The text broken between words, if there is a width; code and commands (indented) are not."""
+    if not width:
+        return text
+    import textwrap
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False,
+                                   break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) if len(line) > width and line[:2] != "  " else line
+                     for line in text.split("\n"))
+
+
+def console_paint(text: str, pattern: str, stream: TextIO | None) -> str:
+    """The text with what a pattern's groups find in green and red, where colours are wanted."""
+    environ, wanted = os.environ, CONSOLE.color == "always"
+    if CONSOLE.color == "auto" and not environ.get("NO_COLOR"):
+        forced = environ.get("CLICOLOR_FORCE", "") not in ("", "0")
+        wanted = forced or console_is_terminal(stream)
+    if not wanted:
+        return text
+    return re.sub(pattern, lambda hit: f"\x1b[{32 if hit[1] else 31}m{hit[0]}\x1b[0m", text,
+                  flags=re.MULTILINE)
+
+
+def text_cells(text: str) -> int:
+    """How many cells of a terminal a text takes: some letters two, an accent none."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else
+               not unicodedata.combining(letter) for letter in text)
+
+
+def text_cut(text: str, cells: int) -> str:
+    """The beginning of a text that fits into some cells of a terminal."""
+    text = text[:2 * cells]
+    while text_cells(text) > cells:
+        text = text[:-1]
+    return text
+
+
+def seconds_shown(seconds: float) -> str:
+    """Seconds for people: "48 s", and from a minute on "29:48"."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+SCREEN_LIMIT = 200_000  # characters of a log's end whose every move is followed
+MOVE = (  # a number and a letter, a title (which is not shown), another escape, a control, words
+    r"\x1b\[([\d;?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)?"
+    r"|\x1b[ -/]?.?|([\r\b])|([^\x1b\r\b]+)")
+
+
+def screen_text(text: str) -> str:
+    """What a terminal would show of a program's output in the end: a progress bar is one line."""
+    text = re.sub(r"\x1b\[[\d;:]*m", "", text.replace("\r\n", "\n"))  # colours
+    if not re.search(r"[\r\b\x1b]", text):
+        return text
+    start = max(0, len(text) - SCREEN_LIMIT)
+    start = start and (text.find("\n", start) + 1 or start)  # a line may be all that there is
+    head = re.sub(r"(?m)^[^\n]*\r(?=[^\n])", "", text[:text.rfind("\n", 0, start) + 1])
+    rows: list[list[str]] = []
+    row = 0
+    for line in text[start:].split("\n"):
+        if row == len(rows):
+            rows.append([])
+        row = screen_line(rows, row, line) + 1
+    return head + "\n".join(map("".join, rows))
+
+
+def screen_line(rows: list[list[str]], row: int, line: str) -> int:
+    """Put one line of output on a screen, at the beginning of a row; the row of the cursor then."""
+    column = 0
+    for number, final, key, words in re.findall(MOVE, line):
+        many = int(number[:4]) if number.isdecimal() else 0
+        cells = rows[row]
+        if words:
+            cells += [" "] * (column - len(cells))
+            cells[column:column + len(words)] = words
+            column += len(words)
+        elif key == "\r" or final in ("E", "F", "G"):
+            column = 0
+        elif key == "\b" or final == "D":
+            column = max(0, column - (many or 1))
+        elif final == "K":
+            cells[:] = [] if many == 2 else cells[:column]
+        elif final == "J" and not many:
+            cells[column:], rows[row + 1:] = [], []
+        if final in ("A", "F"):
+            row = max(0, row - (many or 1))
+        elif final in ("B", "E"):
+            row = min(len(rows) - 1, row + (many or 1))
+    return row
 
 
 def console_safe(text: str) -> str:
@@ -6172,6 +6404,8 @@ def console_print(text: str, stream: TextIO | None, end: str = "\n") -> None:
     if stream is None:
         return
     try:
+        if text.encode(stream.encoding, "replace").decode(stream.encoding) != text:
+            text = text.translate(ASCII)
         text = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
@@ -6188,8 +6422,12 @@ SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
 
 
 def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without secret-looking variables."""
-    return {name: value for name, value in environ.items() if not is_secret(name, value)}
+    """The environment without secret-looking variables, and what steers a job of CI."""
+    return {name: value for name, value in environ.items()
+            if not is_secret(name, value) and not re.fullmatch(ACTIONS_FILE, name)}
+
+
+ACTIONS_FILE = r"GITHUB_(?:ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)"  # what is written there is obeyed
 
 
 @functools.cache
@@ -6238,7 +6476,7 @@ class Log:
     """A log file of bounded size, masked: the head as it comes, at the end the newest bytes."""
 
     def __init__(self, path: Path, room: int = LOG_HEAD) -> None:
-        self.file = file_new(path)
+        self.path, self.file = path, file_new(path)
         self.head_left, self.dropped, self.tail_size = room, 0, 0
         self.tail: deque[bytes] = deque()
         self.pending = b""  # the end of what came: a secret may be cut in two there
@@ -6255,6 +6493,7 @@ class Log:
 
     def _store(self, data: bytes) -> None:
         """Write masked bytes while there is room, then keep the newest."""
+        CONSOLE.heard(self.path, data)
         if self.head_left:
             self.file.write(data[: self.head_left])
             self.file.flush()
@@ -6587,31 +6826,104 @@ DEMO_FILES = {
 
 
 def cmd_runs(args: argparse.Namespace) -> int:
-    """List the records, or delete old ones: never that of a run that goes on, never a branch."""
+    """List the records, show one, or delete old ones: never that of a run that goes on."""
     repo = repo_open(Path.cwd())
     runs_recover(repo)
-    remaining = 0
-    for summary in sorted((repo.root / ".agent-runs").glob("*/run_summary.json")):
-        folder = summary.parent
-        days = (time.time() - summary.stat().st_mtime) / 86400
-        line = run_line(folder, days)
-        is_old = args.prune is not None and days > args.prune
-        if is_old and not (folder / "running").exists():
-            line = f"deleted {line}"
-            directory_remove(folder)
-        else:
-            remaining += 1
-        console_print(console_safe(line), sys.stdout)
-    CONSOLE.say(f"{words_counted(remaining, 'record')} in {path_shown(repo.root / '.agent-runs')}")
+    folders = sorted(path.parent for path in repo.root.glob(".agent-runs/*/run_summary.json"))
+    if args.run_id:
+        return run_show(run_named(repo, args.run_id), args.json)
+    if args.prune is not None:
+        return runs_prune(folders, args.prune)
+    if args.json:
+        runs = [{"run_id": folder.name} | {key: summary_read(folder).get(key) for key in RUN_KEYS}
+                for folder in folders]
+        console_print(json_text({"schema": 1, "runs": runs}), sys.stdout)
+        return 0
+    rows = [("RUN", "COMMAND", "OUTCOME", "AGE", "TITLE", "BRANCH"), *map(run_row, folders)]
+    sizes = [max(map(text_cells, column)) for column in zip(*rows)]
+    for row in rows if folders else []:
+        line = "  ".join(cell + " " * (size - text_cells(cell)) for cell, size in zip(row, sizes))
+        width = console_width(sys.stdout) if console_is_terminal(sys.stdout) else len(line)
+        console_print(text_cut(console_safe(MASK.text(line)), width).rstrip(), sys.stdout)
+    where = path_shown(repo.root / ".agent-runs")
+    CONSOLE.say(f"{words_counted(len(folders), 'record')} in {where}")
     return 0
 
 
-def run_line(folder: Path, days: float) -> str:
-    """A record in one line: its name, command, outcome, age, size and branch."""
-    facts, size = summary_read(folder), sum(path.lstat().st_size for path in folder.iterdir())
-    outcome = facts.get("outcome") or "unfinished"
-    return (f"{folder.name}  {facts.get('command')!s:<11}  {outcome!s:<18}  {days:6.1f} days  "
-            f"{size / 1e6:6.1f} MB  {facts.get('branch') or '-'}")
+RUN_KEYS = ("command", "title", "outcome", "exit_code", "branch", "started", "seconds")
+
+
+def run_row(folder: Path) -> tuple[str, ...]:
+    """A record as a row of the table."""
+    facts = summary_read(folder)
+    title = one_line(str(facts.get("title") or "-"))
+    return (folder.name, str(facts.get("command")), str(facts.get("outcome") or "unfinished"),
+            age_shown(folder), text_cut(title, 40), str(facts.get("branch") or "-"))
+
+
+def age_shown(folder: Path) -> str:
+    """How long ago a record was written to: "5 min", "3 h", "12 days"."""
+    minutes = int((time.time() - (folder / "run_summary.json").stat().st_mtime) / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 2880 else f"{minutes // 1440} days"
+
+
+def runs_prune(folders: list[Path], days: float) -> int:
+    """Delete the records that are older, never that of a run that goes on."""
+    for folder in folders:
+        age = time.time() - (folder / "run_summary.json").stat().st_mtime
+        if age > days * 86400 and not (folder / "running").exists():
+            line = f"deleted {'  '.join(run_row(folder))}"
+            directory_remove(folder)
+            console_print(console_safe(MASK.text(line)), sys.stdout)
+    left = sum(folder.is_dir() for folder in folders)
+    CONSOLE.say(f"{words_counted(left, 'record')} left")
+    return 0
+
+
+def run_named(repo: Repo, run_id: str) -> Path:
+    """The folder of a run; raises Stop where there is none, with the nearest."""
+    runs = repo.root / ".agent-runs"
+    if re.fullmatch(r"[\w-]+", run_id) and summary_read(runs / run_id):
+        return runs / run_id
+    known = [path.parent.name for path in runs.glob("*/run_summary.json")]
+    raise Stop(EXIT_USAGE, f"there is no run {run_id!r} in {repo.root}{nearest(run_id, known)}; "
+                           "`runs` lists those that there are")
+
+
+def run_show(folder: Path, as_json: bool) -> int:
+    """Print one run: how it ended, on what, the findings, and where to look; the exit code 0."""
+    facts = summary_read(folder)
+    try:
+        text = json_text(facts) if as_json else console_safe(MASK.text(run_text(folder, facts)))
+    except (KeyError, TypeError, AttributeError):
+        raise Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
+                               f"look into {path_shown(folder)}") from None
+    console_print(console_inert(text), sys.stdout)
+    return 0
+
+
+def run_text(folder: Path, facts: dict[str, Any]) -> str:
+    """What a record comes to, for people."""
+    attempts = [f"{attempt['number']} {attempt['result'] or 'unfinished'} "
+                f"({words_first(attempt['changed']) or 'no change'})"
+                for attempt in facts["attempts"]]
+    lines = [f"{facts['outcome'] or 'unfinished'}: {facts['command']}, {facts['title'] or '-'}",
+             f"run       {folder.name}, {age_shown(folder)} ago, {facts['seconds']} s",
+             f"issue     {facts['issue'] or '-'}",
+             f"base      {facts['base'][:12]}",
+             f"branch    {facts['branch'] or '-'}",
+             f"attempts  {'; '.join(attempts) or 'none'}"]
+    parts = {"error": [facts["error"] or ""], "findings": facts["findings"], "next": facts["next"],
+             "pages": [path_shown(folder / name) for name in RUN_PAGES if (folder / name).exists()]}
+    for name, texts in parts.items():
+        rows = [f"  {row}" for text in texts for row in text.splitlines()]
+        lines += [name, *rows] if rows else []
+    return "\n".join(lines)
+
+
+RUN_PAGES = ("proposal.md", "handoff.md", "report.html", "diff.patch")
 
 
 def summary_read(folder: Path) -> dict[str, Any]:
@@ -6629,11 +6941,8 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     """Judge the recorded change of an earlier run again; the exit code of the new run."""
     repo = repo_open(Path.cwd())
     runs_recover(repo)
-    folder = repo.root / ".agent-runs" / args.run_id
-    facts = summary_read(folder) if re.fullmatch(r"[\w-]+", args.run_id) else {}
-    if not facts:
-        raise Stop(EXIT_USAGE, f"there is no run {args.run_id!r} in {repo.root}; "
-                               "`runs` lists those that there are")
+    folder = run_named(repo, args.run_id)
+    facts = summary_read(folder)
     if not (folder / "diff.patch").is_file():
         raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); "
                                "there is nothing to judge")
@@ -7979,7 +8288,7 @@ def report_files(folder: Path) -> Markup:
     for path in shown:
         text, more = text_part(path, TEXT_SHOWN, end=path.suffix == ".log")
         note = f"its last {TEXT_SHOWN:,} bytes; {more:,} more come before" if more else ""
-        lines = [distill_cut(line, 400) for line in text.split("\n")]
+        lines = [distill_cut(line, 400) for line in screen_text(text).split("\n")]
         parts.append(tag("details", tag("summary", tag("code", path.name), " ", tag("small", note)),
                          tag("p", link("the whole file", path.name)),
                          text_block("\n".join(lines))))
@@ -8195,7 +8504,7 @@ def board_lines(folder: Path) -> list[str]:
     """The last lines of the newest agent's log."""
     logs = sorted(folder.glob("agent-*.log"), key=lambda path: path.lstat().st_mtime_ns)
     text = text_part(logs[-1], TEXT_SHOWN, end=True)[0] if logs else ""
-    lines = [distill_cut(line, 160) for line in re.split(r"[\r\n]", text) if line.strip()]
+    lines = [distill_cut(line, 160) for line in screen_text(text).split("\n") if line.strip()]
     return lines[-6:]
 
 
@@ -8419,18 +8728,48 @@ def main(argv: list[str] | None = None) -> int:
         if os.name != "posix" or fcntl is None:
             raise Stop(EXIT_MISSING, "agent_runner needs Linux or macOS; on Windows it runs in WSL")
         program_open()
-        args = parser_build().parse_args(argv)
+        args = arguments_read(parser_build(), argv)
+        CONSOLE.choose(args)
         return args.handler(args)
     except Stop as stop:
-        CONSOLE.say(f"agent_runner: {stop}")
-        return stop.exit_code
+        return failure_show(stop.exit_code, str(stop), argv)
     except OSError as error:  # no temporary directory, a full disk: not the program's fault
-        CONSOLE.say(f"agent_runner: {error.strerror or error}: {error.filename or 'this system'}; "
-                    "fix that, then run this again")
-        return EXIT_MISSING
+        reason = f"{error.strerror or error}: {error.filename or 'this system'}"
+        return failure_show(EXIT_MISSING, f"{reason}; fix that, then run this again", argv)
     except Interrupted:
-        CONSOLE.say("agent_runner: interrupted before the run began; nothing was changed")
-        return OUTCOMES["interrupted"][0]
+        return failure_show(OUTCOMES["interrupted"][0],
+                            "interrupted before the run began; nothing was changed", argv)
+
+
+def arguments_read(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """The arguments as values; raises Stop, and SystemExit where all that is wanted is a text."""
+    if not argv:  # exit 0 would be a proposal, or a green gate, for a script that forgot them
+        parser.print_help()
+        parser.exit(EXIT_USAGE)
+    first = argv[0].partition("=")[0]
+    if first[:2] == "--" and first not in parser.options():  # argparse would miss a command first
+        owners = [name for name, command in parser.commands().items() if first in command.options()]
+        if owners:
+            parser.error(f"{first} stands after a command: {' or '.join(owners)}")
+        parser.unknown(first)
+    return parser.parse_args(argv)
+
+
+def failure_show(exit_code: int, reason: str, argv: list[str]) -> int:
+    """Print why nothing was run: for people, and where it is asked for as JSON; the exit code."""
+    CONSOLE.say(f"agent_runner: {reason}", always=True)
+    if is_in_actions():
+        CONSOLE.command("error", reason, title="agent_runner")
+    if "--json" in argv:
+        facts = {"schema": 1, "outcome": None, "exit_code": exit_code, "error": reason}
+        console_print(json_text(facts), sys.stdout)
+    return exit_code
+
+
+def json_text(facts: dict[str, Any]) -> str:
+    """Facts as JSON for stdout, masked; GitHub Actions finds no command in it."""
+    text = MASK.text(json.dumps(facts, indent=2))
+    return text.replace("##[", "#\\u0023[") if is_in_actions() else text
 
 
 def cmd_run(args: argparse.Namespace) -> int:
@@ -8500,38 +8839,210 @@ def result_show(run: Run, as_json: bool) -> int:
     if run.outcome == "nothing_to_heal" and run.base.left_out:
         CONSOLE.say("untracked files were not part of it: where the build is red for you, "
                     "`git add` what is missing")
-    text = result_text(run)
+    actions_report(run)
+    text, patch = result_text(run), ""
     if run.job.dry_run and run.tree:
-        text = f"{tree_patch(run.job.repo, run.base.tree, run.tree)}\n{text}"
-    text = console_safe(MASK.text(text))
+        patch = tree_patch(run.job.repo, run.base.tree, run.tree) + "\n"
     if as_json:
-        CONSOLE.say(text)
-        text = MASK.text(json.dumps(record_facts(run), indent=2))
-    elif sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        colour = 31 if OUTCOMES[run.outcome][0] else 32  # red, or green
-        text = re.sub(rf"^({run.outcome})", f"\x1b[{colour}m\\1\x1b[0m", text, count=1,
-                      flags=re.MULTILINE)
-    console_print(text, sys.stdout)
+        CONSOLE.say(patch + text)
+        console_print(json_text(record_facts(run)), sys.stdout)
+        return OUTCOMES[run.outcome][0]
+    width = console_width(sys.stdout) if console_is_terminal(sys.stdout) else 0
+    text = commands_wrap(console_wrap(console_safe(MASK.text(text)), width, "  "), width)
+    good = "|".join(word for word, (code, _) in OUTCOMES.items() if not code)
+    text = console_paint(text, rf"\A(?:({good})|(\w+))(?=:)", sys.stdout)
+    console_print(console_inert(console_safe(MASK.text(patch)) + text), sys.stdout)
     return OUTCOMES[run.outcome][0]
 
 
+def commands_wrap(text: str, width: int) -> str:
+    """The text with its long commands broken as a shell continues them, so they can be copied."""
+    lines = []
+    for line in text.split("\n"):
+        if line[:2] == "  " and len(line) > width > 0:
+            head, *rest = re.findall(r"(?:'[^']*'|\S)+", line[16:])
+            lines.append(line[:16] + head)
+            for word in rest:
+                if len(f"{lines[-1]} {word}") > width - 2 and len(word) < width - 8:
+                    lines[-1] += " \\"
+                    lines.append(f"      {word}")
+                else:
+                    lines[-1] += f" {word}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+# --- GitHub Actions: an annotation for each finding, a summary of the job, outputs of the step.
+
+
+def actions_report(run: Run) -> None:
+    """Leave the result where GitHub Actions shows it, or another step reads it."""
+    if not is_in_actions():
+        return
+    way, findings = "error", findings_shown(run)
+    if run.outcome == "proposed":
+        way, findings = "warning", list(run.judgement.look_first)
+    for finding in findings if run.outcome != "nothing_to_heal" else []:
+        CONSOLE.command(way, finding, **actions_place(run, finding), title=run.outcome)
+    end = f"END-{os.urandom(8).hex()}"  # a value can hold any line but this one
+    facts = {"outcome": run.outcome, "branch": run.branch, "record": str(run.folder)}
+    outputs = "".join(f"{name}<<{end}\n{value}\n{end}\n" for name, value in facts.items())
+    for name, text in (("GITHUB_STEP_SUMMARY", actions_summary(run)), ("GITHUB_OUTPUT", outputs)):
+        try:
+            with open(os.environ[name], "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(MASK.text(text))
+        except (KeyError, OSError) as error:
+            CONSOLE.say(f"{name} cannot be written: {error}")
+
+
+def actions_place(run: Run, finding: str) -> dict[str, str]:
+    """The file and the line that a finding is about, as far as it names some that are there."""
+    frames = re.findall(r"(?m)^(\S[^:\n]*):(\d+): in ", finding)[-1:]
+    first = finding.partition("\n")[0][:1000]
+    places = [*frames, *re.findall(r"(?:^|: )([^\s:]+):(\d+)(?::\d+)?: ", first),
+              *((path, "") for path in re.findall(r"(?:^|: )([^\s:]+?)(?:::|: )", first))]
+    changed = {path for attempt in run.attempts for path in attempt.changed}
+    for path, line in places:
+        inside = not os.path.isabs(path) and ".." not in path.split("/")
+        if path in changed or (inside and os.path.isfile(run.job.repo.root / path)):
+            return {"file": path, "line": line} if line else {"file": path}
+    return {}
+
+
+def actions_summary(run: Run) -> str:
+    """The summary of a job, in Markdown: the outcome, a table of the checks, what to do next."""
+    judgement = run.judgement
+    results = {"base": run.baseline, "change": judgement.gate,
+               "with the base's gate files": judgement.recheck}
+    results = {when: result for when, result in results.items() if result}
+    names = dict.fromkeys(check.name for result in results.values() for check in result.checks)
+    rows = [["check", *results], ["---"] * (1 + len(results))]
+    for name in names:
+        cells = [[f"{'✓' if check.ok else '✗'} {check.reason}" for check in result.checks
+                  if check.name == name] for result in results.values()]
+        rows.append([name, *map(" ".join, cells)])
+    table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
+    parts = [f"## {markdown_cell(f'{run.outcome}: {outcome_words(run)}')}", table if names else ""]
+    for text in ("\n".join(findings_shown(run)), result_text(run)):
+        # Indented it is a code block that nothing in it can end.
+        parts.append("\n".join(f"    {line}" for line in words_clip(text, 20_000).splitlines()))
+    return "\n\n".join(filter(None, parts)) + "\n\n"
+
+
+def markdown_cell(text: str) -> str:
+    """A text that is no markup in a table."""
+    return re.sub(r"[\\`*_\[\]<>|!]", lambda hit: f"\\{hit[0]}", one_line(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but wrong usage is a Stop like any other: one line, exit 64."""
+    """argparse, but wrong usage is a Stop like any other: one line, exit 64, the nearest word."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(**how, allow_abbrev=False)
+        super().__init__(**how, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """Raise Stop with the reason and the way on."""
         raise Stop(EXIT_USAGE, f"{message}; see: {self.prog} --help")
 
+    def parse_known_args(self, *args: Any, **how: Any) -> Any:
+        """The arguments as values; what is left over is an error of this command's own."""
+        values, rest = super().parse_known_args(*args, **how)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"{rest[0]!r} is one word too many: an option takes one, and some may be "
+                       "repeated")
+        if rest:
+            self.unknown(rest[0].partition("=")[0])
+        return values, rest
+
+    def unknown(self, option: str) -> NoReturn:
+        """Raise Stop for an option that is none, with the nearest one."""
+        known = [name for parser in (self, *self.commands().values()) for name in parser.options()]
+        self.error(f"{option} is not known here{nearest(option, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise an error with the nearest choice where a value is none of them."""
+        if action.choices is not None and value not in action.choices:
+            names = [*action.choices]
+            raise argparse.ArgumentError(
+                action, f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}")
+
+    def options(self) -> dict[str, argparse.Action]:
+        """Its options by their names."""
+        return self._option_string_actions
+
+    def commands(self) -> dict[str, Parser]:
+        """The parsers of its commands."""
+        return next((action.choices for action in self._actions  # type: ignore[misc]
+                     if isinstance(action, argparse._SubParsersAction)), {})
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The word that was probably meant: " (did you mean --json?)"; "" where there is none."""
+    import difflib
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Completion(argparse.Action):
+    """The option that prints a shell's completion, and ends."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        console_print(completion_text(parser, values), sys.stdout)
+        parser.exit()
+
+
+def completion_text(parser: Parser, shell: str) -> str:
+    """What a shell evaluates to complete words after the new command `agent_runner`."""
+    words = {" ": [*parser.commands()]}
+    for name, command in {"": parser, **parser.commands()}.items():
+        words[f"{name} "] = [*words.get(f"{name} ", ()), *command.options()]
+        for option, action in command.options().items():
+            if action.nargs != 0:
+                words[f"{name} {option}"] = [*(action.choices or ())]
+    # The longest first: "self-heal --simulate", then "self-heal " and what follows any other word.
+    cases = []
+    for start, known in sorted(words.items(), reverse=True):
+        star = "*" if start.endswith(" ") else ""
+        cases.append(f"    {shlex.quote(start)}{star}) words={shlex.quote(' '.join(known))} ;;")
+    names = "|".join(parser.commands())
+    this = shlex.join([sys.executable, str(Path(__file__).resolve())])
+    text = COMPLETION % (this, names, "\n".join(cases))
+    return f"{COMPLETION_ZSH}{text}" if shell == "zsh" else text
+
+
+COMPLETION_ZSH = """\
+(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
+COMPLETION = """\
+agent_runner() { %s "$@"; }
+_agent_runner() {
+  local word command= words=
+  for word in "${COMP_WORDS[@]}"; do
+    case $word in %s) command=$word; break ;; esac
+  done
+  case "$command $3" in
+%s
+  esac
+  case $2 in -*) ;; *) case $3 in -*) ;; *) [ -z "$command" ] || words= ;; esac ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$2"))
+}
+complete -o default -F _agent_runner agent_runner"""
+
 
 def parser_build() -> Parser:
     """The parser of the whole command line."""
-    parser = Parser(prog="agent_runner.py",
+    parser = Parser(prog="agent_runner.py", epilog=help_end(
+                        ["issue-to-pr issue.md --simulate good", "self-heal --fix-attempts 3"]),
                     description="An issue, or a red build, becomes a checked commit proposal. "
                                 "It never pushes and never merges.")
-    parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
+    parser.add_argument("--version", "-V", action="version", version=f"agent_runner {__version__}")
+    parser.add_argument("--completion", action=Completion, choices=["bash", "zsh"],
+                        help="print the completion of a shell, and a function to complete: "
+                             "eval \"$(python agent_runner.py --completion bash)\"")
+    screen_add(parser, {"quiet": False, "verbose": False, "color": "auto"})
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=Parser)
     issue = command_add(
@@ -8563,16 +9074,34 @@ def parser_build() -> Parser:
 def command_add(commands: Any, name: str, what: str, description: str,
                 examples: list[str]) -> Parser:
     """The parser of a new command, whose help ends with examples and the exit codes."""
+    parser: Parser = commands.add_parser(name, help=what, description=description,
+                                         epilog=help_end(examples))
+    screen_add(parser, {})
+    return parser
+
+
+def screen_add(parser: Parser, defaults: dict[str, Any]) -> None:
+    """Add the options that every command has; they may also stand before it."""
+    add = parser.add_argument
+    none = argparse.SUPPRESS  # after a command: what stood before it counts
+    add("-q", "--quiet", action="store_true", default=defaults.get("quiet", none),
+        help="print the result only")
+    add("-v", "--verbose", action="store_true", default=defaults.get("verbose", none),
+        help="show what the agent prints while it works")
+    add("--color", choices=["auto", "always", "never"], metavar="WHEN",
+        default=defaults.get("color", none),
+        help="auto (default: on a terminal, as NO_COLOR and CLICOLOR_FORCE say), always or never")
+
+
+def help_end(examples: list[str]) -> str:
+    """The end of a help: examples and the exit codes."""
     shown = [f"  python agent_runner.py {example}" for example in examples]
     codes: dict[int, list[str]] = {}
     for outcome, (code, _) in OUTCOMES.items():
         codes.setdefault(code, []).append(outcome)
     codes |= {EXIT_USAGE: ["wrong usage or bad input"], EXIT_MISSING: ["something is missing"]}
     exits = [f"  {code:<4} {', '.join(names)}" for code, names in sorted(codes.items())]
-    return commands.add_parser(
-        name, help=what, description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["examples:", *shown, "", "exit codes:", *exits]))
+    return "\n".join(["examples:", *shown, "", "exit codes:", *exits])
 
 
 def past_runs_add(commands: Any) -> None:
@@ -8588,11 +9117,14 @@ def past_runs_add(commands: Any) -> None:
     gate_options_add(again)
     again.set_defaults(handler=cmd_rejudge)
     runs = command_add(
-        commands, "runs", "list the past runs",
-        "List the past runs of this repository, the newest last.",
-        ["runs", "runs --prune 30"])
+        commands, "runs", "list the past runs, or show one",
+        "List the past runs of this repository, the newest last, or show one of them.\n"
+        "One that is unfinished goes on, or was killed with what it had elsewhere.",
+        ["runs", "runs 20260102-101500-1a2b3c"])
+    runs.add_argument("run_id", metavar="RUN_ID", nargs="?", help="show this one")
     runs.add_argument("--prune", type=number_decimal, metavar="DAYS",
                       help="delete the records that are older")
+    runs.add_argument("--json", action="store_true", help="print it on stdout, as JSON")
     runs.set_defaults(handler=cmd_runs)
 
 
@@ -8822,6 +9354,13 @@ def setup_words(args: argparse.Namespace, in_image: bool) -> list[str]:
         raise Stop(EXIT_MISSING, f"--setup: {setup[0]} was not found; install it, or fix PATH")
     return setup if in_image else [program_path(word) for word in setup[:1]] + setup[1:]
 
+
+# So that `uv run agent_runner.py` needs no project around it:
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = []
+# ///
 
 if __name__ == "__main__":
     sys.exit(main())

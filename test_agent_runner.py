@@ -21,6 +21,7 @@ import inspect
 import io
 import json
 import os
+import pty
 import random
 import re
 import secrets
@@ -31,11 +32,13 @@ import signal
 import socket
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -521,6 +524,8 @@ def test_how_a_run_ends(scratch, agent, code, outcome, said):
     assert not scratch.proposals() and ended.summary["branch"] is ended.summary["commit"] is None
     assert f"# {outcome}" in ended.text("handoff.md") and "Decide:" in ended.text("handoff.md")
     assert f"  handoff       {os.path.relpath(ended.folder, scratch.root)}/handoff.md\n" in ended.out
+    lines = ended.out.splitlines()
+    assert len(lines) <= 12 and lines[1].startswith("decide: ") and lines[1][8:] in ended.text("handoff.md"), ended
     if outcome == "no_change":
         assert not ended.has("diff.patch")
     else:
@@ -3366,6 +3371,7 @@ def test_the_words_on_the_screen(shared):
     for left_out in ("wish.md", "agent_runner.py", "notes.txt"):
         assert left_out in ended.err
     assert "1 passed" in ended.err and "2 passed" in ended.err
+    assert len(ended.out.splitlines()) <= 12 and "proposal.md\n" in ended.out
 
 
 def test_the_commands_on_the_screen_work(shared):
@@ -3478,7 +3484,7 @@ def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
 # === The sandbox ============================================================
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
-IMAGE = "agent-runner-test:here"
+IMAGE = f"agent-runner-test:{os.getpid()}"  # of this run of the suite: another may go on beside it
 IMAGES: dict[str, str] = {}  # the engines that were tried, and why one does not work
 IMAGES_LOCK = threading.Lock()
 TOOLS = ("sh", "env", "true", "sleep", "cat")
@@ -4532,6 +4538,163 @@ def test_a_disk_that_has_no_room_for_the_patch(scratch: Scratch) -> None:
     assert scratch.proposals() and not list(scratch.tmp.iterdir())
 
 
+class Terminal:
+    """What a person sees of a program: a reader of the bytes that it prints to a pseudo-terminal."""
+
+    def __init__(self, scratch: Scratch, args: list[str], columns: int, agent: str = "", **env: str) -> None:
+        self.master, end = pty.openpty()
+        self.rows, self.row, self.column, self.raw, self.shown = [""], 0, 0, b"", 0
+        self.resize(columns)
+        environ = scratch.env | {"TERM": "xterm", "LC_ALL": "C.UTF-8"} | env
+        if agent:
+            environ["AGENT_CMD"] = scratch.program(agent)
+        self.child = subprocess.Popen([sys.executable, str(RUNNER), *args], cwd=scratch.root, env=environ, stdin=end, stdout=end, stderr=end,
+                                      start_new_session=True)
+        STARTED.append(self.child)
+        os.close(end)
+
+    def resize(self, columns: int) -> None:
+        """Give the terminal another width: longer lines take several rows then."""
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        pieces = [[row[at:at + columns] for at in range(0, max(1, len(row)), columns)] for row in self.rows]
+        self.row = sum(map(len, pieces[:self.row + 1])) - 1
+        self.columns, self.rows, self.column = columns, sum(pieces, []), self.column % columns
+
+    def read(self, until: Callable[[str], bool] = lambda _: False) -> str:
+        """What is on the screen as soon as it is what a test waits for; else at the program's end."""
+        while not until("\n".join(self.rows)):
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux reports the end in this way
+                data = b""
+            if not data:
+                assert self.child.wait(60) is not None
+                os.close(self.master)
+                break
+            self.raw += data
+            whole = re.match(rb"(?s)(.*?)(\x1b(\[\d*)?|[\xc0-\xff][\x80-\xbf]*)?$", self.raw[self.shown:])[1]  # no half a letter
+            self.put(whole.decode())
+            self.shown += len(whole)
+        return "\n".join(self.rows)
+
+    def put(self, text: str) -> None:
+        """Obey what the runner prints: lines, carriage return, cursor up, erase below, colours."""
+        for number, key, letter in re.findall(r"(?s)\x1b\[(\d*)([A-Za-z])|(.)", text):
+            if key == "A":
+                self.row -= int(number)
+            elif key == "J":
+                self.rows[self.row:] = [self.rows[self.row][:self.column]]
+            elif key:
+                assert key == "m", f"an escape that the runner did not use before: {key}"
+            elif letter == "\r":
+                self.column = 0
+            elif letter == "\n":
+                self.row, self.column = self.row + 1, 0
+                if self.row == len(self.rows):
+                    self.rows.append("")
+            else:
+                if self.column == self.columns:
+                    self.put("\r\n")
+                line = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = line[:self.column] + letter + line[self.column + 1:]
+                self.column += 1
+
+
+# Shows a progress bar, and its last line until a test lets it go on.
+SHOWS = (f"for part in range(0, 101, 4):\n    print(f'\\r\\x1b[K\\x1b[32mfetching {{part}} of 100\\x1b[0m', end='', flush=True)\n"
+         f"while not (OUT / 'go').exists():\n    time.sleep(0.01)\n{EDITS}\nprint()\n")
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_step_is_one_line_that_is_completed_in_place(scratch: Scratch, columns: int) -> None:
+    """In the order of the starts; below it what the agent has printed last. Words are whole, and no line is too long."""
+    waits = f"while not Path({str(scratch.out / 'go')!r}).exists():\n    time.sleep(0.01)"
+    check = scratch.program(f"{waits}\ntime.sleep(0.5)" if columns == 80 else "", "check.py")  # the base's is the slower one
+    terminal = Terminal(scratch, ["issue-to-pr", scratch.issue(), "--check", f"ok={check}"], columns, SHOWS)
+    middle = terminal.read(lambda screen: "  fetching 100 of 100" in screen)
+    lines = [line for line in middle.splitlines() if re.match(r"[✓⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] ", line)]
+    assert [re.match(r"..(baseline gate|workspace|agent, attempt 1) ", line)[1] for line in lines] == [
+        "baseline gate", "workspace", "agent, attempt 1"], middle
+    assert re.search(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] agent, attempt 1 +\d+ s, 29:5\d left\n  fetching 100 of 100$", middle), middle
+    terminal.resize(30)
+    before = len(terminal.raw)
+    terminal.read(lambda _: len(terminal.raw) > before + 400)
+    drawn = re.split(r"\x1b\[J|\r\n", re.sub(r"\x1b\[\d*[Am]", "", terminal.raw[before:].decode("utf-8", "ignore")))
+    assert drawn[1:] and max(map(len, drawn[1:])) <= 30, drawn
+    terminal.resize(columns)
+    (scratch.out / "go").touch()
+    screen = terminal.read()
+    assert terminal.child.returncode == 0, screen
+    names = re.findall(r"(?m)^[✓✗•] (.*?)  ", screen)
+    assert names == ["baseline gate", "workspace", "agent, attempt 1", "gate, attempt 1"] and not re.search("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|fetching", screen), screen
+    assert re.search(r"(?m)^✓ gate, attempt 1 +ok exit 0  \d+\.\d s$", screen), screen
+    story = screen[:screen.index("proposed")]
+    words = {"double", "sandbox", "AGENT_SANDBOX", "issue-to-pr,"}
+    assert max(map(len, story.splitlines())) <= columns and words & {*story.split()}, story
+    assert "It has not been pushed. It will not be merged by this program." in " ".join(screen.split())
+
+
+@pytest.mark.parametrize("width", [0, 30, 40, 80, 200])
+def test_a_long_command_is_broken_as_a_shell_continues_it(width: int) -> None:
+    command = "cd /tmp/a && gh pr create --draft --head agent/x --title 'A title with quite a number of words' --body-file /tmp/b"
+    lines = runner_module().commands_wrap(f"prose\n  pull request  {command}\nend", width).splitlines()
+    assert lines[0] == "prose" and lines[-1] == "end" and lines[1].startswith("  pull request  cd /tmp/a")
+    assert shlex.split("\n".join(lines[1:-1])[16:].replace("\\\n", "")) == shlex.split(command)
+    assert len(lines) == 3 if width in (0, 200) else max(len(line) for line in lines if "'" not in line) <= width
+
+
+@pytest.mark.parametrize(("env", "args", "coloured", "moves"), [
+    ({}, [], True, True), ({"NO_COLOR": "1"}, [], False, True), ({"TERM": "dumb"}, [], False, False),
+    ({"TERM": "dumb", "CLICOLOR_FORCE": "1"}, [], True, False), ({}, ["--color", "never"], False, True),
+    ({"NO_COLOR": "1"}, ["--color", "always"], True, True), ({"PYTHONIOENCODING": "ascii"}, [], True, True)])
+def test_what_a_terminal_gets(scratch: Scratch, env: dict[str, str], args: list[str], coloured: bool, moves: bool) -> None:
+    terminal = Terminal(scratch, ["issue-to-pr", scratch.issue(), *checks_args(CHEAP), *args], 80, EDITS, **env)
+    screen = terminal.read()
+    assert terminal.child.returncode == 0, screen
+    assert (b"\x1b[32mproposed\x1b[0m: " in terminal.raw) == coloured == (b"\x1b[3" in terminal.raw), terminal.raw
+    assert (b"\x1b[J" in terminal.raw) == moves and (moves or not re.search(rb"\r[^\n]", terminal.raw)), terminal.raw
+    assert ("+ workspace  " in screen) == ("PYTHONIOENCODING" in env) and screen.isascii() == ("PYTHONIOENCODING" in env), screen
+
+
+def test_without_a_terminal_there_are_plain_lines(scratch: Scratch) -> None:
+    """Also where a program in the middle prints a progress bar; colours only where they are asked for."""
+    plain = scratch.propose(EDITS)
+    assert re.fullmatch(r"[^\x1b\r]*", plain.err + plain.out) and "agent, attempt 1 ...\n" in plain.err, plain
+    coloured = scratch.propose(EDITS, "--color", "always")
+    assert "\x1b[32m✓ \x1b[0m" in coloured.err and coloured.out.startswith("\x1b[32mproposed\x1b[0m: ") and "\r" not in coloured.err
+
+
+def test_quiet_and_verbose(scratch: Scratch) -> None:
+    (scratch.out / "go").touch()
+    quiet = scratch.ended(scratch.start("-q", "issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=SHOWS))
+    assert quiet.code == 0 and quiet.err == "" and quiet.out.startswith("proposed: "), quiet
+    wrong = scratch.run("self-heal", "-q", "--check", "x", agent=NOTHING)
+    assert wrong.code == 64 and wrong.err.startswith("agent_runner: "), wrong
+    verbose = scratch.propose(SHOWS + "print('over', end='')", "-v")
+    assert re.search(r"(?s)agent, attempt 1 \.\.\.\n.*\| fetching 100 of 100\n.*\| over\n.*✓ agent, attempt 1 ", verbose.err), verbose
+    assert verbose.err.count("fetching") == 1, verbose
+
+
+def test_a_progress_bar_is_one_line_wherever_it_is_shown(scratch: Scratch) -> None:
+    (scratch.out / "go").touch()
+    ended = scratch.propose(SHOWS + "sys.exit(3)")
+    for text in (ended.err, ended.text("handoff.md"), ended.findings):
+        assert text.count("fetching") == 1 and "\nfetching 100 of 100" in text, text
+    ended = scratch.propose(EDITS, checks=(f"bar={scratch.program(SHOWS.replace(EDITS, '') + 'sys.exit(1)', 'check.py')}",))
+    assert ended.text("gate-0.log").count("fetching") == 1 and "\x1b" not in ended.text("gate-0.log")
+
+
+@pytest.mark.parametrize(("output", "shown"), [
+    ("plain\n\ttext\n", "plain\n\ttext\n"), ("a\r\nb\r\n", "a\nb\n"), ("10%\r20%\r100%\ndone", "100%\ndone"),
+    ("loading\rok", "okading"), ("loading\r\x1b[Kok", "ok"), ("loading\x1b[2K\x1b[1Gok", "ok"), ("abc\b\bX", "aXc"),
+    ("\x1b[1;31mred\x1b[0m and\x1b[38;5;9m more", "red and more"), ("\x1b]0;a title\x07text\x1b]8;;http://x\x1b\\link", "textlink"),
+    ("one 1%\ntwo 1%\n\x1b[2A\x1b[Kone 9%\n\x1b[Ktwo 9%\nend", "one 9%\ntwo 9%\nend"), ("a\nb\nc\x1b[2A\r\x1b[Jx", "x"),
+    ("\x1b[99Aa\x1b[99Bb\x1b[99Dc", "cb"), ("\x1b[2J\x1b[Hfull\x1b7\x1b(B screen", "full screen"), ("cut\x1b[", "cut"),
+    ("1\r2\n" * 200_000 + "3\r4", "2\n" * 200_000 + "4"), ("\rx" * 1_000_000, "x"), ("\x1b[9A\x1b[9999999999999999999999Cy" * 9, "y" * 9)])
+def test_output_is_what_a_terminal_shows_in_the_end(output: str, shown: str) -> None:
+    assert runner_module().screen_text(output) == shown
+
+
 @pytest.mark.parametrize(("glob", "yes", "no"), [
     ("src/*.py", "src/a.py", "src/b/a.py"), ("src/**", "src/b/a.py", "lib/src/a.py"), ("src", "src/b/a.py", "src2/a.py"),
     ("**/a.py", "a.py", "b.py"),
@@ -4656,11 +4819,30 @@ def test_past_runs_are_listed_and_pruned(scratch: Scratch) -> None:
     listed = scratch.ended(scratch.start("runs"), others=1)
     assert listed.code == 0 and f"{ended.summary['run_id']}  issue-to-pr  proposed" in listed.out and "agent/" in listed.out
     assert "unfinished" in listed.out
+    header, first, _ = listed.out.splitlines()
+    assert re.split(" +", header) == ["RUN", "COMMAND", "OUTCOME", "AGE", "TITLE", "BRANCH"]
+    at = header.index("AGE"), header.index("TITLE")
+    assert re.fullmatch(r"\d+ days +", first[at[0]:at[1]]) and first[at[1]:].startswith("Say double in another way")
+    assert [run["outcome"] for run in json.loads(scratch.ended(scratch.start("runs", "--json"), others=1).out)["runs"]] == ["proposed", None]
     pruned = scratch.ended(scratch.start("runs", "--prune", "1"), others=1)
     assert pruned.code == 0 and pruned.out.count("deleted") == 1 and f"deleted {ended.summary['run_id']}" in pruned.out
     assert len(scratch.records()) == 1 and len(scratch.proposals()) == 1
     going.child.terminate()
     assert scratch.ended(going, others=1).outcome == "interrupted"
+
+
+def test_one_run_is_shown(scratch: Scratch) -> None:
+    refused = scratch.propose(EDITS + "\n" + writes("Makefile", "a:\n"))
+    run_id = refused.summary["run_id"]
+    shown = scratch.run("runs", run_id)
+    assert shown.code == 0 and shown.out.startswith(f"blocked: issue-to-pr, Say double in another way\nrun       {run_id}, 0 min ago"), shown
+    for words in (*refused.summary["next"], refused.summary["base"][:12], "1 blocked (Makefile, app.py)", "protected: Makefile", "/handoff.md\n"):
+        assert words in shown.out, words
+    assert json.loads(scratch.run("runs", run_id, "--json").out) == refused.summary
+    assert f"(did you mean {run_id}?)" in scratch.run("runs", run_id[:-1]).err
+    (refused.folder / "run_summary.json").write_text('{"schema": 1, "title": 7}')
+    broken = scratch.run("runs", run_id)
+    assert broken.code == 64 and "is not what a run writes" in broken.err and broken.err.count("\n") == 1, broken
 
 
 @needs_linux
@@ -5717,7 +5899,7 @@ def test_the_columns_of_the_board(scratch):
         "Needs a human": ["died: interrupted", "twice: gate failed"],
         "Done": ["Heal the red gate: nothing to heal", "merged: merged", "squashed: merged", "thrown away: discarded"]}
     page = (root / ".agent-runs/index.html").read_text()
-    assert "10 %\n20 %\n30 %" in page and "2 runs · 2 attempts" in page and "refresh" not in page
+    assert "<pre tabindex=\"0\">30 %</pre>" in page and "2 runs · 2 attempts" in page and "refresh" not in page
     for name in re.findall(r'href="\./([^"]+)"', page):
         assert (root / ".agent-runs" / name).is_file(), name
 
@@ -5898,8 +6080,12 @@ def issue_bytes(data: bytes) -> Callable[[Scratch], None]:
                          (b"\xd0\xcf\x11\xe0\xa1", "a Word file"), (rb"{\rtf1 words}", "an RTF file"))],
     pytest.param(ISSUE_ARGS, {}, issue_bytes("# Größe\n".encode("latin-1")), 64, "UTF-8", id="issue not UTF-8"),
     pytest.param(ISSUE_ARGS, {}, issue_bytes(b"# A\n" * 400_000), 64, "larger", id="issue too large"),
-    pytest.param((), {}, None, 64, "COMMAND", id="no subcommand"),
-    pytest.param(("heal",), {}, None, 64, "heal", id="unknown subcommand"),
+    pytest.param(("-q",), {}, None, 64, "COMMAND", id="no subcommand"),
+    pytest.param(("heal",), {}, None, 64, "(did you mean self-heal?); see: agent_runner.py --help", id="unknown subcommand"),
+    pytest.param(("--verison",), {}, None, 64, "--verison is not known here (did you mean --version?)", id="unknown option of the root"),
+    pytest.param(("--simulate", "good"), {}, None, 64, "--simulate stands after a command: issue-to-pr or self-heal", id="option too early"),
+    pytest.param(("issue-to-pr", "--scope", "src/**", "tests/**", "issue.md"), {}, None, 64, "'issue.md' is one word too many", id="two globs"),
+    pytest.param((*HEAL_ARGS, "--jsn"), {}, None, 64, "(did you mean --json?); see: agent_runner.py self-heal --help", id="misspelt option"),
     pytest.param(("issue-to-pr",), {}, None, 64, "ISSUE.md", id="no issue"),
     pytest.param((*HEAL_ARGS, "--push"), {}, None, 64, "--push", id="unknown option"),
     pytest.param((*HEAL_ARGS, "--dry"), {}, None, 64, "--dry", id="abbreviated option"),
@@ -5944,6 +6130,105 @@ def test_bad_input(scratch, args, env, prepare, code, said):
     assert ended.err.startswith("agent_runner: ") and said in ended.err, ended
     assert ended.err.count("\n") == 1 and ended.out == "", ended
     assert not scratch.records() and not (scratch.out / "called").exists()
+
+
+def test_alone_it_shows_its_help(scratch: Scratch) -> None:
+    """On stdout; exit 0 would mean a proposal to a script that has lost its arguments."""
+    ended = scratch.run()
+    assert ended.code == 64 and ended.err == "" and ended.out == scratch.run("--help").out, ended
+    for name, parser in {"": None, **runner_module().parser_build().commands()}.items():
+        text = scratch.run(*filter(None, [name]), "--help").out
+        assert text.count("\n  python agent_runner.py ") == 2 and "\n  64   wrong usage" in text, name
+        assert parser is None or text == parser.format_help()
+
+
+@pytest.mark.parametrize(("args", "code"), [
+    (["issue-to-pr", "nowhere.md"], 64), (["self-heal", "--no-such"], 64), (["self-heal", "--check", "x=no-such-tool"], 69), (["runs", "2000"], 64),
+    ([], 64)])
+def test_json_answers_in_every_case(scratch: Scratch, args: list[str], code: int) -> None:
+    """The line for people stays as it is, and secrets are masked in both."""
+    env = {"AGENT_CMD": "true", "MY_TOKEN": "no-such"}
+    plain, ended = scratch.run(*args, env=env), scratch.run(*args, "--json", env=env)
+    assert (plain.code, ended.code) == (code, code), ended
+    reason = ended.err.removeprefix("agent_runner: ").removesuffix("\n")
+    assert json.loads(ended.out) == {"schema": 1, "outcome": None, "exit_code": code, "error": reason}, ended
+    assert "no-such" not in ended.out + ended.err and (not args or (plain.out, plain.err) == ("", ended.err)), ended
+
+
+def completed(shell: str, folder: Path, *words: str) -> list[str]:
+    """What a shell offers for the last of some words, from a script that it has really read."""
+    script = folder / shell
+    script.write_text(scratch_free("--completion", shell).stdout)
+    *before, last = ("agent_runner", *words)
+    line = f"COMP_WORDS=({shlex.join([*before, last])}); _agent_runner agent_runner {shlex.quote(last)} {before[-1]}"
+    source = f"source {shlex.quote(str(script))}\n{line}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\nagent_runner -V"
+    ended = ran(shell, *(["--norc"] if shell == "bash" else ["-f"]), "-c", source)
+    assert ended.returncode == 0 and not ended.stderr, ended
+    *offered, version = ended.stdout.split("\n")[:-1]
+    assert version.startswith("agent_runner "), "the script makes a command that works"
+    return [word for word in offered if word and word.startswith(last)]  # zsh leaves that to what calls the function
+
+
+def scratch_free(*args: str) -> subprocess.CompletedProcess[str]:
+    """The runner on arguments that touch nothing."""
+    return ran(sys.executable, str(RUNNER), *args)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_what_the_parser_knows(tmp_path: Path, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"there is no {shell} here")
+    module = runner_module()
+    assert {*module.parser_build().commands()} < {*completed(shell, tmp_path, "")}
+    assert completed(shell, tmp_path, "-q", "self-h") == ["self-heal"]
+    assert completed(shell, tmp_path, "self-heal", "--sim") == ["--simulate"]
+    assert completed(shell, tmp_path, "self-heal", "--simulate", "") == [*module.SIMULATIONS]
+    assert completed(shell, tmp_path, "runs", "--color", "a") == ["auto", "always"]
+    assert completed(shell, tmp_path, "--completion", "z") == ["zsh"]
+    assert completed(shell, tmp_path, "issue-to-pr", "") == completed(shell, tmp_path, "self-heal", "--base", "") == [], "files"
+
+
+def test_the_file_names_the_python_that_it_needs() -> None:
+    """So that `uv run agent_runner.py` finds one (the pattern is PEP 723's)."""
+    block, = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+)^# ///$", RUNNER.read_text(encoding="utf-8"))
+    assert block == '# requires-python = ">=3.10"\n# dependencies = []\n'
+
+
+PLANTED = "::error::planted"
+
+
+def test_what_github_actions_gets(scratch: Scratch) -> None:
+    """Annotations with their places, a summary, outputs; what the agent prints and names is no command, and it cannot write there."""
+    env = {"GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": str(scratch.place / "output"), "GITHUB_STEP_SUMMARY": str(scratch.place / "summary")}
+    prints = f"print({PLANTED!r}, '\\n  {PLANTED}\\n##[error]planted')\nleave('names', [name for name in os.environ if name[:7] == 'GITHUB_'])\n"
+    agent = prints + writes("app.py", f"import os\n{APP_WRONG}") + writes(f"x\n{PLANTED}\n| ~~~.py", "import os\n") + writes("Makefile", "a:\n")
+    ended = scratch.propose(agent, checks=REAL, env=env)
+    assert ended.outcome == "blocked" and scratch.said("names") == "['GITHUB_ACTIONS']", ended
+    commands = re.findall(r"(?m)^\s*::(\w+).*|##\[", ended.err + ended.out)
+    errors = [line for line in ended.err.splitlines() if line.startswith("::error")]
+    assert Counter(commands) == {"group": 2, "endgroup": 2, "error": len(ended.summary["findings"])}, ended
+    assert any(line.startswith("::error file=Makefile,title=blocked::") for line in errors), errors
+    summary = (scratch.place / "summary").read_text()
+    assert summary.startswith("## blocked: a guardrail refused the change\n\n| check | base |") and "| pytest | ✓ 1 passed |" in summary, summary
+    assert not re.search(rf"(?m)^({PLANTED}|~~~)", summary) and "    decide: " in summary
+    values = dict(re.findall(r"(?m)^(\w+)<<(?:END-\w+)\n(.*)\nEND-\w+$", (scratch.place / "output").read_text()))
+    assert values == {"outcome": "blocked", "branch": "", "record": str(ended.folder)}
+    wrong = scratch.run("self-heal", f"--x\n{PLANTED}", env=env)
+    assert re.fullmatch(rf"agent_runner: --x\n\\x3a:error::planted is .*\n::error title=agent_runner::--x%0A{PLANTED} is .*\n", wrong.err), wrong
+    red = scratch.propose(writes("app.py", APP_WRONG), checks=REAL, env=env)
+    assert "::error file=tests/test_app.py,line=5,title=gate_failed::pytest: tests/test_app.py::test_double: assert 6 == 4%0A" in red.err, red
+
+
+@pytest.mark.parametrize(("finding", "place"), [
+    ("ruff: app.py:3:1: F401 unused", {"file": "app.py", "line": "3"}), ("app.py:3:1: F401 unused", {"file": "app.py", "line": "3"}),
+    ("refused, suppression: tests/test_app.py:1: adds one", {"file": "tests/test_app.py", "line": "1"}),
+    ("refused, protected: tests/test_app.py: it decides", {"file": "tests/test_app.py"}), ("pytest: exit 3: no words", {}),
+    ("pytest: tests/test_app.py::test_a: boom\n/usr/lib/x.py:9: in f\napp.py:2: in double\n", {"file": "app.py", "line": "2"}),
+    ("refused, size: ../../etc/passwd:1: much", {}), ("refused, size: /etc/passwd: much", {}),
+    (f"refused, size: {'x' * 900}: much", {}), ("x\0y:3: in f", {}), (f"{'y' * 5000}:3: in f", {})])
+def test_the_place_of_a_finding(scratch: Scratch, finding: str, place: dict[str, str]) -> None:
+    run = SimpleNamespace(attempts=[], job=SimpleNamespace(repo=SimpleNamespace(root=scratch.root)))
+    assert runner_module().actions_place(run, finding) == place
 
 
 @pytest.mark.parametrize("args", [["runs"], ["self-heal", "--simulate", "good"]])
