@@ -71,6 +71,9 @@ red:  ## A small repository with a bug, to be healed: make red DIR=../red
 bench: $(READY)  ## The table of ratios in BENCHMARKS.md (some minutes)
 	$(VENV)/bin/python test_agent_runner.py bench
 
+pictures: $(READY)  ## The README's pictures, .github/board.png and run.png (needs Chromium)
+	$(VENV)/bin/python test_agent_runner.py pictures
+
 soak: $(READY)  ## 200 simulated runs, ten at a time, killed at random (some minutes)
 	$(VENV)/bin/python test_agent_runner.py soak
 

@@ -254,7 +254,7 @@ class Run:
 
 
 # === Chapter 2. The blueprint ===============================================
-# Called by: run_whole (chapter 22).
+# Called by: run_whole (chapter 23).
 # Promises: the agent is called in agent_step (and for a scope in scope_settle), and it cannot
 #   skip a step.
 # At first: read it.
@@ -1390,13 +1390,15 @@ def guard_size(sources: list[Source], allow: list[str]) -> list[Violation]:
 def guard_change(run: Run, sources: list[Source], gate: GateResult,
                  recheck: Recheck) -> tuple[list[Violation], list[str]]:
     """What stands against a change, and what a reviewer should know of it."""
-    base, globs = run.baseline, run.scope.get("globs", [])
+    started, base, globs = time.monotonic(), run.baseline, run.scope.get("globs", [])
     violations, notes = guard_source(sources, recheck.gate_files, globs, run.job.checks)
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
     violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
     violations += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
     violations += hidden_lint(base, gate) + unseen
+    result = words_counted(len(violations), "violation") if violations else "no violation"
+    step_report("guardrails", time.monotonic() - started, result)
     return violations, [*notes, *unseen_notes, *skipped_tests(base, gate)]
 
 
@@ -4906,7 +4908,7 @@ def result_text(run: Run) -> str:
     elif run.outcome in DECISIONS:
         lines.append(f"decide: {decision_text(run)}")
     lines += [f"  {word:<13} {command}" for word, command in run.next]
-    pages = [run.folder / name for name in ("proposal.md", "handoff.md")
+    pages = [run.folder / name for name in ("proposal.md", "handoff.md", "report.html")
              if (run.folder / name).exists()]
     lines += [f"  {page.stem:<13} {path_shown(page)}" for page in pages]
     if not pages:
@@ -5252,7 +5254,7 @@ CONTAINER = r"agent-runner-[0-9a-f]{12}(-[0-9a-f]{8})?"  # a name of ours, or ho
 ENDING = threading.Event()  # programs that are running are to be ended now
 CLOSING = threading.Event()  # the run is being wound up: short calls go through again
 GRACE = 2.0  # seconds between asking a program to end and making it end
-OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # called when a program has ended
+OBSERVERS: list[Callable[[dict[str, Any]], None]] = []  # called when a program or a step has ended
 SUPERVISED = sys.platform == "linux"
 LIVE: set[int] = set()  # what we started and still wait for
 LIVE_LOCK = threading.Lock()
@@ -5305,6 +5307,12 @@ def program_report(ran: Ran) -> None:
         observer({"name": Path(ran.argv[0]).name, "argv": ran.argv, "exit": ran.exit,
                   "seconds": round(ran.seconds, 3),
                   "result": "timed_out" if ran.timed_out else "ended"})
+
+
+def step_report(name: str, seconds: float, result: str) -> None:
+    """Report to the observers that a step has "started", or what came of it."""
+    for observer in OBSERVERS:
+        observer({"name": name, "seconds": round(seconds, 3), "result": result})
 
 
 def program_run(argv: list[str], *, cwd: Path, env: dict[str, str], seconds: float, log: Path,
@@ -6134,6 +6142,7 @@ class Console:
             self._show("" if self.live else f"{name} ...")
         self._tick()
         try:
+            step_report(name, 0, "started")
             yield step.facts
         except BaseException:
             step.facts |= {"result": "stopped", "ok": False}
@@ -6145,6 +6154,7 @@ class Console:
             with self.lock:
                 while self.steps and self.steps[0].ended:
                     self._show(*self.steps.pop(0).lines(0))
+            step_report(name, step.ended - step.started, step.facts["result"])
 
     def watch(self, seconds: float, log: Path | None = None) -> None:
         """Show when this thread's step will be stopped, and the newest output in its log."""
@@ -6944,6 +6954,7 @@ def run_close(folder: Path, place: Path | None) -> None:
               "error": "the runner was killed"}
     summary_write(folder, facts)
     (folder / "running").unlink(missing_ok=True)
+    report_write(folder)
     CONSOLE.say(f"the run {folder.name} was killed: its record is closed as interrupted{saved}")
 
 
@@ -7859,7 +7870,844 @@ def outcome_comment(facts: Mapping[str, Any]) -> str:
     return MASK.text("\n".join(lines))
 
 
-# === Chapter 22. The command line ===========================================
+# === Chapter 22. Pages and board ============================================
+# Called by: run_whole, run_close and the command line.
+# Promises: a page is one file that loads and runs nothing; what comes from outside is text in it.
+# At first: read tag, then report_page and board_page.
+#
+# Pages are made from records alone. Every element is made by `tag`, which escapes
+# all that is not an element itself: there is no other way into a page.
+
+
+def report_write(folder: Path) -> None:
+    """Write report.html, the page of a run, from its record; an error changes no outcome."""
+    path = folder / "report.html"
+    try:
+        file_write(path, report_page(folder))
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
+        CONSOLE.say(f"{path_shown(path)} cannot be written: {error}")
+
+
+def report_page(folder: Path) -> str:
+    """The page of a run."""
+    facts = summary_read(folder)
+    title = facts["title"] or "Heal the red gate"
+    outcome = facts["outcome"] or "unfinished"
+    steps = steps_read(folder, facts)
+    judged = any(step.name == "guardrails" for step in steps) or bool(facts["violations"])
+    parts = [
+        tag("header", tag("p", f"{facts['command']} · run {facts['run_id']}", class_="eyebrow"),
+            tag("h1", title), report_verdict(facts, folder), report_facts(facts)),
+        section("What you can do now", report_commands(facts, folder)),
+        section("Timeline", timeline(steps)),
+        section("The change", report_diff(folder)),
+        section("Evidence", report_evidence(facts, folder)),
+        section("Guardrails", report_guards(facts, judged)),
+        section("Briefs and logs", report_files(folder))]
+    return page(f"{outcome}: {title}", [part for part in parts if part])
+
+
+class Markup(str):
+    """Text that is markup already: made by `tag`, or a constant of this file."""
+
+
+def tag(kind: str, /, *inside: str, **attributes: object) -> Markup:
+    """An element: tag("p", "a < b", class_="x") is <p class="x">a &lt; b</p>. The door to a page.
+
+    What is inside is escaped unless it is Markup; so is every attribute, and None leaves it out.
+    """
+    words = [f' {name.rstrip("_").replace("_", "-")}="{escaped(str(value))}"'
+             for name, value in attributes.items() if value is not None]
+    text = "".join(part if isinstance(part, Markup) else escaped(part) for part in inside)
+    end = "" if kind == "meta" else f"</{kind}>"
+    return Markup(f"<{kind}{''.join(words)}>{text}{end}")
+
+
+def escaped(text: str) -> str:
+    """The text as it may stand in an element and in a quoted attribute."""
+    return console_safe(text).translate(ESCAPES)
+
+
+ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+
+
+def link(words: str, *path: str) -> Markup:
+    """A link to a file below the page's own folder: no name can make an address of it."""
+    from urllib.parse import quote  # takes long to import
+    return tag("a", words, href="./" + "/".join(quote(name, safe="") for name in path))
+
+
+def section(heading: str, *inside: str) -> Markup:
+    """A part of a page with a heading; nothing where there is nothing inside."""
+    if not any(inside):
+        return Markup()
+    name = words_slug(heading)
+    return tag("section", tag("h2", heading, id=name), *inside, aria_labelledby=name)
+
+
+def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
+    """A whole page, which may load nothing and run nothing; `refresh`: it loads itself again."""
+    head = [tag("meta", charset="utf-8"),
+            tag("meta", http_equiv="Content-Security-Policy", content=PAGE_POLICY),
+            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("meta", name="color-scheme", content="light dark"), tag("title", title)]
+    if refresh:
+        head.append(tag("meta", http_equiv="refresh", content=str(BOARD_SECONDS)))
+    head.append(tag("style", PAGE_STYLE))
+    foot = tag("footer", f"agent_runner {__version__} never pushes and never merges.")
+    body = tag("body", tag("main", *parts), foot)
+    return "<!doctype html>\n" + tag("html", tag("head", *head), body, lang="en") + "\n"
+
+
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+TONES = {  # what an outcome looks like; all others are red
+    "proposed": "good", "nothing_to_heal": "good", "blocked": "warn", "scope_disagreement": "warn",
+    "flaky": "warn", "merged": "good", "discarded": "calm", "interrupted": "calm",
+    "running": "live", "unfinished": "calm", "ready": "calm", "untrusted": "warn"}
+
+
+def pill(outcome: str, words: str = "") -> Markup:
+    """An outcome as a small coloured label."""
+    return tag("span", words or outcome.replace("_", " "),
+               class_=f"pill {TONES.get(outcome, 'bad')}")
+
+
+def report_verdict(facts: dict[str, Any], folder: Path) -> Markup:
+    """The outcome in a sentence, with the decision that a human has to take."""
+    outcome = facts["outcome"] or "unfinished"
+    handoff, _ = text_part(folder / "handoff.md", FINDINGS_LIMIT * 5)
+    first = handoff.partition("\n")[0].partition(": ")[2]
+    words = first or OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
+    if facts["branch"]:
+        words = f"the gate is green, and a commit is proposed on {facts['branch']}"
+    attempts = words_counted(len(facts["attempts"]), "attempt")
+    took = f", after {attempts} in {duration(facts['seconds'])}."
+    sentence = [pill(outcome), tag("strong", words[:1].upper() + words[1:] + took)]
+    if facts["error"]:
+        sentence.append(tag("p", facts["error"]))
+    for line in re.findall(r"(?m)^Decide: (.*)", handoff)[-1:]:
+        sentence.append(tag("p", tag("b", "To decide: "), line))
+    return tag("div", *sentence, class_=f"verdict {TONES.get(outcome, 'bad')}")
+
+
+def report_facts(facts: dict[str, Any]) -> Markup:
+    """What the run started from, as a list of terms."""
+    sandbox = facts["sandbox"]
+    terms = {"Started": facts["started"][:16].replace("T", " ") + " UTC", "Issue": facts["issue"],
+             "Base": facts["base"][:12], "Commit": (facts["commit"] or "")[:12],
+             "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
+             "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
+             "Left out": ", ".join(facts["left_out"]), "Agent": facts["agent_cmd"]}
+    return term_list([(term, words_clip(str(words), 400)) for term, words in terms.items()
+                      if words], "facts")
+
+
+def term_list(terms: Iterable[tuple[str, str]], kind: str) -> Markup:
+    """Terms, each with what belongs to it; nothing where there is none."""
+    rows = [tag("div", tag("dt", term), tag("dd", what)) for term, what in terms]
+    return tag("dl", *rows, class_=kind) if rows else Markup()
+
+
+def report_commands(facts: dict[str, Any], folder: Path) -> Markup:
+    """The commands for a human, each with a word for it."""
+    commands = facts.get("next") or []
+    if not commands and (folder / "diff.patch").exists():  # it was killed
+        patch, root = shlex.quote(str(folder / "diff.patch")), shlex.quote(str(folder.parents[1]))
+        commands = [f"less {patch}", f"git -C {root} apply {patch}"]
+    words = [next((word for sign, word in NEXT_WORDS.items() if re.search(sign, command)), "look")
+             for command in commands]
+    return term_list(zip(words, (tag("code", command) for command in commands)), "commands")
+
+
+NEXT_WORDS = {  # of a command in the summary's "next"
+    r"gh pr create ": "pull request", r" remote add ": "no remote yet", r" rejudge ": "judge again",
+    r"git (-C .*)?push ": "push", r"git (-C .*)?merge ": "take it over",
+    r"git (-C .*)?branch -D ": "discard", r"git (-C .*)?apply ": "use it"}
+
+
+class Span(NamedTuple):
+    """A step of a run, in seconds from its beginning."""
+
+    name: str
+    start: float
+    seconds: float
+    result: str
+
+    def label(self) -> str:
+        """Its name within an attempt: "gate, attempt 2, failures first" is "failures first"."""
+        return re.sub(r", attempt \d+", "", self.name).removeprefix("gate, ")
+
+
+def steps_read(folder: Path, facts: dict[str, Any]) -> list[Span]:
+    """The steps in events.jsonl; one that has not ended lasts until the run's end, or until now."""
+    began = datetime.fromisoformat(facts["started"]).timestamp()
+    end = began + facts["seconds"] if facts["outcome"] else time.time()
+    steps, started = [], {}
+    for name, at, seconds, result in events_read(folder):
+        end = max(end, at + seconds)
+        if result == "started":
+            started[name] = at
+        elif result != PROGRAM:
+            started.pop(name, 0)
+            steps.append(Span(name, at - began, seconds, result))
+    steps += [Span(name, at - began, end - at, UNENDED) for name, at in started.items()]
+    # The start is known to the second only, the events to a thousandth.
+    first = min((step.start for step in steps), default=0)
+    steps = [step._replace(start=step.start - first) for step in steps]
+    return sorted(steps, key=lambda step: step.start)
+
+
+def events_read(folder: Path) -> Iterator[Span]:
+    """The events of a run, by the clock; a line that is none is passed over."""
+    for line in text_part(folder / "events.jsonl", LOG_HEAD)[0].splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            event = json.loads(line)
+            at, seconds = float(event["at"]), float(event["seconds"])
+            result = PROGRAM if "argv" in event else str(event["result"])
+            if 0 <= at < 1e11 and 0 <= seconds < 1e9:  # else it is infinite, or no number
+                yield Span(str(event["name"]), at, seconds, result)
+
+
+UNENDED, PROGRAM = "has not ended", "was a program"
+
+
+def timeline(steps: Sequence[Span], most: int = 80) -> Markup:
+    """Steps as bars to scale: a lane each, so what ran side by side stands one above the other."""
+    if not steps:
+        return Markup()
+    steps = steps[-most:]
+    whole = max([step.start + step.seconds for step in steps] + [0.1])
+    marks, top, attempt = [], 24, 0
+    for step in steps:
+        number = re.search(r"attempt (\d{1,4})", step.name)
+        if number and int(number[1]) > attempt:
+            attempt = int(number[1])
+            marks.append(tag("text", f"Attempt {attempt}", x="0", y=top + 17, class_="group"))
+            marks.append(tag("line", x1="0", x2="100%", y1=top + 2, y2=top + 2))
+            top += 24
+        marks.append(timeline_lane(step, whole, top))
+        top += 24
+    return tag("svg", tag("title", f"Timeline of {duration(whole)}"),
+               tag("desc", ", ".join(step.label() for step in steps)),
+               *timeline_scale(whole, top), *marks,
+               role="img", width="100%", height=top + 4, class_="timeline")
+
+
+SCALE_LEFT, SCALE_WIDTH = 22, 77  # per cent of the timeline's width: names stand left of the bars
+
+
+def timeline_lane(step: Span, whole: float, top: int) -> Markup:
+    """A step's name, its bar, and its result where there is room beside the bar."""
+    left = SCALE_LEFT + SCALE_WIDTH * step.start / whole
+    width = max(0.4, SCALE_WIDTH * step.seconds / whole)
+    words = f"{step.result} · {duration(step.seconds)}"
+    room, at = 0.62 * len(words), {"x": f"{left - 0.8:.2f}%", "text_anchor": "end"}
+    if left + width + room < 100:
+        at = {"x": f"{left + width + 0.8:.2f}%"}
+    elif width > room and left - room < SCALE_LEFT:
+        at = {"x": f"{left + 0.8:.2f}%", "fill": "inside"}
+    fill = f"note {at.pop('fill', '')}".strip()
+    return tag("g", tag("title", f"{step.name}: {words}"),
+               tag("text", step.label(), x="0", y=top + 15),
+               tag("rect", x=f"{left:.2f}%", y=top + 3, width=f"{width:.2f}%", height="16", rx="4",
+                   class_=f"k-{step.name.split(',')[0].split()[0]}"),
+               tag("text", tag("tspan", f"{step.result} · ", class_="wordy"),
+                   duration(step.seconds), y=top + 15, class_=fill, **at))
+
+
+def timeline_scale(whole: float, height: int) -> list[Markup]:
+    """The lines and the words of a time scale with at most six marks."""
+    units = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 14400)
+    unit = next((unit for unit in units if whole / unit <= 6), whole)
+    marks = []
+    for number in range(int(whole / unit) + 1):
+        left = SCALE_LEFT + SCALE_WIDTH * number * unit / whole
+        x, anchor = f"{left:.2f}%", "end" if left > 93 else None
+        marks.append(tag("line", x1=x, x2=x, y1="18", y2=height))
+        words = duration(number * unit) if number else "0"
+        marks.append(tag("text", words, x=x, y="12", text_anchor=anchor, class_="tick"))
+    return marks
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it: "0.4 s", "34 s", "2 min 5 s", "3 h 20 min", "4 days"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.0f} days"
+    size, unit, part, below = (60, "min", 1, "s") if seconds < 3600 else (3600, "h", 60, "min")
+    rest = int(seconds % size / part)
+    return f"{int(seconds / size)} {unit}" + (f" {rest} {below}" if rest else "")
+
+
+DIFF_BYTES, DIFF_LINES, DIFF_FILES = 150_000, 1500, 200  # of diff.patch that a page shows
+TEXT_SHOWN = 6000  # bytes of each brief and log that a page shows
+
+
+def report_diff(folder: Path) -> Markup:
+    """The change, foldable per file; of a large one the beginning."""
+    text, more = text_part(folder / "diff.patch", DIFF_BYTES)
+    if not text:
+        return Markup()
+    room, parts = DIFF_LINES, []
+    for path, lines in diff_files(text)[:DIFF_FILES]:
+        shown = lines[:room]
+        room -= len(shown)
+        added, removed = (sum(line[:1] == sign for line in lines) for sign in "+-")
+        counts = tag("span", tag("ins", f"+{added}"), " ", tag("del", f"−{removed}"))
+        rest = len(lines) - len(shown)
+        cut = [tag("p", f"{rest} more lines are in diff.patch")] if rest else []
+        parts.append(tag("details", tag("summary", tag("code", path), " ", counts),
+                         diff_lines(shown), *cut, open="" if len(lines) <= 200 else None))
+    beyond = f", of which {more:,} more bytes are not shown here" if more else ""
+    return tag("div", *parts, tag("p", "The whole: ", link("diff.patch", "diff.patch"), beyond))
+
+
+def diff_files(patch: str) -> list[tuple[str, list[str]]]:
+    """The files of a patch that git wrote: path, and lines from the first "@@" on."""
+    files = []
+    for part in re.split(r"(?m)^diff --git ", patch)[1:]:
+        header, *lines = part.removesuffix("\n").split("\n")
+        # "a/x b/x", both the same: patches of ours know no renames.
+        path = header[len(header) // 2 + 1:].replace("b/", "", 1)
+        first = next((n for n, line in enumerate(lines) if line.startswith("@@")), None)
+        if first is None:  # another mode, an empty file, or bytes that are no text
+            lines, first = [line for line in lines if re.match(r"GIT|new|old|deleted", line)], 0
+        files.append((path, lines[first:]))
+    return files
+
+
+def diff_lines(lines: Sequence[str]) -> Markup:
+    """Lines of a diff with their numbers before and after, which are no part of the text."""
+    old, new, rows = 0, 0, []
+    for line in lines:
+        sign, numbers = line[:1], None
+        if hunk := re.match(r"@@ -(\d+)(?:,\d+)? \+(\d+)", line):
+            old, new = int(hunk[1]), int(hunk[2])
+        elif sign in ("+", "-", " "):
+            before, after = "" if sign == "+" else old, "" if sign == "-" else new
+            numbers = f"{before:>4}{after:>5} "
+            old, new = old + (sign != "+"), new + (sign != "-")
+        text = line if len(line) <= 400 else f"{line[:400]} [...]"
+        kind = {"+": "add", "-": "cut", " ": None}.get(sign, "hunk")
+        rows.append(tag("span", text or " ", class_=kind, data_n=numbers))
+    return tag("pre", *rows, class_="diff", tabindex="0")
+
+
+def report_evidence(facts: dict[str, Any], folder: Path) -> Markup:
+    """The checks before and after, the attempts, and what stands against the change."""
+    gates = [attempt["gate"] for attempt in facts["attempts"] if attempt["gate"]]
+    results = {"Base": facts["baseline"], "Change": gates[-1] if gates else None,
+               "Change, with the base's gate files": facts["recheck"]}
+    columns = {when: {check["name"]: check for check in result["checks"]}
+               for when, result in results.items() if result}
+    names = [*dict.fromkeys(name for column in columns.values() for name in column)]
+    parts = []
+    if names:
+        rows = [[tag("code", name), *(evidence_cell(column.get(name))
+                                      for column in columns.values())] for name in names]
+        parts.append(table("The checks of the gate", ["Check", *columns], rows))
+    attempts = [[str(attempt["number"]), call_words(attempt),
+                 words_first(attempt["changed"]) or "-", result_pill(attempt["result"])]
+                for attempt in facts["attempts"][-40:]]
+    if attempts:
+        parts.append(table("The attempts", ["Attempt", "Agent", "Changed", "Result"], attempts))
+    proposal, _ = text_part(folder / "proposal.md", FINDINGS_LIMIT * 5)
+    new = re.findall(r"(?m)^- new test: `(.*)`$", proposal)
+    items = [tag("li", "New test: ", tag("code", test)) for test in new]
+    if facts["twin"]:
+        items.insert(0, tag("li", f"Blind twin: {facts['twin']}."))
+    parts += [tag("ul", *items)] if items else []
+    if findings := "\n\n".join(facts["findings"]):
+        parts += [tag("h3", "Findings"), text_block(words_clip(findings, FINDINGS_LIMIT))]
+    return tag("div", *parts) if parts else Markup()
+
+
+def result_pill(result: str) -> Markup:
+    """What an attempt came to."""
+    tones = {"green": "proposed", "red": "gate_failed", "": "unfinished"}
+    return pill(tones.get(result, result), result.replace("_", " ") or "not finished")
+
+
+def evidence_cell(check: dict[str, Any] | None) -> Markup | str:
+    """What came of one check."""
+    if not check:
+        return "-"
+    sign = pill("proposed", "passed") if check["ok"] else pill("gate_failed", "red")
+    return tag("span", sign, f" {check['reason']} ",
+               tag("small", duration(check["seconds"])))
+
+
+def call_words(attempt: dict[str, Any]) -> str:
+    """How the agent's call ended."""
+    if attempt["agent_exit"] is None:
+        return "was stopped" if attempt["agent_seconds"] else "was not called"
+    return f"exit {attempt['agent_exit']}, {duration(attempt['agent_seconds'])}"
+
+
+def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """A table whose first column names its rows."""
+    head = tag("tr", *(tag("th", name, scope="col") for name in heads))
+    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in cells))
+            for first, *cells in rows]
+    return tag("div", tag("table", tag("caption", caption), tag("thead", head),
+                          tag("tbody", *body)), class_="wide", tabindex="0")
+
+
+def report_guards(facts: dict[str, Any], judged: bool) -> Markup:
+    """What the guardrails looked at, and what they found."""
+    violations = [[tag("code", found["rule"]), tag("code", found["path"]), found["reason"]]
+                  for found in facts["violations"][:100]]
+    parts = [tag("p", "No guardrail stands against this change." if judged else
+                 "The guardrails were not asked: it did not come to that.")]
+    if violations:
+        parts = [table("Violations", ["Rule", "Path", "Reason"], violations)]
+    scope = facts["scope"] or {}
+    changed = facts["attempts"][-1]["changed"] if facts["attempts"] else []
+    allowed = facts["options"].get("allow", [])
+    terms = {"Files that they looked at": changed[:100],
+             f"Scope, from {scope.get('source')}": scope.get("globs"), "Allowed": allowed}
+    if facts["look_first"]:
+        lines = [tag("li", line) for line in facts["look_first"][:100]]
+        parts += [tag("h3", "Look here first"), tag("ul", *lines)]
+    lists = [(term, tag("span", *(tag("code", path) for path in paths)))
+             for term, paths in terms.items() if paths]
+    return tag("div", *parts, term_list(lists, "facts"))
+
+
+def report_files(folder: Path) -> Markup:
+    """The briefs and the end of each log, folded; of many the newest."""
+    paths = [path for path in folder.iterdir() if path.suffix in (".md", ".log", ".json", ".jsonl")]
+    paths.sort(key=lambda path: (path.lstat().st_mtime_ns, path.name))
+    shown = [path for path in paths if path.suffix in (".md", ".log")][-40:]
+    parts = []
+    for path in shown:
+        text, more = text_part(path, TEXT_SHOWN, end=path.suffix == ".log")
+        note = f"its last {TEXT_SHOWN:,} bytes; {more:,} more come before" if more else ""
+        lines = [distill_cut(line, 400) for line in screen_text(text).split("\n")]
+        parts.append(tag("details", tag("summary", tag("code", path.name), " ", tag("small", note)),
+                         tag("p", link("the whole file", path.name)),
+                         text_block("\n".join(lines))))
+    others = [tag("li", link(path.name, path.name)) for path in paths[:200] if path not in shown]
+    return tag("div", *parts, tag("ul", *others, class_="files"))
+
+
+def text_block(text: str) -> Markup:
+    """Text as it was printed."""
+    return tag("pre", text, tabindex="0")
+
+
+def text_part(path: Path, limit: int, end: bool = False) -> tuple[str, int]:
+    """The first bytes of a file, or the last, as text; and how many there are besides."""
+    try:
+        with file_open(path, sys.maxsize) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - limit) if end else 0)
+            return file.read(limit).decode("utf-8", "replace"), max(0, size - limit)
+    except OSError:
+        return "", 0
+
+
+BOARD_SECONDS = 2  # between two writings of a board that is watched
+BOARD_RUNS = 500  # the newest records that a board is made of
+COLUMNS = ("Ready", "Blocked", "Running", "Proposed", "Needs a human", "Done")
+
+
+def cmd_board(args: argparse.Namespace) -> int:
+    """Write the board of this repository; with --watch again and again, until Ctrl-C."""
+    repo = repo_open(Path.cwd())
+    runs_recover(repo)
+    path = board_write(repo, refresh=args.watch)
+    if args.open:
+        import webbrowser
+        webbrowser.open(path.as_uri())
+    if args.watch:
+        CONSOLE.say(f"{path_shown(path)} is written every {BOARD_SECONDS} s; Ctrl-C ends that")
+        try:
+            while not ENDING.wait(BOARD_SECONDS):
+                runs_recover(repo)
+                board_write(repo, refresh=True)
+        except Interrupted:
+            pass  # while git was running
+        finally:
+            program_close()  # a last time, for which git may run
+            board_write(repo)
+    console_print(console_safe(path_shown(path)), sys.stdout)
+    return 0
+
+
+def board_write(repo: Repo, refresh: bool = False) -> Path:
+    """Write .agent-runs/index.html; its path."""
+    path = repo.root / ".agent-runs" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    if not (path.parent / ".gitignore").exists():
+        file_write(path.parent / ".gitignore", "*\n")
+    file_write(path, board_page(repo, refresh))
+    return path
+
+
+class Card(NamedTuple):
+    """An issue, or a self-heal, on the board."""
+
+    column: str
+    title: str
+    source: str = ""  # the issue's file
+    outcome: str = ""
+    words: str = ""
+    folder: str = ""  # of the newest run
+    began: float = 0
+    runs: int = 0
+    attempts: int = 0
+    lines: Sequence[str] = ()  # the newest of a running agent's log
+
+
+def board_page(repo: Repo, refresh: bool) -> str:
+    """The board of a repository."""
+    records = board_records(repo)
+    cards = board_cards(repo, records)
+    columns = []
+    for name in COLUMNS:
+        mine = [card for card in cards if card.column == name]
+        heading = tag("h2", name, " ", tag("span", str(len(mine)), class_="count"))
+        items = [tag("li", board_card(card)) for card in mine[:60]]
+        none = [] if items else [tag("p", "none", class_="none")]
+        columns.append(tag("section", heading, *none, tag("ul", *items, class_="cards"),
+                           aria_label=name))
+    now = datetime.now(UTC)
+    state = "kept up to date" if refresh else "as of"
+    head = tag("header", tag("p", f"agent_runner · {state} {now:%Y-%m-%d %H:%M:%S} UTC",
+                             class_="eyebrow"), tag("h1", repo.root.name))
+    story = board_story([facts for _, facts in records], now)
+    return page(f"Board of {repo.root.name}", [head, story, tag("div", *columns, class_="board")],
+                refresh)
+
+
+def board_records(repo: Repo) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest records, oldest first: folder and summary."""
+    paths = sorted((repo.root / ".agent-runs").glob("*/run_summary.json"))[-BOARD_RUNS:]
+    records = [(path.parent, summary_read(path.parent)) for path in paths]
+    return [(folder, facts) for folder, facts in records if is_record(facts)]
+
+
+def is_record(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what a board is made of: an agent may have written one, too."""
+    try:
+        datetime.fromisoformat(facts["started"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
+    return (all(word is None or isinstance(word, str) for word in words)
+            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
+            and "command" in facts)
+
+
+def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[Card]:
+    """The cards, newest first: one for an issue with all its runs, one for each self-heal."""
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    first: dict[str, str] = {}  # of the runs that judge another one's change again
+    for folder, facts in records:
+        run_id = first.setdefault(facts["run_id"], first.get(facts["rejudged"], facts["run_id"]))
+        groups[facts["issue"] or run_id].append((folder, facts))
+    merged = board_merged(repo, [facts for _, facts in records])
+    branches = git(repo, "for-each-ref", "--format=%(refname:short)", "refs/heads/agent/").split()
+    cards = []
+    for runs in groups.values():
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # no record
+            cards.append(board_group(runs, merged, branches))
+    cards.sort(key=lambda card: card.began, reverse=True)
+    queued = {issue_path(repo, card.source): card for card in board_issues(repo)}
+    for card in [card for card in cards if card.source]:
+        waiting = queued.get(issue_path(repo, card.source))
+        if waiting and waiting.column == "Ready" and card.column != "Running":
+            cards.remove(card)  # its turn comes again
+        elif waiting:
+            del queued[issue_path(repo, card.source)]
+    return [*queued.values(), *cards]
+
+
+def issue_path(repo: Repo, source: str) -> str:
+    """An issue's file, however a run named it."""
+    return os.path.normpath(repo.root / source)
+
+
+def board_issues(repo: Repo) -> list[Card]:
+    """The labelled issues of the directory issues/ that wait, in their turn."""
+    columns = {"ready": "Ready", "blocked": "Blocked", "untrusted": "Needs a human",
+               "invalid": "Needs a human"}
+    if not (folder := repo.root / "issues").is_dir():
+        return []
+    with contextlib.suppress(Stop):  # it leads out of the repository
+        return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
+                for item in queue_items(repo, folder) if item.state in columns]
+    return []
+
+
+def board_group(runs: list[tuple[Path, dict[str, Any]]], merged: set[str],
+                branches: list[str]) -> Card:
+    """The card of an issue or a self-heal: its newest run says where it stands."""
+    folder, facts = runs[-1]
+    lines: list[str] = []
+    if is_running(folder):
+        steps = [step for step in steps_read(folder, facts) if step.result == UNENDED]
+        now = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
+        column, outcome, words, lines = "Running", "running", now, board_lines(folder)
+    else:
+        column, outcome, words = board_column(facts, merged, branches)
+        age = time.time() - (folder / "run_summary.json").stat().st_mtime
+        if age > 60 and not (folder / "report.html").exists():  # else the run is at it
+            report_write(folder)
+    return Card(column, facts["title"] or "Heal the red gate", facts["issue"] or "", outcome, words,
+                folder.name, datetime.fromisoformat(facts["started"]).timestamp(), len(runs),
+                sum(len(facts["attempts"]) for _, facts in runs), lines)
+
+
+def board_column(facts: dict[str, Any], merged: set[str],
+                 branches: list[str]) -> tuple[str, str, str]:
+    """Where a run that has ended stands: column, what came of it in a word, in words."""
+    outcome = facts["outcome"] or "unfinished"
+    if outcome == "nothing_to_heal":
+        return "Done", outcome, ""
+    if outcome != "proposed":
+        words = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
+        return "Needs a human", outcome, words
+    if facts["run_id"] in merged:
+        return "Done", "merged", ""
+    if facts["branch"] in branches or facts["dry_run"]:
+        return "Proposed", outcome, facts["branch"] or "a dry run, which makes no branch"
+    return "Done", "discarded", "its branch is gone"
+
+
+def board_merged(repo: Repo, runs: list[dict[str, Any]]) -> set[str]:
+    """The runs whose commit HEAD leads to: itself, or by the trailer of a squashed one."""
+    proposed = [facts for facts in runs if facts["commit"]]
+    if not proposed:
+        return set()
+    # No commit of a run is older than it; a day is for clocks that differ.
+    since = datetime.fromisoformat(proposed[0]["started"]) - timedelta(days=1)
+    ran = git_ran(repo, "log", f"--since={since.isoformat()}", "--format=%H%n%B", "HEAD")
+    words = set(ran.out.decode("utf-8", "replace").split())
+    return {facts["run_id"] for facts in proposed if words & {facts["commit"], facts["run_id"]}}
+
+
+def is_running(folder: Path) -> bool:
+    """Whether the run of a record goes on: its lock is taken."""
+    with lock_take(folder / "running") as free:
+        return (folder / "running").exists() and not free
+
+
+def board_lines(folder: Path) -> list[str]:
+    """The last lines of the newest agent's log."""
+    logs = sorted(folder.glob("agent-*.log"), key=lambda path: path.lstat().st_mtime_ns)
+    text = text_part(logs[-1], TEXT_SHOWN, end=True)[0] if logs else ""
+    lines = [distill_cut(line, 160) for line in screen_text(text).split("\n") if line.strip()]
+    return lines[-6:]
+
+
+def board_card(card: Card) -> Markup:
+    """A card: title, outcome, age, attempts, and where to read on."""
+    title = tag("b", card.title)
+    if card.folder and card.outcome != "running":
+        title = link(card.title, card.folder, "report.html")
+    parts = [tag("h3", title)]
+    if card.outcome:
+        parts.append(pill(card.outcome))
+    if card.words:
+        parts.append(tag("p", card.words))
+    if card.lines:
+        parts.append(text_block("\n".join(card.lines)))
+    facts = [card.source and Path(card.source).name,
+             card.runs > 1 and words_counted(card.runs, "run"),
+             card.attempts and words_counted(card.attempts, "attempt"),
+             card.began and age_words(time.time() - card.began)]
+    parts.append(tag("p", " · ".join(fact for fact in facts if fact), class_="meta"))
+    return tag("article", *parts, class_=TONES.get(card.outcome, "bad") if card.outcome else None)
+
+
+def age_words(seconds: float) -> str:
+    """An age, roughly: "34 s ago", "3 h ago"."""
+    return " ".join(duration(max(10, seconds)).split()[:2]) + " ago"
+
+
+def board_story(runs: list[dict[str, Any]], now: datetime, days: int = 14) -> Markup:
+    """What the runs of the last days came to, in four small charts."""
+    dates = [f"{now - timedelta(days=back):%Y-%m-%d}" for back in range(days - 1, -1, -1)]
+    by_day = {date: [facts for facts in runs if facts["started"][:10] == date and facts["outcome"]]
+              for date in dates}
+    recent = [facts for day in by_day.values() for facts in day]
+    if not recent:
+        return Markup()
+    tones = [Counter(TONES.get(facts["outcome"], "bad") for facts in day)
+             for day in by_day.values()]
+    span, counts = f"{dates[0]} to {dates[-1]}", sum(tones, Counter())
+    legend = [tag("span", f"{counts[tone]} {word} ", class_=tone)
+              for tone, word in LEGEND.items() if counts[tone]]
+    parts = [tag("figure", tag("figcaption", "Runs ", tag("b", str(len(recent)))),
+                 chart_bars(tones, f"Runs by outcome per day, {span}"), tag("small", *legend))]
+    for name, measure, form in STORY:
+        values = [measure(day) for day in by_day.values()]
+        whole = measure(recent)
+        shown = "-" if whole is None else form(whole)
+        parts.append(tag("figure", tag("figcaption", f"{name} ", tag("b", shown)),
+                         chart_line(values, f"{name} per day, {span}"),
+                         tag("small", f"{dates[0][5:]} to {dates[-1][5:]}")))
+    return tag("section", *parts, class_="story", aria_label="The last two weeks")
+
+
+def story_minutes(runs: list[dict[str, Any]]) -> float | None:
+    """The median of the runs' minutes."""
+    seconds = sorted(facts["seconds"] for facts in runs)
+    return (seconds[len(seconds) // 2] + seconds[~(len(seconds) // 2)]) / 120 if seconds else None
+
+
+def story_attempts(runs: list[dict[str, Any]]) -> float | None:
+    """How many attempts a run took, of those that called an agent."""
+    numbers = [len(facts["attempts"]) for facts in runs if facts["attempts"]]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def story_healed(runs: list[dict[str, Any]]) -> float | None:
+    """The share of red gates that were healed."""
+    heals = [facts["outcome"] == "proposed" for facts in runs
+             if facts["command"] == "self-heal" and facts["outcome"] != "nothing_to_heal"]
+    return sum(heals) / len(heals) if heals else None
+
+
+LEGEND = {"good": "proposed", "warn": "refused", "bad": "failed", "calm": "stopped"}  # by tone
+STORY: list[tuple[str, Callable[[list[dict[str, Any]]], float | None], Callable[[float], str]]] = [
+    ("Median time", story_minutes, lambda minutes: duration(minutes * 60)),
+    ("Attempts per run", story_attempts, lambda number: f"{number:.1f}"),
+    ("Red gates healed", story_healed, lambda share: f"{share:.0%}"),
+]
+
+
+def chart_bars(days: Sequence[Mapping[str, int]], title: str) -> Markup:
+    """A bar for each day, made of a part for each tone: [{"good": 3, "bad": 1}, {}]."""
+    most = max([sum(day.values()) for day in days] + [1])
+    width, parts = 100 / len(days), []
+    for number, day in enumerate(days):
+        top = 60.0
+        for tone in LEGEND:
+            height = 56 * day.get(tone, 0) / most
+            top -= height
+            if height:
+                parts.append(tag("rect", x=f"{number * width + width * 0.12:.2f}", y=f"{top:.2f}",
+                                 width=f"{width * 0.76:.2f}", height=f"{height:.2f}", class_=tone))
+    return chart(title, *parts)
+
+
+def chart_line(values: Sequence[float | None], title: str) -> Markup:
+    """A line through the days that have a value: [1.0, None, 2.5]."""
+    numbers = [value for value in values if value is not None]
+    most = max([*numbers, 1e-9])
+    width = 100 / len(values)
+    points = [f"{number * width + width / 2:.2f},{58 - 50 * value / most:.2f}"
+              for number, value in enumerate(values) if value is not None]
+    dots = [tag("path", d=f"M{point}h.01") for point in points]
+    return chart(title, tag("polyline", points=" ".join(points)), *dots)
+
+
+def chart(title: str, *parts: Markup) -> Markup:
+    """A small chart, as wide as there is room."""
+    floor = tag("line", x1="0", x2="100", y1="60", y2="60")
+    return tag("svg", tag("title", title), floor, *parts, role="img", viewBox="0 0 100 62",
+               preserveAspectRatio="none", class_="chart")
+
+
+PAGE_STYLE = Markup("""
+:root{--bg:#f6f7f9;--card:#fff;--ink:#1b2230;--soft:#5a6475;--line:#dfe3ea;--code:#f1f3f6;
+--good:#17703a;--good-bg:#e3f4e8;--bad:#b4232c;--bad-bg:#fce9e9;--warn:#8a5300;--warn-bg:#fdf0d8;
+--calm:#556072;--calm-bg:#e9ecf1;--live:#1f5fbf;--live-bg:#e2ecfb;--agent:#7a4fc9;--gate:#2f6fd0}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#0f131a;--card:#181d26;--ink:#e4e8ef;
+--soft:#9aa5b5;--line:#2b323e;--code:#10151d;--good:#5fcf86;--good-bg:#14301f;
+--bad:#ff8e8b;--bad-bg:#3a1a1d;--warn:#f0b85a;--warn-bg:#37270c;
+--calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;--agent:#b794f6;--gate:#6ea4f5}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:32px 20px 8px}
+main:has(.board){max-width:1680px}
+h1{font-size:28px;line-height:1.2;margin:4px 0 16px;letter-spacing:-.015em}
+h2{font-size:16px;margin:0 0 14px} h3{font-size:14px;margin:18px 0 8px}
+p{margin:6px 0} small,.meta,.eyebrow,footer{color:var(--soft);font-size:13px}
+.eyebrow{margin:0} a{color:var(--live)} footer{text-align:center;padding:16px 20px 32px}
+code,pre{font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{margin:8px 0;padding:12px 14px;background:var(--code);border-radius:8px;overflow:auto;
+max-height:34em;white-space:pre-wrap}
+main>section:not(.story){background:var(--card);border:1px solid var(--line);border-radius:12px;
+padding:18px 20px;margin:16px 0}
+.pill{display:inline-block;padding:1px 10px;border-radius:99px;font-size:12.5px;font-weight:600;
+white-space:nowrap;color:var(--calm);background:var(--calm-bg)}
+.pill.good{color:var(--good);background:var(--good-bg)}
+.pill.bad{color:var(--bad);background:var(--bad-bg)}
+.pill.warn{color:var(--warn);background:var(--warn-bg)}
+.pill.live{color:var(--live);background:var(--live-bg)}
+.verdict{background:var(--card);border:1px solid var(--line);border-left:5px solid var(--calm);
+border-radius:12px;padding:16px 20px;font-size:16px}
+.verdict .pill{margin-right:10px} .verdict p{margin:8px 0 0;font-size:15px;color:var(--soft)}
+.verdict.good{border-left-color:var(--good)} .verdict.bad{border-left-color:var(--bad)}
+.verdict.warn{border-left-color:var(--warn)}
+dl{margin:16px 0 0} dt{color:var(--soft);font-size:13px} dd{margin:0}
+.facts{display:flex;flex-wrap:wrap;gap:10px 32px} .facts dd{max-width:64ch}
+.facts dd code{margin-right:12px}
+.commands{margin:0} .commands div{display:flex;gap:16px;padding:6px 0;
+border-top:1px solid var(--line)} .commands div:first-child{border:0} .commands dt{flex:0 0 100px}
+.commands code{user-select:all}
+svg{display:block;max-width:100%} svg text{fill:var(--ink);font-size:12px}
+.timeline line,.chart line{stroke:var(--line)} .timeline .group{font-weight:600}
+.timeline .tick,.timeline .note{fill:var(--soft);font-size:11.5px}
+.timeline .inside{fill:var(--card)} .timeline rect{fill:var(--calm)}
+.timeline .k-agent{fill:var(--agent)} .timeline .k-gate,.timeline .k-baseline{fill:var(--gate)}
+.timeline .k-recheck,.timeline .k-control,.timeline .k-blind{fill:var(--good)}
+details{border-top:1px solid var(--line);padding:8px 0} details:first-child{border:0}
+summary{cursor:pointer} summary:hover{color:var(--live)}
+ins,del{text-decoration:none;font-size:13px} ins{color:var(--good)} del{color:var(--bad)}
+.diff{padding:8px 0;max-height:none;overflow:auto}
+.diff span{display:block;padding:0 12px 0 calc(10ch + 10px)} .diff [data-n]{text-indent:-10ch}
+.diff [data-n]::before{content:attr(data-n);color:var(--soft);user-select:none}
+.diff .add{background:var(--good-bg)} .diff .cut{background:var(--bad-bg)}
+.diff .hunk{color:var(--live);background:var(--live-bg)}
+.wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;
+min-width:460px} th{overflow-wrap:normal}
+tbody th{white-space:nowrap}
+caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:6px}
+th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-top:1px solid var(--line)}
+thead th{font-size:13px;color:var(--soft);font-weight:600;border:0} tbody th{font-weight:400}
+ul{margin:6px 0;padding-left:20px} .files{columns:2} .cards{list-style:none;padding:0;margin:0}
+.board{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
+.board section{flex:1 1 170px;min-width:0} .board section:not(:has(li)){flex:0 0 96px}
+.board h2{font-size:14px;padding:0 4px} .count{color:var(--soft);font-weight:400}
+.none{color:var(--soft);padding:0 4px}
+article{background:var(--card);border:1px solid var(--line);border-top:3px solid var(--line);
+border-radius:10px;padding:12px 14px;margin-bottom:12px;font-size:14px}
+article h3{margin:0 0 6px;font-size:14px;line-height:1.35} article pre{font-size:11px;padding:8px}
+article a{color:inherit;text-decoration-color:var(--line)} article .meta{margin:8px 0 0}
+article.good{border-top-color:var(--good)} article.bad{border-top-color:var(--bad)}
+article.warn{border-top-color:var(--warn)} article.live{border-top-color:var(--live)}
+.story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px;margin:0 0 24px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;
+padding:14px 16px} figcaption{display:flex;justify-content:space-between;gap:8px;
+color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-size:18px;line-height:1.1;
+white-space:nowrap}
+.chart{width:100%;height:64px;margin:10px 0 6px} .chart rect.good{fill:var(--good)}
+.chart rect.bad{fill:var(--bad)} .chart rect.warn{fill:var(--warn)}
+.chart rect.calm{fill:var(--calm)}
+.chart polyline,.chart path,.chart line{fill:none;vector-effect:non-scaling-stroke}
+.chart polyline{stroke:var(--live);stroke-width:1.5} .chart path{stroke:var(--live);
+stroke-width:5;stroke-linecap:round}
+small .good{color:var(--good)} small .bad{color:var(--bad)} small .warn{color:var(--warn)}
+@media(max-width:1100px){.board section{flex:1 1 30%}}
+@media(max-width:760px){main{padding:20px 12px} h1{font-size:23px}
+.board section,.board section:not(:has(li)){flex:1 1 100%}
+.story{grid-template-columns:repeat(2,minmax(0,1fr))}
+.commands div{display:block} .wordy{display:none} .timeline text{font-size:10.5px}
+.files{columns:1} main>section:not(.story){padding:14px}}
+@media print{body{background:#fff;print-color-adjust:exact} pre{max-height:none}
+tr,svg,article,.verdict{break-inside:avoid}}
+""")
+
+
+# === Chapter 23. The command line ===========================================
 # Called by: people and CI.
 # Promises: arguments become plain values; wrong usage is one line and exit 64.
 # At first: read run_whole.
@@ -7947,6 +8795,7 @@ def run_whole(job: Job, args: argparse.Namespace, own: Path, bench: Path) -> int
     finally:
         if not run.outcome:
             record_abandon(run, sys.exc_info()[1])
+        report_write(run.folder)
     return result_show(run, args.json)
 
 
@@ -8214,6 +9063,7 @@ def parser_build() -> Parser:
         command.set_defaults(handler=cmd_run)
     past_runs_add(commands)
     queue_add(commands)
+    board_add(commands)
     return parser
 
 
@@ -8303,6 +9153,20 @@ def comments_add(parser: Parser) -> None:
     """Add the option that makes comments part of a forge's issue."""
     parser.add_argument("--with-comments", action="store_true",
                         help="add the comments of those who may write, older than the ready label")
+
+
+def board_add(commands: Any) -> None:
+    """Add the command that writes the board."""
+    board = command_add(
+        commands, "board", "write a page with all runs: .agent-runs/index.html",
+        "Write .agent-runs/index.html, a page that shows how the issues and the runs stand.\n"
+        "It needs no server, and each card leads to the page of its run.",
+        ["board --open", "board --watch"])
+    board.add_argument("--watch", action="store_true",
+                       help=f"write it every {BOARD_SECONDS} seconds until Ctrl-C; it loads itself "
+                            "again, and shows the last lines of each agent that is running")
+    board.add_argument("--open", action="store_true", help="open it in your browser")
+    board.set_defaults(handler=cmd_board)
 
 
 def strict_add(parser: Parser) -> None:

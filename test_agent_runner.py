@@ -15,6 +15,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html.parser
 import http.server
 import importlib.util
 import inspect
@@ -25,6 +26,7 @@ import pty
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -5666,6 +5668,400 @@ def test_an_edit_after_the_look_is_seen(scratch: Scratch) -> None:
         assert forge.labels(1) == ["ready-for-agent"] and not forge.comments[1]
 
 
+# === Pages and board ========================================================
+
+HOSTILE = "</title></pre><script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>\"'&\x1b[31m\u202e"
+
+
+def record_made(root: Path, number: int, outcome: Any = "gave_up", days: float = 0, **facts: Any) -> Path:
+    """A record as a run leaves it, without the run; the folder."""
+    began = time.time() - days * 86400
+    folder = root / ".agent-runs" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(began))}-{number:06x}"
+    folder.mkdir(parents=True)
+    check = {"name": "pytest", "ok": False, "reason": "1 failed", "seconds": 0.5, "tests": {"failed": 1}}
+    attempt = {"number": 1, "agent_exit": 0, "agent_seconds": 2.0, "tree": "", "changed": ["app.py"], "gate": None, "result": "red"}
+    summary = {
+        "schema": 1, "run_id": folder.name, "command": "issue-to-pr", "issue": f"issues/{number:04}-do-it.md", "title": f"Do it, {number}",
+        "simulated": None, "agent_cmd": "agent", "repository": str(root), "sandbox": {"kind": "bwrap", "why": None, "mark": ""}, "base": "b" * 40,
+        "head": "b" * 40, "left_out": [], "dry_run": False, "options": {"allow": []}, "rejudged": None, "branch": None, "commit": None,
+        "tree": None, "outcome": outcome, "error": None, "seconds": 90.0, "attempts": [attempt], "places": [],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)), "baseline": {"checks": [check]}, "recheck": None,
+        "twin": None, "scope": None, "findings": [], "violations": [], "look_first": [], "next": []} | facts
+    (folder / "run_summary.json").write_text(json.dumps(summary))
+    os.utime(folder / "run_summary.json", (began - 100, began - 100))
+    return folder
+
+
+def page_texts(page: str) -> str:
+    """The text that a browser shows; every tag must be one of ours, and have only attributes of ours."""
+    class Reader(html.parser.HTMLParser):
+        texts: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "img", "iframe", "object", "link", "base", "form"), tag
+            assert not [name for name, _ in attrs if name.startswith("on") or name in ("src", "style")], attrs
+            for name, value in attrs:
+                assert name != "href" or re.fullmatch(r"\./[\w.%/-]+", value or ""), value
+
+        def handle_data(self, data: str) -> None:
+            self.texts.append(data)
+
+    reader = Reader()
+    reader.texts = []
+    reader.feed(page)
+    return "".join(reader.texts)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+needs_browser = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
+
+
+class Browser:
+    """A headless Chromium that is asked through a pipe, by the DevTools protocol; no port, no package."""
+
+    def __init__(self, place: Path, width: int = 1280, height: int = 900) -> None:
+        hears, self.to = os.pipe()
+        self.of, says = os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (hears, says)]
+        options = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--hide-scrollbars", "--no-sandbox",
+                   "--remote-debugging-pipe", f"--user-data-dir={place}", "--allow-file-access-from-files"]
+        self.child = subprocess.Popen([BROWSER, *options], preexec_fn=lambda: [os.dup2(end, n) for n, end in enumerate(ends, 3)],
+                                      pass_fds=(3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for end in (hears, says, *ends):
+            os.close(end)
+        self.rest, self.number, self.session, self.events = b"", 0, "", []
+        target = self.ask("Target.createTarget", url="about:blank", newWindow=True, width=width, height=height)["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
+        os.close(self.to)
+        os.close(self.of)
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        """The answer to one command; what happens meanwhile is noted in `events`."""
+        self.number += 1
+        session = {"sessionId": self.session} if self.session else {}
+        os.write(self.to, json.dumps({"id": self.number, "method": method, "params": params, **session}).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.of], [], [], 60)[0], "the browser does not answer"
+                assert (data := os.read(self.of, 1 << 20)), "the browser has ended"
+                self.rest += data
+            line, _, self.rest = self.rest.partition(b"\0")
+            message = json.loads(line)
+            if message.get("id") == self.number:
+                assert "error" not in message, message
+                return message["result"]
+            self.events.append(message)
+
+    def value(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def open(self, page: Path) -> None:
+        """Load a page, wholly."""
+        self.events.clear()
+        self.ask("Page.navigate", url=page.as_uri())
+        wait_for(lambda: self.value("document.readyState") == "complete" and self.value("location.pathname") == str(page), "the page")
+
+    def trouble(self) -> list[str]:
+        """What the console shows, and each request but for pages on disk."""
+        shown = [json.dumps(event["params"]) for event in self.events
+                 if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return shown + [url for url in urls if not url.startswith("file:")]
+
+    def picture(self, path: Path, theme: str = "light") -> None:
+        """Save what the page looks like."""
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
+
+
+def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
+    """A record in which everything that comes from outside is hostile."""
+    attempt = {"number": 1, "agent_exit": 0, "agent_seconds": 2.0, "tree": "", "changed": [hostile], "gate": None, "result": hostile}
+    violation = {"rule": "protected", "path": hostile, "reason": hostile}
+    folder = record_made(root, 7, **{
+        "title": hostile, "issue": hostile, "agent_cmd": hostile, "error": hostile, "branch": hostile, "findings": [hostile],
+        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "left_out": [hostile],
+        "twin": hostile, "scope": {"globs": [hostile], "source": hostile, "why": hostile}} | facts)
+    name = hostile.replace("/", "|")
+    for path in (f"agent-{name}.log", "javascript:alert(1).log", "brief-1.md", "handoff.md", "agent-1.log"):
+        (folder / path).write_text(f"{hostile}: {hostile}\n", "utf-8")
+    (folder / "diff.patch").write_text(f"diff --git a/{hostile} b/{hostile}\n--- a/{hostile}\n+++ b/{hostile}\n@@ -1 +1 @@ {hostile}\n-{hostile}\n+{hostile}\n")
+    began = json.loads((folder / "run_summary.json").read_text())["started"]
+    at = time.mktime(time.strptime(began[:19], "%Y-%m-%dT%H:%M:%S"))
+    (folder / "events.jsonl").write_text('no json\n[[]]\n{"name": 1}\n{"name": "x", "at": 1e999, "seconds": NaN, "result": ""}\n' + json.dumps({"at": at, "name": f"agent, {hostile}", "seconds": 1, "result": hostile}) + "\n")
+    return folder
+
+
+def test_what_comes_from_outside_is_text_in_a_page(tmp_path):
+    """Titles, names of files, logs, briefs, diffs, commands: none becomes markup, all of it can be read."""
+    page = runner_module().report_page(hostile_record(tmp_path))
+    texts = page_texts(page)
+    assert texts.count("<script>") >= 20 and "\\x1b[31m" in texts and "\u202e" not in page and "\x1b" not in page
+    assert 'href="./javascript%3Aalert%281%29.log"' in page
+    assert "default-src &#39;none&#39;" in page
+
+
+def test_an_element_escapes_what_is_inside():
+    module = runner_module()
+    inner = module.tag("b", "<")
+    assert inner == "<b>&lt;</b>"
+    assert module.tag("p", inner, "&\0", class_='"x"', data_n=None, id=0) == '<p class="&quot;x&quot;" id="0"><b>&lt;</b>&amp;\\x00</p>'
+    assert module.link("a", "//host", "b:c.log") == '<a href="./%2F%2Fhost/b%3Ac.log">a</a>'
+
+
+def test_a_large_log_or_diff_makes_a_small_page(tmp_path):
+    """It shows the end of the one, the beginning of the other, and leads to the files."""
+    folder = record_made(tmp_path, 1)
+    for number in range(300):
+        (folder / f"gate-{number}.log").write_text("<>" * 20_000)
+    (folder / "agent-1.log").write_text("<noise>\n" * 700_000 + "the last line\n")
+    (folder / "diff.patch").write_text("".join(f"diff --git a/f{n} b/f{n}\n@@ -0,0 +1,3 @@\n+{'<' * 5000}\n+\n+\n" for n in range(1000)))
+    page = runner_module().report_page(folder)
+    assert len(page) < 1_000_000, len(page)
+    texts = page_texts(page)
+    assert "the last line" in texts and "bytes are not shown here" in texts
+    assert all(f'href="./{name}"' in page for name in ("agent-1.log", "diff.patch"))
+
+
+@needs_linux
+def test_a_run_that_was_killed_or_interrupted_has_a_page(scratch):
+    killed = run_killed(scratch)
+    assert scratch.run("runs").code == 0
+    page = page_texts((killed / "report.html").read_text())
+    for words in ("interrupted", "the runner was killed", "agent, attempt 1: has not ended", "x + x", "git -C"):
+        assert words in page, words
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent="leave('here')\n" + SLEEPS)
+    wait_for((scratch.out / "here").exists, "the agent")
+    going.child.send_signal(signal.SIGINT)
+    assert "agent, attempt 1: stopped" in page_texts(scratch.ended(going).text("report.html"))
+    failed = scratch.propose(EDITS, "--setup", "false")
+    assert failed.code == 69 and "--setup failed on the base" in page_texts(failed.text("report.html")), failed
+
+
+def test_the_page_of_a_run(shared):
+    """What is in the record, told once more for people: the sentence, the steps, the diff, the evidence, the commands."""
+    _, ended = shared
+    page = ended.text("report.html")
+    texts = page_texts(page)
+    for words in ("The gate is green, and a commit is proposed on agent/", "after 1 attempt in", "baseline gate: ", "guardrails: no violation",
+                  "+def triple(x):", "New test: ", "Blind twin: ", "No guardrail stands against this change.", "git branch -D"):
+        assert words in texts, words
+    assert f"  report        {os.path.relpath(ended.folder, Path(ended.summary['repository']))}/report.html\n" in ended.out
+    lanes = dict(re.findall(r'<title>([^:<]*): [^<]*</title><text[^>]*>[^<]*</text><rect x="([\d.]+)%"', page))
+    assert float(lanes["baseline gate"]) < float(lanes["guardrails"]) <= float(lanes["blind twin, attempt 1"]), lanes
+
+
+def test_a_timeline_is_to_scale():
+    module = runner_module()
+    steps = [module.Span("workspace", 0, 1, "ready"), module.Span("agent, attempt 1", 1, 4, "exit 0"),
+             module.Span("baseline gate", 2, 2, "passed"), module.Span("gate, attempt 1", 5, 5, "passed")]
+    drawn = module.timeline(steps)
+    bars = [(float(x), int(y), float(width)) for x, y, width in re.findall(r'<rect x="([\d.]+)%" y="(\d+)" width="([\d.]+)%"', drawn)]
+    assert [width for _, _, width in bars] == [7.7, 30.8, 15.4, 38.5] and [x for x, _, _ in bars] == [22.0, 29.7, 37.4, 60.5]
+    assert len({y for _, y, _ in bars}) == 4, "what overlaps has a lane of its own"
+    assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>workspace, agent, baseline gate, gate</desc>" in drawn
+
+
+def test_the_lines_of_a_diff_have_their_numbers():
+    module = runner_module()
+    patch = ("diff --git a/a b.py b/a b.py\nindex 1..2 100644\n--- a/a b.py\n+++ b/a b.py\n@@ -8,2 +9,2 @@ def f\n one\n-two\n+--- three\n"
+             "diff --git a/x.bin b/x.bin\nnew file mode 100644\nindex 0..1\nGIT binary patch\nliteral 3\nabc\n")
+    files = module.diff_files(patch)
+    assert files == [("a b.py", ["@@ -8,2 +9,2 @@ def f", " one", "-two", "+--- three"]), ("x.bin", ["new file mode 100644", "GIT binary patch"])]
+    rows = re.findall(r"<span([^>]*)>([^<]*)</span>", module.diff_lines(files[0][1]))
+    assert rows == [(' class="hunk"', "@@ -8,2 +9,2 @@ def f"), (' data-n="   8    9 "', " one"), (' class="cut" data-n="   9      "', "-two"),
+                    (' class="add" data-n="       10 "', "+--- three")]
+
+
+def test_the_charts_are_drawn_from_numbers():
+    module = runner_module()
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="(\w+)"', module.chart_bars([{"good": 1, "bad": 1}, {}], "t"))
+    assert bars == [("6.00", "32.00", "28.00", "good"), ("6.00", "4.00", "28.00", "bad")]
+    assert 'points="25.00,33.00 75.00,8.00"' in module.chart_line([1.0, 2.0], "t") and 'points=""' in module.chart_line([None], "t")
+    runs = [{"command": "self-heal", "outcome": outcome, "seconds": seconds, "attempts": [1] * tries}
+            for outcome, seconds, tries in (("proposed", 60, 1), ("gave_up", 180, 2), ("nothing_to_heal", 5, 0))]
+    assert (module.story_minutes(runs), module.story_attempts(runs), module.story_healed(runs)) == (1.0, 1.5, 0.5)
+    assert [module.duration(n) for n in (0, 9.96, 125, 7260, 400_000)] == ["0.0 s", "10 s", "2 min 5 s", "2 h 1 min", "5 days"]
+
+
+def board_shown(scratch: Scratch) -> dict[str, list[str]]:
+    """The titles of the cards in each column of the board, and what their labels say."""
+    page = (scratch.root / ".agent-runs/index.html").read_text()
+    page_texts(page)
+    columns = re.findall(r'(?s)<section aria-label="([^"]+)"><h2.*?</section>', page)
+    parts = [re.search(rf'(?s)<section aria-label="{name}"><h2.*?</section>', page)[0] for name in columns]
+    return {name: [f"{title}: {label}" for title, label in re.findall(r'(?s)<h3><\w+[^>]*>([^<]*)<.*?class="pill[^"]*">([^<]*)<', part)]
+            for name, part in zip(columns, parts)}
+
+
+def test_the_columns_of_the_board(scratch):
+    """What each newest run came to, and what became of its proposal since; one card for all runs of an issue."""
+    head, root = scratch.git("rev-parse", "HEAD"), scratch.root
+    scratch.git("branch", "agent/open")
+    record_made(root, 1, "proposed", title="open", branch="agent/open", commit="1" * 40)
+    record_made(root, 2, "proposed", title="merged", branch="agent/merged", commit=head)
+    squashed = record_made(root, 3, "proposed", title="squashed", branch="agent/squashed", commit="3" * 40)
+    scratch.commit(f"Squashed\n\n    * One\n\n    Agent-Run: {squashed.name}")
+    record_made(root, 4, "proposed", title="thrown away", branch="agent/gone", commit="4" * 40)
+    record_made(root, 5, "proposed", title="dry", dry_run=True)
+    record_made(root, 6, "blocked", 2, title="twice", issue="issues/twice.md")
+    record_made(root, 7, "gate_failed", 1, title="twice", issue="issues/twice.md")
+    healed = record_made(root, 8, "scope_disagreement", 1, command="self-heal", issue=None, title=None)
+    record_made(root, 9, "proposed", command="self-heal", issue=None, title=None, rejudged=healed.name, branch="agent/open", commit="9" * 40)
+    record_made(root, 10, "nothing_to_heal", command="self-heal", issue=None, title=None)
+    (record_made(root, 11, None, title="died", seconds=1) / "running").touch()
+    going = record_made(root, 12, None, title="going", attempts=[])
+    (going / "agent-1.log").write_text("10 %\r20 %\r\x1b[31m30 %\n")
+    lock = runner_module().lock_make(going / "running")
+    ended = scratch.ended(scratch.start("board"), others=1)
+    os.close(lock)
+    assert (ended.code, ended.out) == (0, ".agent-runs/index.html\n"), ended
+    shown = {name: sorted(cards) for name, cards in board_shown(scratch).items()}
+    assert shown == {
+        "Ready": [], "Blocked": [], "Running": ["going: running"],
+        "Proposed": ["Heal the red gate: proposed", "dry: proposed", "open: proposed"],
+        "Needs a human": ["died: interrupted", "twice: gate failed"],
+        "Done": ["Heal the red gate: nothing to heal", "merged: merged", "squashed: merged", "thrown away: discarded"]}
+    page = (root / ".agent-runs/index.html").read_text()
+    assert "<pre tabindex=\"0\">30 %</pre>" in page and "2 runs · 2 attempts" in page and "refresh" not in page
+    for name in re.findall(r'href="\./([^"]+)"', page):
+        assert (root / ".agent-runs" / name).is_file(), name
+
+
+def test_the_board_shows_what_waits_in_the_queue(scratch):
+    """A run's card stands for its issue, but where the issue's turn comes again."""
+    labelled = "# {0}\n\nLabels: ready-for-agent\n\nDo it.\n"
+    for number, name in enumerate(("first", "second", "tried", "going"), 1):
+        scratch.write({f"issues/{number:04}-{name}.md": labelled.format(name) + "Blocked by #1\n" * (name == "second")})
+    record_made(scratch.root, 3, "gate_failed", 1, title="tried", issue="issues/0003-tried.md")
+    scratch.commit()
+    scratch.write({"issues/0005-new.md": labelled.format("new"), "issues/0006-plain.md": "# plain\n\nNo label.\n"})
+    going = record_made(scratch.root, 4, None, title="going", issue=str(scratch.root / "issues/0004-going.md"))
+    lock = runner_module().lock_make(going / "running")
+    ended = scratch.ended(scratch.start("board"), others=1)
+    os.close(lock)
+    assert ended.code == 0, ended
+    assert {name: cards for name, cards in board_shown(scratch).items() if cards} == {
+        "Ready": ["first: ready", "tried: ready"], "Blocked": ["second: blocked"], "Running": ["going: running"],
+        "Needs a human": ["new: untrusted"]}
+    assert "by #1" in (scratch.root / ".agent-runs/index.html").read_text()
+
+
+def test_a_board_of_hostile_records(scratch):
+    hostile_record(scratch.root)
+    going = hostile_record(scratch.root / "x", days=1)
+    going = going.rename(scratch.root / ".agent-runs" / going.name.replace("000007", "000008"))
+    shutil.rmtree(scratch.root / "x")
+    for number, wrong in enumerate(({"started": "x"}, {"seconds": "1"}, {"attempts": None}, {"attempts": [1]}, {"run_id": [1]}, {"issue": {}},
+                                    *[{"seconds": 1e999}] * 20, {"outcome": "x"}, {"outcome": 1}), 10):
+        record_made(scratch.root, number, **wrong)
+    (record_made(scratch.root, 90) / "run_summary.json").write_text("{")
+    assert scratch.run("board").code == 0
+    assert not re.search(r">[^<]*\b(inf|nan)\b", (scratch.root / ".agent-runs/index.html").read_text())
+    assert "<script>" in page_texts((scratch.root / ".agent-runs/index.html").read_text())
+
+
+def test_a_board_is_watched_until_ctrl_c(scratch):
+    """It loads itself again as long as it is written, and no longer."""
+    page, opened = scratch.root / ".agent-runs/index.html", scratch.out / "opened"
+    program = scratch.place / "browser"
+    program.write_text(f"#!/bin/sh\necho \"$1\" > {shlex.quote(str(opened))}\n")
+    program.chmod(0o755)
+    going = scratch.start("board", "--watch", "--open", env={"BROWSER": str(program)})
+    wait_for(lambda: page.exists() and opened.exists() and b"\n" in opened.read_bytes(), "the board")
+    assert opened.read_text() == f"{page.as_uri()}\n" and 'http-equiv="refresh"' in page.read_text()
+    record_made(scratch.root, 1, title="later")
+    wait_for(lambda: "later" in page.read_text(), "the next writing")
+    going.child.send_signal(signal.SIGINT)
+    ended = scratch.ended(going)
+    assert (ended.code, ended.out) == (0, ".agent-runs/index.html\n"), ended
+    assert "later" in page.read_text() and "refresh" not in page.read_text() and not list(page.parent.glob(".*.part"))
+
+
+def test_a_board_without_a_record(scratch):
+    assert scratch.run("board").code == 0 and (scratch.root / ".agent-runs/.gitignore").read_text() == "*\n"
+    assert not any(board_shown(scratch).values()) and len(board_shown(scratch)) == 6
+
+
+@needs_browser
+def test_a_browser_runs_nothing_and_asks_nobody(tmp_path):
+    """Scripts and addresses in everything that comes from outside; and the same as markup, to see that this test can fail."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        attack = f"</title></style></pre><script>document.title='owned'</script><img src={address} onerror=alert(1)><link rel=stylesheet href={address}>"
+        page = hostile_record(tmp_path, attack) / "report.html"
+        runner_module().report_write(page.parent)
+        broken = page.with_name("broken.html")
+        broken.write_text(re.sub(r"<meta http-equiv.*?>", "", html.unescape(page.read_text()), count=1))
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(page)
+            assert browser.trouble() == [] and browser.value("document.title") != "owned"
+            assert "document.title='owned'" in browser.value("document.body.innerText")
+            with pytest.raises(TimeoutError):
+                server.accept()
+            browser.ask("Page.navigate", url=broken.as_uri())
+            wait_for(lambda: browser.value("document.title") == "owned" and bool(browser.trouble()), "the attack")
+            server.accept()[0].close()
+
+
+# The texts of a page whose colour is too near to that of what lies behind them (WCAG: 4.5 to 1).
+PALE = r"""(() => {
+    const rgb = text => text.match(/[\d.]+/g).map(Number)
+    const part = value => value / 255 <= 0.03928 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4
+    const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b) + 0.05
+    const behind = node => rgb(getComputedStyle(node).backgroundColor)[3] === 0 && node.parentElement ? behind(node.parentElement)
+        : rgb(getComputedStyle(node).backgroundColor)
+    return [...document.querySelectorAll('body :not(svg, svg *)')].filter(node => [...node.childNodes].some(
+        child => child.nodeType === 3 && child.data.trim())).filter(node => {
+        const [a, b] = [light(rgb(getComputedStyle(node).color)), light(behind(node))]
+        return Math.max(a, b) / Math.min(a, b) < 4.5}).map(node => `${node.tagName}.${node.className}`)})()"""
+
+
+@needs_browser
+def test_a_page_can_be_read_by_day_by_night_and_on_paper(tmp_path):
+    page = record_made(tmp_path, 1) / "report.html"
+    (page.parent / "diff.patch").write_text("diff --git a/x b/x\n@@ -1 +1 @@\n-a\n+b\n")
+    runner_module().report_write(page.parent)
+    with Browser(tmp_path / "profile", 400) as browser:
+        browser.open(page)
+        inks = []
+        for media, theme in (("screen", "light"), ("screen", "dark"), ("print", "dark")):
+            browser.ask("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": theme}])
+            inks.append(browser.value("getComputedStyle(document.body).color"))
+            assert browser.value(PALE) == [], (media, theme)
+        assert inks[0] == inks[2] != inks[1] and browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_browser
+def test_a_browser_shows_how_a_run_goes_on(scratch):
+    """The board that is open loads itself again: the agent's last lines, then what came of it."""
+    agent = "print('thinking hard', flush=True)\nleave('ready')\nwhile not (OUT / 'go').exists():\n    time.sleep(0.01)\n" + EDITS
+    watch = scratch.start("board", "--watch")
+    page = scratch.root / ".agent-runs/index.html"
+    wait_for(page.exists, "the board")
+    going = scratch.start("issue-to-pr", scratch.issue(), *checks_args(CHEAP), agent=agent)
+    with Browser(scratch.place / "profile") as browser:
+        browser.open(page)
+        wait_for(lambda: "thinking hard" in (browser.value("document.body.innerText") or ""), "the agent's last line")
+        (scratch.out / "go").touch()
+        assert scratch.ended(going, others=1).outcome == "proposed"
+        wait_for(lambda: "agent/say-double" in (browser.value("document.body.innerText") or ""), "the proposal")
+        assert browser.trouble() == []
+    watch.child.send_signal(signal.SIGINT)
+    assert scratch.ended(watch, others=1).code == 0
+
+
 # === The command line =======================================================
 
 
@@ -6841,5 +7237,71 @@ def bench() -> None:
                 print(f"| {row} |", flush=True)
 
 
+# === The pictures of the README, drawn by hand (make pictures) ==============
+
+STORY = [  # of the records on the pictured board: days ago, outcome, title, attempts, minutes
+    (12.6, "proposed", "Say what a greeting costs", 1, 3), (12.2, "gate_failed", "Greet in Latin", 2, 9),
+    (11.3, "proposed", "", 1, 4), (10.4, "proposed", "Read the names from a file", 2, 6), (9.2, "gave_up", "", 2, 12),
+    (8.4, "proposed", "", 2, 5), (7.7, "proposed", "Keep the case of a name", 1, 2), (6.1, "agent_timed_out", "Translate all greetings", 1, 30),
+    (5.3, "proposed", "Greet two people at once", 1, 3), (5.1, "blocked", "Make the slow test faster", 2, 7),
+    (3.4, "proposed", "", 1, 3), (2.3, "proposed", "Trim the name", 1, 2), (1.2, "proposed", "Add a farewell", 2, 5),
+    (0.8, "scope_disagreement", "Sort the imports", 1, 2), (0.3, "proposed", "", 2, 4)]
+REVIEWED = ("Add a farewell", "Trim the name")  # proposed and not merged yet; all others are
+
+
+def pictures(place: str = "") -> None:
+    """Draw .github/board.png and .github/run.png: a run of this repository's own, and a board of made-up records."""
+    module = runner_module()
+    with tempfile.TemporaryDirectory(prefix="pictures-") as name:
+        scratch = Scratch(Path(name) / "x", module.DEMO_FILES | {"greeting.py": module.GREET_PLAIN})
+        scratch.root = scratch.root.rename(scratch.place / "greetings")
+        _, wrong, right, tests = module.DEMO_STORIES["issue-to-pr"]
+        scratch.git("remote", "add", "origin", "https://example.org/greetings.git")
+        agent = in_turn(*(f"time.sleep(2)\nprint('reading greeting.py')\n{writes('greeting.py', code)}{writes('tests/test_greeting.py', tests)}"
+                          for code in (wrong, right)))
+        run = scratch.propose(agent, "--fix-attempts", "1", checks=REAL, issue=module.DEMO_ISSUE)
+        plain(run.folder, scratch)
+        for number, (days, outcome, title, attempts, minutes) in enumerate(STORY, 1):
+            record_story(scratch, number, days, outcome, title, attempts, minutes)
+        for number, title in ((17, "Greet by the time of day"), (18, "Greet whole teams"), (19, "Send a greeting by mail")):
+            blocked = "Blocked by #17\n" * (number == 19)
+            scratch.write({f"issues/{number:04}-{title.lower().replace(' ', '-')}.md": f"# {title}\n\nLabels: ready-for-agent\n{blocked}\nDo it.\n"})
+        scratch.commit("Ask for more")
+        going = record_made(scratch.root, 16, None, 0.004, title="Show the greeting in colour", attempts=[], issue="issues/0016-show-it-in-colour.md")
+        (going / "events.jsonl").write_text(json.dumps({"at": time.time() - 200, "name": "agent, attempt 1", "seconds": 0, "result": "started"}) + "\n")
+        (going / "agent-1.log").write_text("reading greeting.py\nreading tests/test_greeting.py\nediting greeting.py\nrunning pytest: 2 passed\n")
+        lock = module.lock_make(going / "running")
+        assert scratch.run("board").code == 0
+        os.close(lock)
+        for file, page, height in (("run", run.folder / "report.html", 1010), ("board", scratch.root / ".agent-runs/index.html", 900)):
+            with Browser(Path(name) / file, height=height) as browser:
+                browser.open(page)
+                browser.picture(Path(place or ROOT / ".github") / f"{file}.png")
+
+
+def plain(folder: Path, scratch: Scratch) -> None:
+    """Take the paths of this machine out of a record, and write its page again."""
+    path = folder / "run_summary.json"
+    summary = json.loads(path.read_text()) | {"agent_cmd": "my-agent --headless", "issue": "issues/0001-add-a-shout.md"}
+    path.write_text(json.dumps(summary).replace(str(scratch.root), "~/greetings").replace(str(scratch.place), "~"))
+    runner_module().report_write(folder)
+
+
+def record_story(scratch: Scratch, number: int, days: float, outcome: str, title: str, attempts: int, minutes: float) -> None:
+    """One record of the pictured board; a proposal that was reviewed is merged."""
+    facts: dict[str, Any] = {"title": title} if title else {"command": "self-heal", "issue": None, "title": None}
+    if title:
+        facts["issue"] = f"issues/{number:04}-{title.lower().replace(' ', '-')}.md"
+    if outcome == "proposed":
+        facts |= {"branch": f"agent/{title.lower().replace(' ', '-') or 'self-heal'}", "commit": f"{number:040x}"}
+    folder = record_made(scratch.root, number, outcome, days, seconds=minutes * 60.0, **facts, attempts=[
+        {"number": n + 1, "agent_exit": 0, "agent_seconds": minutes * 25, "tree": "", "changed": ["greeting.py"], "gate": None, "result": "red"}
+        for n in range(attempts)])
+    if title in REVIEWED:
+        scratch.git("branch", facts["branch"])
+    elif outcome == "proposed":
+        scratch.commit(f"Merge\n\nAgent-Run: {folder.name}")
+
+
 if __name__ == "__main__":
-    {"soak": soak, "bench": bench}[sys.argv[1]]()
+    {"soak": soak, "bench": bench, "pictures": pictures}[sys.argv[1]](*sys.argv[2:])
