@@ -4644,20 +4644,21 @@ def test_a_step_is_one_line_that_is_completed_in_place(scratch: Scratch, columns
     terminal = Terminal(scratch, ["issue-to-pr", scratch.issue(), "--check", f"ok={check}"], columns, SHOWS)
     middle = terminal.read(lambda screen: "  fetching 100 of 100" in screen)
     lines = [line for line in middle.splitlines() if re.match(r"[✓⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] ", line)]
-    assert [re.match(r"..(baseline gate|workspace|agent, attempt 1) ", line)[1] for line in lines] == [
-        "baseline gate", "workspace", "agent, attempt 1"], middle
+    names = [re.match(r"..(baseline gate|workspace|agent, attempt 1) ", line)[1] for line in lines]
+    # The first two start at the same time.
+    assert sorted(names[:2]) == ["baseline gate", "workspace"] and names[2:] == ["agent, attempt 1"], middle
     assert re.search(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] agent, attempt 1 +\d+ s, 29:5\d left\n  fetching 100 of 100$", middle), middle
     terminal.resize(30)
     before = len(terminal.raw)
-    terminal.read(lambda _: len(terminal.raw) > before + 400)
-    drawn = re.split(r"\x1b\[J|\r\n", re.sub(r"\x1b\[\d*[Am]", "", terminal.raw[before:].decode("utf-8", "ignore")))
+    terminal.read(lambda _: len(terminal.raw) > before + 800)  # what it was drawing just then was for the old width
+    drawn = re.split(r"\x1b\[J|\r\n", re.sub(r"\x1b\[\d*[Am]", "", terminal.raw[before + 400:].decode("utf-8", "ignore")))
     assert drawn[1:] and max(map(len, drawn[1:])) <= 30, drawn
     terminal.resize(columns)
     (scratch.out / "go").touch()
     screen = terminal.read()
     assert terminal.child.returncode == 0, screen
-    names = re.findall(r"(?m)^[✓✗•] (.*?)  ", screen)
-    assert names == ["baseline gate", "workspace", "agent, attempt 1", "gate, attempt 1"] and not re.search("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|fetching", screen), screen
+    after = re.findall(r"(?m)^[✓✗•] (.*?)  ", screen)
+    assert after == [*names, "gate, attempt 1"] and not re.search("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|fetching", screen), screen
     assert re.search(r"(?m)^✓ gate, attempt 1 +ok exit 0  \d+\.\d s$", screen), screen
     story = screen[:screen.index("proposed")]
     words = {"double", "sandbox", "AGENT_SANDBOX", "issue-to-pr,"}
@@ -6228,14 +6229,14 @@ def test_the_file_names_the_python_that_it_needs() -> None:
     assert block == '# requires-python = ">=3.10"\n# dependencies = []\n'
 
 
-PLANTED = "::error::planted"
+ANNOTATION = "::error::planted"
 
 
 def test_what_github_actions_gets(scratch: Scratch) -> None:
     """Annotations with their places, a summary, outputs; what the agent prints and names is no command, and it cannot write there."""
     env = {"GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": str(scratch.place / "output"), "GITHUB_STEP_SUMMARY": str(scratch.place / "summary")}
-    prints = f"print({PLANTED!r}, '\\n  {PLANTED}\\n##[error]planted')\nleave('names', [name for name in os.environ if name[:7] == 'GITHUB_'])\n"
-    agent = prints + writes("app.py", f"import os\n{APP_WRONG}") + writes(f"x\n{PLANTED}\n| ~~~.py", "import os\n") + writes("Makefile", "a:\n")
+    prints = f"print({ANNOTATION!r}, '\\n  {ANNOTATION}\\n##[error]planted')\nleave('names', [name for name in os.environ if name[:7] == 'GITHUB_'])\n"
+    agent = prints + writes("app.py", f"import os\n{APP_WRONG}") + writes(f"x\n{ANNOTATION}\n| ~~~.py", "import os\n") + writes("Makefile", "a:\n")
     ended = scratch.propose(agent, checks=REAL, env=env)
     assert ended.outcome == "blocked" and scratch.said("names") == "['GITHUB_ACTIONS']", ended
     commands = re.findall(r"(?m)^\s*::(\w+).*|##\[", ended.err + ended.out)
@@ -6244,11 +6245,11 @@ def test_what_github_actions_gets(scratch: Scratch) -> None:
     assert any(line.startswith("::error file=Makefile,title=blocked::") for line in errors), errors
     summary = (scratch.place / "summary").read_text()
     assert summary.startswith("## blocked: a guardrail refused the change\n\n| check | base |") and "| pytest | ✓ 1 passed |" in summary, summary
-    assert not re.search(rf"(?m)^({PLANTED}|~~~)", summary) and "    decide: " in summary
+    assert not re.search(rf"(?m)^({ANNOTATION}|~~~)", summary) and "    decide: " in summary
     values = dict(re.findall(r"(?m)^(\w+)<<(?:END-\w+)\n(.*)\nEND-\w+$", (scratch.place / "output").read_text()))
     assert values == {"outcome": "blocked", "branch": "", "record": str(ended.folder)}
-    wrong = scratch.run("self-heal", f"--x\n{PLANTED}", env=env)
-    assert re.fullmatch(rf"agent_runner: --x\n\\x3a:error::planted is .*\n::error title=agent_runner::--x%0A{PLANTED} is .*\n", wrong.err), wrong
+    wrong = scratch.run("self-heal", f"--x\n{ANNOTATION}", env=env)
+    assert re.fullmatch(rf"agent_runner: --x\n\\x3a:error::planted is .*\n::error title=agent_runner::--x%0A{ANNOTATION} is .*\n", wrong.err), wrong
     red = scratch.propose(writes("app.py", APP_WRONG), checks=REAL, env=env)
     assert "::error file=tests/test_app.py,line=5,title=gate_failed::pytest: tests/test_app.py::test_double: assert 6 == 4%0A" in red.err, red
 
