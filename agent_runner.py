@@ -4583,9 +4583,8 @@ def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
     # First of all: at whatever moment we are killed, who finds that directory closes the record.
     (own / "record").write_bytes(os.fsencode(run.folder))
     try:
-        run.folder.mkdir(parents=True)
-        if not (runs / ".gitignore").exists():
-            file_write(runs / ".gitignore", "*\n")
+        records_make(runs)
+        run.folder.mkdir()
         FOLDERS.update((place, (place.lstat().st_dev, place.lstat().st_ino))
                        for place in (run.folder, own, bench))
         run.lock = lock_make(run.folder / "running")
@@ -4595,6 +4594,13 @@ def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
                                  "make that place writable") from None
     OBSERVERS.append(lambda event: event_write(run, event))
     return run
+
+
+def records_make(runs: Path) -> None:
+    """Make the folder of all records where it is missing; git ignores what is in it."""
+    runs.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError), open(runs / ".gitignore", "x") as file:
+        file.write("*\n")
 
 
 def event_write(run: Run, event: dict[str, Any]) -> None:
