@@ -956,7 +956,7 @@ class Issue(NamedTuple):
 
     title: str
     text: str
-    source: str  # the file's path as it was given
+    source: str  # its file, in a run relative to the repository; or github:OWNER/REPO#12
     scope: list[str]  # globs of its "Scope:" lines: what may change
     allow: list[str]  # globs of its "Allow:" lines: what is protected and may change nevertheless
     removed: Sequence[str] = ()  # what was taken out of its text, as no reader sees it
@@ -967,7 +967,8 @@ def issue_read(path: Path) -> Issue:
     text = text_read(path, "issue file").strip()
     if not text:
         raise Stop(EXIT_USAGE, f"issue file {path} is empty; say in it what is wanted")
-    return issue_parse(text, str(path))
+    # Its place, not that of a file that it may be a link to.
+    return issue_parse(text, str(path.parent.resolve() / path.name))
 
 
 def issue_parse(text: str, source: str) -> Issue:
@@ -7059,6 +7060,7 @@ def queue_export(repo: Repo, args: argparse.Namespace) -> int:
                 # Read and proved once more: nobody looks at it after this.
                 issue = issue_find(item.ref, argparse.Namespace(
                     trusted=item.ref.startswith("github:"), with_comments=args.with_comments))
+                issue = issue._replace(source=source_inside(repo, issue.source))
                 file_write(path, json.dumps(issue._asdict(), indent=2) + "\n")
                 exported.append(item._asdict() | {"ref": str(path)})
                 continue
@@ -7219,12 +7221,13 @@ def file_task(facts: FileFacts, path: Path) -> Task:
         problem = "its name does not begin with a number, as in 0007-name.md; rename it"
     elif facts.numbers[number] > 1:
         problem = f"two files have the number {number}; rename one of them"
-    runs = [run for run in facts.runs if is_same_issue(str(run["issue"]), inside)]
+    repo, own = facts.repo, issue_path(facts.repo, inside)
+    runs = [run for run in facts.runs if issue_path(repo, str(run["issue"])) == own]
     branches = [branch for source, branch in facts.proposed.items()
-                if is_same_issue(source, inside)]
+                if issue_path(repo, source) == own]
     reason = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
     return Task(number, str(path), issue.title, labels, blockers,
-                any(is_same_issue(source, inside) for source in facts.merged), problem,
+                own in {issue_path(repo, source) for source in facts.merged}, problem,
                 taken_by(facts.repo, str(path), runs, facts.mine), ", ".join(branches),
                 handed_over(runs, facts.head), lambda: reason)
 
@@ -7278,12 +7281,14 @@ def is_free(path: Path) -> bool:
         return free
 
 
-def is_same_issue(source: str, path: str) -> bool:
-    """Whether a recorded source is an issue: "../issues/2.md" and "2.md" are "issues/2.md"."""
-    named = [part for part in Path(source.lower()).parts if part not in ("..", os.sep)]
-    parts = [*Path(path.lower()).parts]
-    fewer = min(len(named), len(parts))
-    return fewer > 0 and named[-fewer:] == parts[-fewer:]
+def source_inside(repo: Repo, source: str) -> str:
+    """What a record and a trailer call an issue: its file, relative to the repository's root."""
+    return os.path.relpath(source, repo.root) if os.path.isabs(source) else source
+
+
+def issue_path(repo: Repo, source: str) -> str:
+    """What all names of an issue's file come to; the same for an issue of a forge."""
+    return os.path.normpath(repo.root / source).lower()
 
 
 def taken_by(repo: Repo, ref: str, runs: list[dict[str, Any]], mine: Path | None) -> str:
@@ -8432,11 +8437,6 @@ def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[
     return [*queued.values(), *cards]
 
 
-def issue_path(repo: Repo, source: str) -> str:
-    """An issue's file, however a run named it."""
-    return os.path.normpath(repo.root / source)
-
-
 def board_issues(repo: Repo) -> list[Card]:
     """The labelled issues of the directory issues/ that wait, in their turn."""
     columns = {"ready": "Ready", "blocked": "Blocked", "untrusted": "Needs a human",
@@ -9277,6 +9277,7 @@ def job_build(args: argparse.Namespace) -> Job:
     repo = None if simulated else repo_open(Path.cwd())
     if issue and repo:
         issue_check(issue, repo.root)
+        issue = issue._replace(source=source_inside(repo, issue.source))
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if not repo:
         repo = demo_open(args.command)

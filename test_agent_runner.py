@@ -5104,11 +5104,23 @@ def test_a_pull_request_that_closes_an_issue(text: str, is_closing: bool) -> Non
 
 
 @pytest.mark.parametrize(("source", "is_same"), [
-    ("issues/0002-a.md", True), ("0002-a.md", True), ("../issues/0002-a.md", True), ("/work/repo/issues/0002-a.md", True),
-    ("other/0002-a.md", False), ("issues/0002-b.md", False), ("issues", False), ("", False),
+    ("issues/0002-a.md", True), ("0002-a.md", False), ("../issues/0002-a.md", False), ("/work/repo/issues/0002-a.md", True),
+    ("./issues//0002-A.md", True), ("other/0002-a.md", False), ("issues/0002-b.md", False), ("issues", False), ("", False),
 ])
 def test_the_issue_that_a_record_names(source: str, is_same: bool) -> None:
-    assert runner_module().is_same_issue(source, "issues/0002-a.md") is is_same
+    """Its path in the repository, and nothing that only ends like it."""
+    module, repo = runner_module(), runner_module().Repo(Path("/work/repo"), Path("/work/repo/.git"))
+    assert (module.issue_path(repo, source) == module.issue_path(repo, "issues/0002-a.md")) is is_same
+
+
+@pytest.mark.parametrize(("given", "below"), [("issues/0002-a.md", "."), ("0002-a.md", "issues"), ("../issues/0002-a.md", "src"),
+                                              ("{root}/issues/0002-a.md", "."), ("../link/0002-a.md", "src")])
+def test_however_an_issue_is_named_the_record_has_its_path_in_the_repository(scratch: Scratch, given: str, below: str) -> None:
+    scratch.write({"issues/0002-a.md": "# A\n\nWords.\n", "src/b.py": ""})
+    (scratch.root / "link").symlink_to("issues")
+    scratch.commit()
+    ended = scratch.run("issue-to-pr", given.format(root=scratch.root), "--check", "ok=true", agent=NOTHING, cwd=scratch.root / below)
+    assert (ended.outcome, ended.summary["issue"]) == ("no_change", "issues/0002-a.md"), ended
 
 
 def test_when_the_environment_is_to_blame() -> None:
