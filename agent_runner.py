@@ -6286,6 +6286,15 @@ def text_cut(text: str, cells: int) -> str:
     return text
 
 
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's rows as lines, with its columns one below the other; masked, and only text."""
+    cells = [[console_inert(console_safe(MASK.text(one_line(cell)))) for cell in row]
+             for row in rows]
+    sizes = [max(map(text_cells, column)) for column in zip(*cells)]
+    return ["  ".join(cell + " " * (size - text_cells(cell)) for cell, size in zip(row, sizes)
+                      ).rstrip() for row in cells]
+
+
 def seconds_shown(seconds: float) -> str:
     """Seconds for people: "48 s", and from a minute on "29:48"."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
@@ -6787,11 +6796,9 @@ def cmd_runs(args: argparse.Namespace) -> int:
         console_print(json_text({"schema": 1, "runs": runs}), sys.stdout)
         return 0
     rows = [("RUN", "COMMAND", "OUTCOME", "AGE", "TITLE", "BRANCH"), *map(run_row, folders)]
-    sizes = [max(map(text_cells, column)) for column in zip(*rows)]
-    for row in rows if folders else []:
-        line = "  ".join(cell + " " * (size - text_cells(cell)) for cell, size in zip(row, sizes))
+    for line in table_lines(rows) if folders else []:
         width = console_width(sys.stdout) if console_is_terminal(sys.stdout) else len(line)
-        console_print(text_cut(console_safe(MASK.text(line)), width).rstrip(), sys.stdout)
+        console_print(text_cut(line, width).rstrip(), sys.stdout)
     where = path_shown(repo.root / ".agent-runs")
     CONSOLE.say(f"{words_counted(len(folders), 'record')} in {where}")
     return 0
@@ -7027,23 +7034,15 @@ def cmd_queue(args: argparse.Namespace) -> int:
 
 def queue_show(items: list[QueueItem], as_json: bool) -> None:
     """Print the issues of a queue, as a table or as JSON."""
-    rows = [(item.state, "-" if item.priority is None else str(item.priority), item.ref,
-             f"{item.title}: {item.reason}".removesuffix(": ")) for item in items]
-    table_print(("state", "priority", "issue", "title, reason"), rows,
-                [item._asdict() for item in items] if as_json else None)
-
-
-def table_print(heads: tuple[str, ...], rows: list[tuple[str, ...]],
-                facts: list[dict[str, Any]] | None) -> None:
-    """Print a table on stdout; where there are facts, these, as JSON."""
-    text = json.dumps(facts, indent=2)
-    if facts is None:
-        cells = [[console_safe(one_line(cell)) for cell in row] for row in (heads, *rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-                 for row in cells]
-        text = "\n".join(lines)
-    console_print(MASK.text(text), sys.stdout)
+    rows = [("state", "priority", "issue", "title, reason")]
+    for item in items:
+        priority = "-" if item.priority is None else str(item.priority)
+        words = f"{item.title}: {item.reason}" if item.reason else item.title
+        rows.append((item.state, priority, item.ref, words))
+    text = "\n".join(table_lines(rows))
+    if as_json:
+        text = json_text([item._asdict() for item in items])
+    console_print(text, sys.stdout)
 
 
 def queue_export(repo: Repo, args: argparse.Namespace) -> int:
@@ -7067,7 +7066,7 @@ def queue_export(repo: Repo, args: argparse.Namespace) -> int:
         except Stop as stop:
             item = item._replace(state="untrusted", reason=str(stop))
         CONSOLE.say(f"{item.state}: {item.ref} {item.reason}".strip())
-    console_print(MASK.text(json.dumps(exported, indent=2)), sys.stdout)
+    console_print(json_text(exported), sys.stdout)
     return 0
 
 
@@ -7663,6 +7662,9 @@ def queue_prepare(repo: Repo, forge: Forge | None) -> None:
         claims_release(repo, forge)
 
 
+RESULT_KEYS = ("ref", "exit_code", "outcome", "run_id", "note")  # of the list that is printed
+
+
 class Tick:
     """One pass over the ready issues; the turns of several may come at the same time."""
 
@@ -7718,12 +7720,15 @@ class Tick:
 
     def show(self) -> None:
         """Print what came of each issue, and why the queue stopped."""
-        rows = [("-" if result.exit_code is None else str(result.exit_code), result.outcome,
-                 result.ref, result.run_id or "-", result.note) for result in self.results]
-        facts = [{name: getattr(result, name) for name in Result._fields[:5]}
-                 for result in self.results]
-        table_print(("exit", "outcome", "issue", "run", "branch or reason"), rows,
-                    facts if self.args.json else None)
+        rows = [("exit", "outcome", "issue", "run", "branch or reason")]
+        for result in self.results:
+            code = "-" if result.exit_code is None else str(result.exit_code)
+            rows.append((code, result.outcome, result.ref, result.run_id or "-", result.note))
+        text = "\n".join(table_lines(rows))
+        if self.args.json:
+            text = json_text([{name: getattr(result, name) for name in RESULT_KEYS}
+                              for result in self.results])
+        console_print(text, sys.stdout)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
 
@@ -8768,7 +8773,7 @@ def failure_show(exit_code: int, reason: str, argv: list[str]) -> int:
     return exit_code
 
 
-def json_text(facts: dict[str, Any]) -> str:
+def json_text(facts: dict[str, Any] | list[dict[str, Any]]) -> str:
     """Facts as JSON for stdout, masked; GitHub Actions finds no command in it."""
     text = MASK.text(json.dumps(facts, indent=2))
     return text.replace("##[", "#\\u0023[") if is_in_actions() else text
