@@ -940,6 +940,12 @@ def lock_take(path: Path) -> Iterator[bool]:
         yield free
 
 
+def is_locked(path: Path) -> bool:
+    """Whether the owner of a lock is alive."""
+    with lock_take(path) as free:
+        return path.exists() and not free
+
+
 # === Chapter 5. The issue and the brief =====================================
 # Called by: blueprint and agent_step.
 # Promises: the text of an issue is data: it limits what may change, and commands nothing.
@@ -6976,7 +6982,7 @@ def run_close(folder: Path, place: Path | None) -> None:
 # Called by: the command line.
 # Promises: what cannot be read or proved is never ready; nothing is pushed, merged or closed; a
 #   forge is written to only where --arm and AGENT_QUEUE_ALLOW both allow it.
-# At first: read queue_decide and distrust, skip the rest.
+# At first: read Queue and queue_decide, and distrust; skip the rest.
 #
 # Which issue may run now, and why may the rest not? A source of issues is a directory of this
 # repository, where the checked-out commit is the authority, or github:OWNER/REPO, which is
@@ -6984,36 +6990,32 @@ def run_close(folder: Path, place: Path | None) -> None:
 
 READY, WORKING, PROPOSED = "ready-for-agent", "agent-in-progress", "agent-proposed"
 HUMAN, HALT = "ready-for-human", "agent-stop"
-AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the issue is
-OVER_TO_HUMAN = ("gate_failed", "no_change", "blocked", "scope_disagreement", "agent_timed_out",
-                 "agent_failed")
+STATES = ("invalid", "claimed", "proposed", "blocked", "untrusted", "ready")  # the first one counts
 
 
 class QueueItem(NamedTuple):
-    """A labelled issue, and whether it may run now."""
+    """An issue of a source, and whether it may run now."""
 
     number: int | None
     ref: str  # what issue-to-pr takes
-    title: str
-    priority: int | None
-    state: str  # ready, blocked, claimed, proposed, untrusted or invalid
-    reason: str
-
-
-class Task(NamedTuple):
-    """What is known of one issue of a source."""
-
-    number: int | None
-    ref: str
     title: str = ""
     labels: Collection[str] = ()
     blockers: Collection[int] = ()
     done: bool = False  # closed, or its proposal is merged, or its file is gone
-    problem: str = ""  # why it cannot be read
-    taken: str = ""  # who works on it
-    proposed: str = ""  # where its proposal is
-    human: str = ""  # why a human has to look first
-    distrust: Callable[[], str] = str  # why nobody answers for it, or ""; it may cost calls
+    source: str = ""  # what a record and a trailer call it
+    state: str = "ready"
+    reason: str = ""
+
+    @property
+    def priority(self) -> int | None:
+        """The number of its label "priority:N", the lowest one."""
+        hits = [re.fullmatch(r"priority:\s*(\d{1,6})", label, re.ASCII) for label in self.labels]
+        return min((int(hit[1]) for hit in hits if hit), default=None)
+
+    def facts(self) -> dict[str, Any]:
+        """What a program gets of it."""
+        return {name: getattr(self, name)
+                for name in ("number", "ref", "title", "priority", "state", "reason")}
 
 
 def cmd_queue(args: argparse.Namespace) -> int:
@@ -7023,12 +7025,12 @@ def cmd_queue(args: argparse.Namespace) -> int:
                                "--simulate nor --dry-run")
     if args.run and args.export:
         raise Stop(EXIT_USAGE, "--export is for jobs elsewhere, --run runs here; give one of them")
-    repo = repo_open(Path.cwd())
+    queue = Queue(repo_open(Path.cwd()), args.source)
     if args.run:
-        return queue_run(repo, args)
+        return queue_run(queue, args)
     if args.export:
-        return queue_export(repo, args)
-    queue_show(queue_items(repo, args.source), args.json)
+        return queue_export(queue, args)
+    queue_show(queue.items(queue.read()), args.json)
     return 0
 
 
@@ -7041,83 +7043,101 @@ def queue_show(items: list[QueueItem], as_json: bool) -> None:
         rows.append((item.state, priority, item.ref, words))
     text = "\n".join(table_lines(rows))
     if as_json:
-        text = json_text([item._asdict() for item in items])
+        text = json_text([item.facts() for item in items])
     console_print(text, sys.stdout)
 
 
-def queue_export(repo: Repo, args: argparse.Namespace) -> int:
+def queue_export(queue: Queue, args: argparse.Namespace) -> int:
     """Write each ready issue to a file, for a job that cannot reach the forge, and list them."""
-    tasks, folder, exported = queue_tasks(repo, args.source), Path(args.export), []
-    halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
-    if halted:
-        CONSOLE.say(f"nothing may run: the label {HALT} is on {halted[0]}")
+    folder, exported = Path(args.export), []
     folder.mkdir(parents=True, exist_ok=True)
-    for item in [] if halted else items_decide(tasks):
-        path = folder / f"{item.number}.json"
-        try:
-            if item.state == "ready" and len(exported) < (args.limit or len(tasks)):
-                # Read and proved once more: nobody looks at it after this.
-                issue = issue_find(item.ref, argparse.Namespace(
-                    trusted=item.ref.startswith("github:"), with_comments=args.with_comments))
-                issue = issue._replace(source=source_inside(repo, issue.source))
-                file_write(path, json.dumps(issue._asdict(), indent=2) + "\n")
-                exported.append(item._asdict() | {"ref": str(path)})
+    issues = queue.read()
+    halted = halted_by(issues)
+    if halted:
+        CONSOLE.say(f"nothing may run: {halted}")
+    for item in [] if halted else queue.items(issues):
+        if item.state == "ready" and len(exported) < (args.limit or len(issues)):
+            item = item_export(item, folder / f"{item.number}.json", args.with_comments)
+            if item.state == "ready":
+                exported.append(item.facts())
                 continue
-        except Stop as stop:
-            item = item._replace(state="untrusted", reason=str(stop))
         CONSOLE.say(f"{item.state}: {item.ref} {item.reason}".strip())
     console_print(json_text(exported), sys.stdout)
     return 0
 
 
-def queue_items(repo: Repo, source: str | Path) -> list[QueueItem]:
-    """The labelled issues of a directory, or of github:OWNER/REPO, in the order of their turn."""
-    return items_decide(queue_tasks(repo, str(source)))
+def item_export(item: QueueItem, path: Path, with_comments: bool) -> QueueItem:
+    """The issue as it is in a file now; untrusted where it changed since the look."""
+    try:  # read and proved once more: nobody looks at it after this
+        issue = issue_find(item.ref, item.ref.startswith("github:"), with_comments)
+    except Stop as stop:
+        return item._replace(state="untrusted", reason=str(stop))
+    file_write(path, json.dumps(issue._replace(source=item.source)._asdict(), indent=2) + "\n")
+    return item._replace(ref=str(path))
 
 
-def items_decide(tasks: list[Task]) -> list[QueueItem]:
-    """The labelled ones of some issues, each with its state, in the order of their turn."""
-    known = {task.number: task for task in tasks if task.number is not None}
-    items = [queue_decide(task, known) for task in tasks if not task.done and is_labelled(task)]
-    last = float("inf")
-    return sorted(items, key=lambda item: [last if value is None else value
-                                           for value in (item.priority, item.number)])
+class Queue:
+    """A source of issues, as one checkout sees it."""
+
+    def __init__(self, repo: Repo, source: str) -> None:
+        self.repo, self.source = repo, source
+        self.forge = Forge(source) if source.startswith("github:") else None
+
+    def read(self, own: Path | None = None) -> list[QueueItem]:
+        """All issues, also those without a label; a claim that is our own stands against none."""
+        work = work_read(self.repo, own)
+        if self.forge:
+            issues = forge_items(self.forge, work)
+        else:
+            issues = file_items(Path(self.source), work)
+        known = {item.number: item for item in issues if item.number is not None}
+        return [queue_decide(item, known) for item in issues]
+
+    def items(self, issues: list[QueueItem]) -> list[QueueItem]:
+        """The labelled ones of some issues, in the order of their turn."""
+        own = [self.proved(item) for item in issues if not item.done and is_labelled(item)]
+        last = float("inf")
+        return sorted(own, key=lambda item: [last if value is None else value
+                                             for value in (item.priority, item.number)])
+
+    def proved(self, item: QueueItem) -> QueueItem:
+        """The issue; of a forge it is only ready where somebody answers for it."""
+        if not self.forge or item.state != "ready":
+            return item
+        reason = forge_distrust(self.forge, int(item.number or 0))
+        return item._replace(state="untrusted", reason=reason) if reason else item
 
 
-def is_labelled(task: Task) -> bool:
+def is_labelled(item: QueueItem) -> bool:
     """Whether an issue is the queue's."""
-    return not {READY, WORKING, PROPOSED}.isdisjoint(task.labels)
+    return not {READY, WORKING, PROPOSED}.isdisjoint(item.labels)
 
 
-def queue_tasks(repo: Repo, source: str, mine: Path | None = None) -> list[Task]:
-    """The issues of a source, also those without a label: others may be blocked by them."""
-    forge = forge_of(source)
-    return forge_tasks(repo, forge, mine) if forge else file_tasks(repo, Path(source), mine)
+def halted_by(issues: list[QueueItem]) -> str:
+    """What stops a queue, or ""."""
+    halts = [item.ref for item in issues if HALT in item.labels and not item.done]
+    return f"the label {HALT} is on {halts[0]}" if halts else ""
 
 
-def queue_decide(task: Task, known: Mapping[int, Task]) -> QueueItem:
-    """The state of an issue, with the reason."""
-    missing = [number for number in task.blockers if number not in known]
-    waits = [number for number in task.blockers if number in known and not known[number].done]
-    cycle = cycle_of(task, known)
-    facts = (
-        ("invalid", task.problem),
-        ("invalid", missing and f"Blocked by {issues_listed(missing)}: there is no such issue"),
-        ("invalid", cycle and f"Blocked by goes in a circle: {' -> '.join(map(str, cycle))}"),
-        ("claimed", task.taken),
-        ("proposed", task.proposed),
-        ("blocked", waits and f"by {issues_listed(waits)}"),
-        ("blocked", task.human),
-    )
-    state, reason = next(((state, reason) for state, reason in facts if reason), ("ready", ""))
-    if state == "ready":
-        reason = "" if READY in task.labels else f"its label is not {READY}"
-        reason = reason or task.distrust()
-        state = "untrusted" if reason else "ready"
-    found = [re.fullmatch(r"priority:\s*(\d{1,6})", label, re.ASCII) for label in task.labels]
-    priorities = [int(hit[1]) for hit in found if hit]
-    return QueueItem(task.number, task.ref, task.title, min(priorities, default=None), state,
-                     str(reason))
+def queue_decide(item: QueueItem, known: Mapping[int, QueueItem]) -> QueueItem:
+    """The issue with its state, now that the others are known."""
+    missing = issues_listed(number for number in item.blockers if number not in known)
+    waits = issues_listed(number for number in item.blockers
+                          if number in known and not known[number].done)
+    cycle = " -> ".join(map(str, cycle_of(item, known)))
+    state, reason = state_first(
+        ("invalid", missing and f"Blocked by {missing}: there is no such issue"),
+        ("invalid", cycle and f"Blocked by goes in a circle: {cycle}"),
+        ("blocked", waits and f"by {waits}"),
+        ("untrusted", "" if READY in item.labels else f"its label is not {READY}"),
+        (item.state, item.reason))
+    return item._replace(state=state, reason=reason)
+
+
+def state_first(*reasons: tuple[str, str]) -> tuple[str, str]:
+    """The state that counts, with its reason; "ready" where there is no reason."""
+    given = [(state, reason) for state, reason in reasons if reason]
+    return min(given, key=lambda pair: STATES.index(pair[0]), default=("ready", ""))
 
 
 def issues_listed(numbers: Iterable[int]) -> str:
@@ -7125,16 +7145,15 @@ def issues_listed(numbers: Iterable[int]) -> str:
     return ", ".join(f"#{number}" for number in numbers)
 
 
-def cycle_of(task: Task, known: Mapping[int, Task]) -> list[int]:
+def cycle_of(item: QueueItem, known: Mapping[int, QueueItem]) -> list[int]:
     """The way from an issue along "Blocked by" back to itself; [] where there is none."""
-    ways, been = deque([[task]]), set()
-    while ways:
-        way = ways.popleft()
+    ways, passed = [[item]], set()
+    for way in ways:  # it grows
         for number in way[-1].blockers:
-            if number == task.number:
+            if number == item.number:
                 return [step.number for step in way] + [number]
-            if number in known and number not in been and not known[number].done:
-                been.add(number)
+            if number in known and number not in passed and not known[number].done:
+                passed.add(number)
                 ways.append([*way, known[number]])
     return []
 
@@ -7157,78 +7176,141 @@ def blockers_read(text: str) -> tuple[list[int], str]:
     numbers, problem = [], ""
     for line in lines_unfenced(text):
         if hit := re.match(BLOCKED_BY, line):
-            named = re.findall(r"(?<![\w/])#(\d{1,9})\b", hit[1], re.ASCII)
-            numbers += map(int, named)
-            rest = re.sub(r"(?i)(?<![\w/])#\d{1,9}\b|\b(and|none|nothing)\b|[\s,;.*_]", "", hit[1])
-            if rest or not re.search(r"(?i)[\d#]|none|nothing", hit[1]):
+            words = re.sub(r"(?i)\band\b", " ", hit[1])
+            words = re.findall(r"[^\s,;.*_]+", words)
+            named = [word for word in words if re.fullmatch(r"#\d{1,9}", word, re.ASCII)]
+            numbers += [int(word[1:]) for word in named]
+            if not words or {*words} - {*named} - {"none", "nothing"}:
                 problem = f"{line.strip()[:80]!r} is no list of issues; write: Blocked by #2, #7"
     return numbers, problem
 
 
+# --- What this checkout knows of the work on issues: records, branches and claims.
+
+class Work(NamedTuple):
+    """The work on issues, by issue_path."""
+
+    repo: Repo
+    head: str  # the commit that is checked out
+    own: Path | None  # the claim that is ours
+    runs: dict[str, list[dict[str, Any]]]  # the records, the newest last
+    merged: dict[str, str]  # whose proposals are in HEAD
+    proposed: dict[str, str]  # whose proposals are not, with the branches
+
+    def alive(self, source: str) -> list[str]:
+        """The runs that go on."""
+        runs = self.runs.get(issue_path(self.repo, source), [])
+        return [run["run_id"] for run in runs if is_locked(Path(run["folder"]) / "running")]
+
+    def state(self, source: str) -> tuple[str, str]:
+        """The state of an issue that somebody here works on, or that is proposed; the reason."""
+        claim = claim_path(self.repo, source)
+        if alive := self.alive(source):
+            return "claimed", f"run {alive[-1]} works on it"
+        if claim != self.own and is_locked(claim):
+            return "claimed", "a queue of this machine works on it"
+        return "proposed", self.proposed.get(issue_path(self.repo, source), "")
+
+    def failed(self, source: str) -> str:
+        """Why a human has to look at an issue first, or "": on the same commit its run failed."""
+        last = self.runs.get(issue_path(self.repo, source), [{}])[-1]
+        outcome = last.get("outcome")
+        if (last.get("head") != self.head or outcome in (None, "proposed", "interrupted")
+                or is_at_once(last)):
+            return ""
+        return (f"run {last['run_id']} ended {outcome} on this commit; "
+                "a human decides, or a new commit does")
+
+
+def work_read(repo: Repo, own: Path | None) -> Work:
+    """What the records, branches and commits say now."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for folder in sorted((repo.root / ".agent-runs").glob("*/")):
+        facts = summary_read(folder)
+        if facts.get("issue") and not facts.get("simulated"):
+            name = issue_path(repo, str(facts["issue"]))
+            runs.setdefault(name, []).append(facts | {"folder": str(folder)})
+    return Work(repo, git(repo, "rev-parse", "HEAD").strip(), own, runs, issues_named(repo, "HEAD"),
+                issues_named(repo, "--branches=agent/*", "--remotes=*/agent/*", "^HEAD"))
+
+
+def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
+    """The issues that the "Issue:" trailers of commits name, with the branch that they are on."""
+    log = git(repo, "log", "-z", "--format=%S%n%b", "--grep=^Issue: ", *revs).split("\0")
+    named = {}
+    for entry in log:
+        ref, _, body = entry.partition("\n")
+        for source in re.findall(r"(?m)^Issue: (.+)$", body):
+            named[issue_path(repo, source.strip())] = re.sub(r"^refs/(heads|remotes)/", "", ref)
+    return named
+
+
+def source_inside(repo: Repo, source: str) -> str:
+    """What a record and a trailer call an issue: its file, relative to the repository's root."""
+    return os.path.relpath(source, repo.root) if os.path.isabs(source) else source
+
+
+def issue_path(repo: Repo, source: str) -> str:
+    """What all names of an issue's file come to; the same for an issue of a forge."""
+    return os.path.normpath(repo.root / source).lower()
+
+
 # --- Issues in a directory.
 
-def file_tasks(repo: Repo, folder: Path, mine: Path | None) -> list[Task]:
+def file_items(folder: Path, work: Work) -> list[QueueItem]:
     """The issue files of a directory: in HEAD, not in HEAD, and gone from it."""
-    place, root = folder.resolve(), repo.root.resolve()
+    repo, place, root = work.repo, folder.resolve(), work.repo.root.resolve()
     if not place.is_dir() or not place.is_relative_to(root):
         raise Stop(EXIT_USAGE, f"{folder} is no directory of {repo.root}; name one with issue "
                                "files, or github:OWNER/REPO")
-    head = git(repo, "rev-parse", "HEAD").strip()
     top = place.relative_to(root)
-    paths = [path for path in tree_paths(repo, head)
+    paths = [path for path in tree_paths(repo, work.head)
              if Path(path).parent == top and path.endswith(".md")]
-    committed = {Path(path).name: data for path, (_, _, data)
-                 in tree_files(repo, head, paths).items()}
-    names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
-    deleted = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
-                  "HEAD", "--", f":(top,literal){top}").split("\0")
-    facts = FileFacts(repo, head, top, committed, Counter(map(file_number, names)), mine,
-                      issues_named(repo, "HEAD"), proposals_open(repo), runs_known(repo))
-    tasks = [file_task(facts, folder / name) for name in sorted(names)]
-    there = {task.number for task in tasks}
-    gone = {file_number(Path(path).name) for path in deleted if Path(path).parent == top} - there
-    return tasks + [Task(number, str(folder), done=True) for number in gone]
+    committed = tree_files(repo, work.head, paths)
+    items = []
+    for name in sorted({path.name for path in place.glob("*.md")} | {*map(os.path.basename, paths)}):
+        source = str(top / name)
+        data = committed[source][2] if source in committed else None
+        items.append(file_item(folder / name, source, data, work))
+    numbers = Counter(item.number for item in items)
+    for at, item in enumerate(items):
+        if item.number is not None and numbers[item.number] > 1:
+            reason = f"two files have the number {item.number}; rename one of them"
+            items[at] = item._replace(state="invalid", reason=reason)
+    gone = {file_number(name) for name in files_gone(repo, top)} - numbers.keys()
+    return items + [QueueItem(number, str(folder), done=True) for number in gone]
 
 
-class FileFacts(NamedTuple):
-    """What HEAD, the branches and the records say of a directory's issues."""
-
-    repo: Repo
-    head: str  # the commit
-    top: Path  # the directory in it
-    committed: dict[str, bytes]  # its issue files
-    numbers: Counter[int | None]
-    mine: Path | None  # the claim that is ours
-    merged: Collection[str]  # the issues whose proposals are in HEAD
-    proposed: dict[str, str]  # those whose proposals are not, with their branches
-    runs: list[dict[str, Any]]
+def files_gone(repo: Repo, top: Path) -> list[str]:
+    """The names of files that were once deleted from a directory."""
+    paths = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
+                "HEAD", "--", f":(top,literal){top}").split("\0")
+    return [Path(path).name for path in paths if Path(path).parent == top]
 
 
-def file_task(facts: FileFacts, path: Path) -> Task:
-    """What is known of an issue file."""
-    name, inside, number = path.name, str(facts.top / path.name), file_number(path.name)
-    data, there = facts.committed.get(name), path.exists()
+def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueItem:
+    """An issue file with what is known of it alone; the data is HEAD's."""
+    number, there = file_number(path.name), path.exists()
     committed = (data or b"").decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
-    labels: Collection[str] = [READY]  # as far as anybody can tell
+    labels = [READY]  # as far as anybody can tell
     try:
-        issue = issue_parse(committed, str(path)) if committed and not there else issue_read(path)
-        labels, (blockers, problem) = labels_read(issue.text), blockers_read(issue.text)
-        issue_check(issue, facts.repo.root)
+        if data is not None and not there:
+            issue = issue_parse(committed, str(path))
+        else:
+            issue = issue_read(path)
+        labels = labels_read(issue.text)
+        issue_check(issue, work.repo.root)
     except Stop as stop:
-        return Task(number, str(path), name, labels, problem=str(stop))
+        return QueueItem(number, str(path), path.name, labels, source=source, state="invalid",
+                         reason=str(stop))
+    blockers, problem = blockers_read(issue.text)
     if number is None:
         problem = "its name does not begin with a number, as in 0007-name.md; rename it"
-    elif facts.numbers[number] > 1:
-        problem = f"two files have the number {number}; rename one of them"
-    repo, own = facts.repo, issue_path(facts.repo, inside)
-    runs = [run for run in facts.runs if issue_path(repo, str(run["issue"])) == own]
-    branches = [branch for source, branch in facts.proposed.items()
-                if issue_path(repo, source) == own]
-    reason = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
-    return Task(number, str(path), issue.title, labels, blockers,
-                own in {issue_path(repo, source) for source in facts.merged}, problem,
-                taken_by(facts.repo, str(path), runs, facts.mine), ", ".join(branches),
-                handed_over(runs, facts.head), lambda: reason)
+    distrust = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
+    state, reason = state_first(("invalid", problem), work.state(source),
+                                ("blocked", work.failed(source)), ("untrusted", distrust))
+    done = issue_path(work.repo, source) in work.merged
+    return QueueItem(number, str(path), issue.title, labels, blockers, done, source, state, reason)
 
 
 def file_number(name: str) -> int | None:
@@ -7246,69 +7328,6 @@ def file_distrust(committed: bool, there: bool, same: bool) -> str:
     return "" if same else "differs from HEAD; commit or undo the change"
 
 
-def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
-    """The issues that the "Issue:" trailers of commits name, each with a commit."""
-    log = git(repo, "log", "-z", "--format=%H%n%b", "--grep=^Issue: ", *revs).split("\0")
-    entries = [entry.partition("\n") for entry in log]
-    return {source.strip(): commit for commit, _, body in entries
-            for source in re.findall(r"(?m)^Issue: (.+)$", body)}
-
-
-def proposals_open(repo: Repo) -> dict[str, str]:
-    """The issues that have a proposal which is not in HEAD, each with its branch."""
-    refs = git(repo, "for-each-ref", "--format=%(refname)", "refs/heads/agent/",
-               "refs/remotes/").split()
-    branches = [ref for ref in refs if "/agent/" in ref]
-    return {source: re.sub(r"^refs/(heads|remotes)/", "", branch) for branch in branches
-            for source in issues_named(repo, branch, "^HEAD")}
-
-
-def runs_known(repo: Repo) -> list[dict[str, Any]]:
-    """The records of runs on issues, the newest last; `alive` says whether one is going on."""
-    runs = []
-    for folder in sorted((repo.root / ".agent-runs").glob("*/")):
-        facts = summary_read(folder)
-        if facts.get("issue") and not facts.get("simulated"):
-            mark = folder / "running"
-            runs.append(facts | {"alive": mark.exists() and not is_free(mark)})
-    return runs
-
-
-def is_free(path: Path) -> bool:
-    """Whether nobody holds a lock."""
-    with lock_take(path) as free:
-        return free
-
-
-def source_inside(repo: Repo, source: str) -> str:
-    """What a record and a trailer call an issue: its file, relative to the repository's root."""
-    return os.path.relpath(source, repo.root) if os.path.isabs(source) else source
-
-
-def issue_path(repo: Repo, source: str) -> str:
-    """What all names of an issue's file come to; the same for an issue of a forge."""
-    return os.path.normpath(repo.root / source).lower()
-
-
-def taken_by(repo: Repo, ref: str, runs: list[dict[str, Any]], mine: Path | None) -> str:
-    """Who works on an issue on this machine, or ""."""
-    claim = claim_path(repo, ref)
-    alive = [run["run_id"] for run in runs if run["alive"]]
-    if alive:
-        return f"run {alive[-1]} works on it"
-    taken = claim != mine and claim.exists() and not is_free(claim)
-    return "a queue of this machine works on it" if taken else ""
-
-
-def handed_over(runs: list[dict[str, Any]], head: str) -> str:
-    """Why a human has to look at an issue first, or "": on the same commit its run failed."""
-    last = runs[-1] if runs else {}
-    if last.get("head") != head or last.get("outcome") not in OVER_TO_HUMAN or is_at_once(last):
-        return ""
-    return (f"run {last['run_id']} ended {last['outcome']} on this commit; "
-            "a human decides, or a new commit does")
-
-
 # --- Issues on a forge.
 
 FORGE = r"github:([A-Za-z0-9][\w-]*/[\w.-]+)"
@@ -7320,21 +7339,14 @@ EDITED = ("query($owner: String!, $name: String!, $number: Int!) { repository(ow
           "name: $name) { issue(number: $number) { lastEditedAt } } }")
 
 
-def forge_of(source: str) -> Forge | None:
-    """The forge's repository that a source names; None for a directory; raises Stop."""
-    if not source.startswith("github:"):
-        return None
-    hit = re.fullmatch(FORGE, source, re.ASCII)
-    if not hit:
-        raise Stop(EXIT_USAGE, f"{source!r} is not github:OWNER/REPO; correct it")
-    return Forge(hit[1])
-
-
 class Forge:
     """A repository on a forge, reached through `gh api`; each call has a time limit."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.ref = name, f"github:{name}"
+    def __init__(self, ref: str) -> None:
+        hit = re.fullmatch(FORGE, ref, re.ASCII)
+        if not hit:
+            raise Stop(EXIT_USAGE, f"{ref!r} is not github:OWNER/REPO; correct it")
+        self.name, self.ref = hit[1], ref
         self.levels: dict[str, str] = {}
 
     def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> str | None:
@@ -7397,12 +7409,12 @@ class Forge:
 
 def json_values(text: str, path: str) -> list[Any]:
     """The JSON values that stand one after the other in a text: a page each; raises Stop."""
-    values, at, decoder = [], 0, json.JSONDecoder()
+    values, text = [], text.strip()
     try:
-        while at < len(text := text.strip()):
-            value, at = decoder.raw_decode(text, at)
+        while text:
+            value, end = json.JSONDecoder().raw_decode(text)
             values.append(value)
-            at += len(text[at:]) - len(text[at:].lstrip())
+            text = text[end:].lstrip()
     except (ValueError, RecursionError):
         raise Stop(EXIT_MISSING,
                    f"gh api {path}: the answer is no whole JSON; try again later") from None
@@ -7419,40 +7431,38 @@ def answers_checked(name: str) -> Iterator[None]:
                                  f"({type(error).__name__}: {error}); try again later") from None
 
 
-def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
+def forge_items(forge: Forge, work: Work) -> list[QueueItem]:
     """The open issues of a forge's repository, and those that they are blocked by."""
     with answers_checked(forge.ref):
         entries = forge.pages(f"issues?state=open&{PAGE}")
         pulls = forge.pages(f"pulls?state=open&{PAGE}")
-        proposed, runs = proposals_open(repo), runs_known(repo)
-        tasks = [forge_task(repo, forge, entry, pulls, proposed, runs, mine)
-                 for entry in entries if "pull_request" not in entry]
-        known = {task.number for task in tasks}
-        wanted = {number for task in tasks if is_labelled(task) for number in task.blockers} - known
-        answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
-        return tasks + [Task(number, f"{forge.ref}#{number}", done=answer["state"] == "closed")
-                        for number, answer in answers.items() if answer]
+        items = [forge_item(forge, entry, pulls, work) for entry in entries
+                 if "pull_request" not in entry]
+        wanted = {number for item in items if is_labelled(item) for number in item.blockers}
+        for number in sorted(wanted - {item.number for item in items}):
+            if answer := forge.get(f"issues/{number}"):
+                done = answer["state"] == "closed"
+                items.append(QueueItem(number, f"{forge.ref}#{number}", done=done))
+        return items
 
 
-def forge_task(repo: Repo, forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
-               proposed: dict[str, str], runs: list[dict[str, Any]], mine: Path | None) -> Task:
-    """What is known of an open issue of a forge."""
+def forge_item(forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
+               work: Work) -> QueueItem:
+    """An open issue of a forge with what is known of it alone, but for whom it is to be trusted."""
     number, ref = int(entry["number"]), f"{forge.ref}#{entry['number']}"
-    labels = labels_of(entry)
-    blockers, problem = blockers_read(hidden_removed(entry["body"] or "")[0])
-    own = [run for run in runs if str(run["issue"]).lower() == ref.lower()]
-    taken = taken_by(repo, ref, own, mine)
-    if WORKING in labels and not taken:
-        taken = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
-        if claim_path(repo, ref).exists():
-            taken = "its run was killed; the next armed tick releases it"
-    closing = [pull for pull in pulls if is_closing(pull, forge.name, number)]
-    where = [f"pull request #{pull['number']}" for pull in closing]
-    where += [branch for source, branch in proposed.items() if source.lower() == ref.lower()]
-    where += [f"its label is {PROPOSED}"] if PROPOSED in labels else []
-    return Task(number, ref, one_line(hidden_removed(entry["title"])[0]), labels, blockers,
-                problem=problem, taken=taken, proposed=", ".join(where),
-                distrust=lambda: forge_distrust(forge, number))
+    labels, claim = labels_of(entry), claim_path(work.repo, ref)
+    title, body = hidden_removed(entry["title"])[0], hidden_removed(entry["body"] or "")[0]
+    blockers, problem = blockers_read(body)
+    held = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
+    if claim != work.own and claim.exists():
+        held = "its run was killed; the next armed tick releases it"
+    closing = [f"pull request #{pull['number']}" for pull in pulls
+               if is_closing(pull, forge.name, number)]
+    state, reason = state_first(
+        ("invalid", problem), ("proposed", ", ".join(closing)), work.state(ref),
+        ("claimed", held if WORKING in labels else ""),
+        ("proposed", f"its label is {PROPOSED}" if PROPOSED in labels else ""))
+    return QueueItem(number, ref, one_line(title), labels, blockers, False, ref, state, reason)
 
 
 def labels_of(entry: dict[str, Any]) -> list[str]:
@@ -7536,10 +7546,10 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
     return text, removed
 
 
-def issue_find(name: str, args: argparse.Namespace) -> Issue:
+def issue_find(name: str, trusted: bool, with_comments: bool) -> Issue:
     """The issue that a reference, a Markdown file or a file of `queue --export` holds."""
     if re.fullmatch(ISSUE_REF, name):
-        return issue_fetch(name, args)
+        return issue_fetch(name, trusted, with_comments)
     return issue_load(Path(name)) if name.endswith(".json") else issue_read(Path(name))
 
 
@@ -7557,23 +7567,24 @@ def issue_load(path: Path) -> Issue:
                                "export it again, or name a Markdown file") from None
 
 
-def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
+def issue_fetch(name: str, trusted: bool, with_comments: bool) -> Issue:
     """The issue of a forge that "github:OWNER/REPO#12" or "#12" names; raises Stop."""
     base, _, digits = name.partition("#")
-    forge, number = forge_of(base or forge_here(repo_open(Path.cwd()))), int(digits)
+    forge, number = Forge(base or forge_here(repo_open(Path.cwd()))), int(digits)
     with answers_checked(name):
-        entry = forge.get(f"issues/{number}") if forge else None
-        if not forge or not entry or "pull_request" in entry:
+        entry = forge.get(f"issues/{number}")
+        if not entry or "pull_request" in entry:
             raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
                                    "check the number, and who gh is signed in as")
         # Read first, proved afterwards: an edit in between is seen, a later one changes nothing.
-        labelled = entry["state"] == "open" and READY in labels_of(entry)
-        why = f"it is not open with the label {READY}"
-        if args.trusted and (why := forge_distrust(forge, number) if labelled else why):
-            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
+        reason = f"it is not open with the label {READY}"
+        if trusted and entry["state"] == "open" and READY in labels_of(entry):
+            reason = forge_distrust(forge, number)
+        if trusted and reason:
+            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {reason}")
         title, in_title = hidden_removed(entry["title"])
         body, in_body = hidden_removed(entry["body"] or "")
-        text, in_text = hidden_removed(comments_read(forge, number) if args.with_comments else "")
+        text, in_text = hidden_removed(comments_read(forge, number) if with_comments else "")
         issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
         return issue._replace(text=issue.text + MASK.text(text), allow=[],
                               removed=[*in_title, *in_body, *in_text])
@@ -7607,6 +7618,52 @@ def forge_here(repo: Repo) -> str:
 
 # --- One tick: run what is ready.
 
+def queue_run(queue: Queue, args: argparse.Namespace) -> int:
+    """Run what is ready, several at a time; the worst exit code, which is the highest."""
+    armed = not queue.forge or (args.arm and is_allowed(queue.forge))
+    if armed:
+        queue_prepare(queue, args)
+    ready = [item for item in queue.items(queue.read()) if item.state == "ready"]
+    ready = ready[:args.limit or None]
+    if queue.forge and not armed:
+        queue_show(ready, args.json)
+        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
+                    f"AGENT_QUEUE_ALLOW={queue.forge.name}")
+        return 0
+    tick = Tick(queue.repo, args)
+    from concurrent.futures import ThreadPoolExecutor
+    try:
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            list(pool.map(tick.turn, ready))
+    except Interrupted:
+        return OUTCOMES["interrupted"][0]
+    except Stop as stop:  # here, as stdout holds the table
+        CONSOLE.say(f"agent_runner: {stop}")
+        return stop.exit_code
+    finally:
+        tick.show()
+    return max([result.exit_code or 0 for result in tick.results], default=0)
+
+
+def is_allowed(forge: Forge) -> bool:
+    """Whether AGENT_QUEUE_ALLOW names a repository."""
+    names = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
+    return forge.name.lower() in names
+
+
+def queue_prepare(queue: Queue, args: argparse.Namespace) -> None:
+    """Find what would stop every run; make a place for claims, and release those of dead runs."""
+    if not args.simulate:
+        words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
+        agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
+    runs_recover(queue.repo)
+    records = queue.repo.root / ".agent-runs"
+    records_make(records)
+    (records / "queue").mkdir(exist_ok=True)
+    if queue.forge:
+        claims_release(queue.repo, queue.forge)
+
+
 class Result(NamedTuple):
     """How an issue's turn ended; without an exit code where it was not started."""
 
@@ -7618,92 +7675,49 @@ class Result(NamedTuple):
     facts: Mapping[str, Any] = {}  # of its record
 
 
-def queue_run(repo: Repo, args: argparse.Namespace) -> int:
-    """Run what is ready, several at a time; the worst exit code, which is the highest."""
-    forge = forge_of(args.source)
-    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    armed = not forge or (args.arm and forge.name.lower() in allowed)
-    if armed and not args.simulate:  # what is missing for all of them is said once
-        words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
-        agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
-    if armed:
-        queue_prepare(repo, forge)
-    ready = [item for item in queue_items(repo, args.source) if item.state == "ready"]
-    ready = ready[:args.limit or None]
-    if not armed:
-        queue_show(ready, args.json)
-        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
-                    f"AGENT_QUEUE_ALLOW={forge and forge.name}")
-        return 0
-    tick = Tick(repo, forge, args)
-    from concurrent.futures import ThreadPoolExecutor
-    try:
-        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-            list(pool.map(tick.turn, [item.ref for item in ready]))
-    except Interrupted:
-        return OUTCOMES["interrupted"][0]
-    except Stop as stop:  # here, as stdout holds the table
-        CONSOLE.say(f"agent_runner: {stop}")
-        return stop.exit_code
-    finally:
-        tick.show()
-    return max([result.exit_code or 0 for result in tick.results], default=0)
-
-
-def queue_prepare(repo: Repo, forge: Forge | None) -> None:
-    """Make a place for the claims, and release those of runs that were killed."""
-    runs_recover(repo)
-    runs = repo.root / ".agent-runs"
-    (runs / "queue").mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # another queue made it just now
-        if not (runs / ".gitignore").exists():
-            file_write(runs / ".gitignore", "*\n")
-    if forge:
-        claims_release(repo, forge)
-
-
 RESULT_KEYS = ("ref", "exit_code", "outcome", "run_id", "note")  # of the list that is printed
 
 
 class Tick:
     """One pass over the ready issues; the turns of several may come at the same time."""
 
-    def __init__(self, repo: Repo, forge: Forge | None, args: argparse.Namespace) -> None:
-        self.repo, self.forge, self.args = repo, forge, args
+    def __init__(self, repo: Repo, args: argparse.Namespace) -> None:
+        self.repo, self.args = repo, args
         self.results: list[Result] = []  # in the order in which they ended
         self.stopped = ""  # why no further issue is started
 
-    def turn(self, ref: str) -> None:
-        """Claim an issue, look again, run it, unless the queue was stopped."""
+    def turn(self, item: QueueItem) -> None:
+        """Run an issue that nobody else works on, unless the queue was stopped."""
         if (self.repo.root / ".agent-runs" / "STOP").exists():
             self.stopped = self.stopped or "there is a file .agent-runs/STOP"
         if self.stopped:
             return
+        claim = claim_path(self.repo, item.source)
         try:
-            claim = claim_path(self.repo, ref)
             with claim_take(claim) as free:
-                result = self.look_again(ref, claim) if free else Result(
-                    ref, None, "claimed", note="a queue of this machine works on it")
+                result = Result(item.ref, None, "claimed", note="a queue of this machine works on it")
+                if free:
+                    result = self.look_again(item.ref, claim)
         except BaseException as error:
-            self.stopped = f"{ref}: {str(error) or 'interrupted'}"
+            self.stopped = f"{item.ref}: {str(error) or 'interrupted'}"
             raise
-        self.results += [result] if result else []
+        if result:
+            self.results.append(result)
         self.stopped = self.stopped or environment_failed(self.results)
 
     def look_again(self, ref: str, claim: Path) -> Result | None:
         """How a claimed issue ended; None where the queue is stopped."""
-        tasks = queue_tasks(self.repo, self.args.source, claim)
-        known = {task.number: task for task in tasks if task.number is not None}
-        halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
-        if halted:
-            self.stopped = f"the label {HALT} is on {halted[0]}"
+        queue = Queue(self.repo, self.args.source)
+        issues = queue.read(claim)
+        if halted := halted_by(issues):
+            self.stopped = halted
             return None
-        items = [queue_decide(task, known) for task in tasks if task.ref == ref and not task.done]
-        if not items or items[0].state != "ready":
-            state, reason = (items[0].state, items[0].reason) if items else ("gone", "")
-            return Result(ref, None, state, note=reason)
-        if self.forge:
-            return self.run_claimed(self.forge, int(items[0].number or 0), ref, claim)
+        now = [queue.proved(item) for item in issues if item.ref == ref and not item.done]
+        item = now[0] if now else QueueItem(None, ref, state="gone")
+        if item.state != "ready":
+            return Result(ref, None, item.state, note=item.reason)
+        if queue.forge:
+            return self.run_claimed(queue.forge, int(item.number or 0), ref, claim)
         return issue_run(self.repo, self.args, ref, claim)
 
     def run_claimed(self, forge: Forge, number: int, ref: str, claim: Path) -> Result:
@@ -7731,6 +7745,9 @@ class Tick:
         console_print(text, sys.stdout)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
+
+
+AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the issue is
 
 
 def is_at_once(facts: Mapping[str, Any]) -> bool:
@@ -7799,11 +7816,10 @@ CLAIM = "An agent of a queue works on this. This comment goes when the run has e
 CLAIM_WINDOW = timedelta(minutes=15)  # within which two queues may not have seen each other
 
 
-def claim_path(repo: Repo, ref: str) -> Path:
+def claim_path(repo: Repo, source: str) -> Path:
     """The file of an issue's claim."""
     import hashlib
-    name = ref.lower() if ref.startswith("github:") else os.path.realpath(ref)
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(issue_path(repo, source))).hexdigest()[:16]
     return repo.root / ".agent-runs" / "queue" / f"{digest}.claim"
 
 
@@ -7848,12 +7864,13 @@ def claim_release(forge: Forge, number: int, claim: Path) -> None:
 
 def claims_release(repo: Repo, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
-    alive = {str(run["issue"]).lower() for run in runs_known(repo) if run["alive"]}
+    work = work_read(repo, None)
     for claim in sorted((repo.root / ".agent-runs" / "queue").glob("*.claim")):
         with lock_take(claim) as free, contextlib.suppress(OSError, ValueError, KeyError):
             facts = json_read(claim, TEXT_LIMIT, dict)
             ref = f"{forge.ref}#{facts['number']}"
-            if free and facts["forge"].lower() == forge.name.lower() and ref.lower() not in alive:
+            is_ours = facts["forge"].lower() == forge.name.lower()
+            if free and is_ours and not work.alive(ref):
                 claim_release(forge, facts["number"], claim)
                 claim.unlink()
                 CONSOLE.say(f"{ref}: its run was killed; the claim is released")
@@ -8448,9 +8465,10 @@ def board_issues(repo: Repo) -> list[Card]:
                "invalid": "Needs a human"}
     if not (folder := repo.root / "issues").is_dir():
         return []
+    queue = Queue(repo, str(folder))
     with contextlib.suppress(Stop):  # it leads out of the repository
         return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
-                for item in queue_items(repo, folder) if item.state in columns]
+                for item in queue.items(queue.read()) if item.state in columns]
     return []
 
 
@@ -8503,8 +8521,7 @@ def board_merged(repo: Repo, runs: list[dict[str, Any]]) -> set[str]:
 
 def is_running(folder: Path) -> bool:
     """Whether the run of a record goes on: its lock is taken."""
-    with lock_take(folder / "running") as free:
-        return (folder / "running").exists() and not free
+    return is_locked(folder / "running")
 
 
 def board_lines(folder: Path) -> list[str]:
@@ -9347,7 +9364,7 @@ def issue_wanted(args: argparse.Namespace) -> Issue | None:
     if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
-        return issue_find(str(args.issue), args)
+        return issue_find(str(args.issue), args.trusted, args.with_comments)
     issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
     if there:
         issue_check(issue_read(args.issue), Path.cwd())

@@ -5009,7 +5009,7 @@ def test_a_run_without_a_change_cannot_be_judged_again(scratch):
 
 def task(number: int, **facts: Any) -> Any:
     """An issue of which nothing stands against a run, but for these facts."""
-    return runner_module().Task(**({"number": number, "ref": f"#{number}", "labels": ["ready-for-agent"]} | facts))
+    return runner_module().QueueItem(**({"number": number, "ref": f"#{number}", "labels": ["ready-for-agent"]} | facts))
 
 
 @pytest.mark.parametrize(("facts", "state", "reason"), [
@@ -5022,11 +5022,11 @@ def task(number: int, **facts: Any) -> Any:
     pytest.param({"blockers": [5]}, "invalid", "1 -> 5 -> 1", id="in a circle"),
     pytest.param({"blockers": [6]}, "blocked", "by #6", id="by a circle of others"),
     pytest.param({"blockers": [8]}, "ready", "", id="a circle that is done"),
-    pytest.param({"problem": "is binary"}, "invalid", "is binary", id="unreadable"),
-    pytest.param({"taken": "run x", "blockers": [2]}, "claimed", "run x", id="claimed"),
-    pytest.param({"proposed": "agent/x"}, "proposed", "agent/x", id="proposed"),
-    pytest.param({"human": "run x ended"}, "blocked", "run x ended", id="over to a human"),
-    pytest.param({"distrust": lambda: "by eve"}, "untrusted", "by eve", id="untrusted"),
+    pytest.param({"state": "invalid", "reason": "is binary"}, "invalid", "is binary", id="unreadable"),
+    pytest.param({"state": "claimed", "reason": "run x", "blockers": [2]}, "claimed", "run x", id="claimed"),
+    pytest.param({"state": "proposed", "reason": "agent/x"}, "proposed", "agent/x", id="proposed"),
+    pytest.param({"state": "blocked", "reason": "run x ended"}, "blocked", "run x ended", id="over to a human"),
+    pytest.param({"state": "untrusted", "reason": "by eve"}, "untrusted", "by eve", id="untrusted"),
     pytest.param({"labels": ["agent-stop"]}, "untrusted", "its label is not ready-for-agent", id="another label"),
 ])
 def test_the_state_of_an_issue(facts: dict[str, Any], state: str, reason: str) -> None:
