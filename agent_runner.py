@@ -7041,10 +7041,12 @@ def queue_show(items: list[QueueItem], as_json: bool) -> None:
         priority = "-" if item.priority is None else str(item.priority)
         words = f"{item.title}: {item.reason}" if item.reason else item.title
         rows.append((item.state, priority, item.ref, words))
-    text = "\n".join(table_lines(rows))
-    if as_json:
-        text = json_text([item.facts() for item in items])
-    console_print(text, sys.stdout)
+    rows_show(rows, [item.facts() for item in items], as_json)
+
+
+def rows_show(rows: list[tuple[str, ...]], facts: list[dict[str, Any]], as_json: bool) -> None:
+    """Print a table, or what is in it as JSON."""
+    console_print(json_text(facts) if as_json else "\n".join(table_lines(rows)), sys.stdout)
 
 
 def queue_export(queue: Queue, args: argparse.Namespace) -> int:
@@ -7306,7 +7308,11 @@ def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueI
     blockers, problem = blockers_read(issue.text)
     if number is None:
         problem = "its name does not begin with a number, as in 0007-name.md; rename it"
-    distrust = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
+    distrust = "" if MASK.text(committed) == issue.text else "differs from HEAD; commit or undo it"
+    if data is None:
+        distrust = "not committed; commit it"
+    elif not there:
+        distrust = "deleted here, but not in HEAD; restore it, or commit that"
     state, reason = state_first(("invalid", problem), work.state(source),
                                 ("blocked", work.failed(source)), ("untrusted", distrust))
     done = issue_path(work.repo, source) in work.merged
@@ -7317,15 +7323,6 @@ def file_number(name: str) -> int | None:
     """The number of an issue file: "0002-name.md" -> 2."""
     hit = re.match(r"\d{1,9}(?!\d)", name, re.ASCII)
     return int(hit[0]) if hit else None
-
-
-def file_distrust(committed: bool, there: bool, same: bool) -> str:
-    """Why an issue file is not what the checked-out commit says, or ""."""
-    if not committed:
-        return "not committed; commit it"
-    if not there:
-        return "deleted here, but not in HEAD; restore it, or commit that"
-    return "" if same else "differs from HEAD; commit or undo the change"
 
 
 # --- Issues on a forge.
@@ -7349,47 +7346,48 @@ class Forge:
         self.name, self.ref = hit[1], ref
         self.levels: dict[str, str] = {}
 
-    def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> str | None:
-        """What a call printed; None where there is no such thing; raises Stop for all else."""
-        environ = environ_plain(os.environ) | {name: os.environ[name] for name in GH_NEEDS
-                                               if name in os.environ}
-        for name in GH_NEVER:
-            environ.pop(name, None)
+    def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> list[Any] | None:
+        """The values of an answer, one a page; None where nothing is there; else raises Stop."""
+        plain = environ_plain(os.environ)
+        environ = {name: value for name, value in os.environ.items()
+                   if name in GH_NEEDS or (name in plain and name not in GH_NEVER)}
         environ |= {"GH_PROMPT_DISABLED": "1", "GH_NO_UPDATE_NOTIFIER": "1", "NO_COLOR": "1"}
-        stdin = b"" if body is None else json.dumps(body).encode()
-        ran = program_call(["gh", "api", path, *words, *(["--input", "-"] if stdin else [])],
-                           env=environ, stdin=stdin, seconds=120, heed=heed)
+        argv, stdin = ["gh", "api", path, *words], b""
+        if body is not None:
+            argv, stdin = [*argv, "--input", "-"], json.dumps(body).encode()
+        ran = program_call(argv, env=environ, stdin=stdin, seconds=120, heed=heed)
         if ran.exit == 4 or b"gh auth login" in ran.err:
             raise Stop(EXIT_MISSING, "gh is not signed in; run `gh auth login`, or set GH_TOKEN")
         if ran.exit and re.search(rb"HTTP (404|410)", ran.err):
             return None
         if ran.exit:
             raise Stop(EXIT_MISSING, f"gh api {path} failed: {ran.last_line()}; try again later")
-        return ran.out.decode("utf-8", "replace")
+        try:
+            return json_values(ran.out.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no whole JSON; "
+                                     "try again later") from None
 
     def get(self, path: str) -> dict[str, Any] | None:
         """One thing of this repository; None where it is not there; raises Stop."""
-        text = self.call(f"repos/{self.name}/{path}")
-        values = None if text is None else json_values(text, path)
+        values = self.call(f"repos/{self.name}/{path}")
         return values[0] if values else None
 
     def pages(self, path: str) -> list[dict[str, Any]]:
         """All pages of a list of this repository; raises Stop where one is missing."""
-        text = self.call(f"repos/{self.name}/{path}", "--paginate")
-        if text is None:
+        pages = self.call(f"repos/{self.name}/{path}", "--paginate")
+        if pages is None:
             raise Stop(EXIT_MISSING, f"{self.ref}: there is no {path.partition('?')[0]}, or it may "
                                      "not be read; check the name, and who gh is signed in as")
-        pages = json_values(text, path)
         if not pages or not all(isinstance(page, list) for page in pages):
             raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no list; try again later")
         return [entry for page in pages for entry in page]
 
-    def send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """Change something; what came back, where that is an object; raises Stop."""
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        """Change something; what came back; raises Stop."""
         # Also while we are being ended: what is left behind would look like a lock.
-        text = self.call(f"repos/{self.name}/{path}", "--method", method, body=body, heed=False)
-        values = json_values(text, path) if text else []
-        return values[0] if values and isinstance(values[0], dict) else {}
+        values = self.call(f"repos/{self.name}/{path}", "--method", method, body=body, heed=False)
+        return values[0] if values else None
 
     def level(self, login: str) -> str:
         """The permission of somebody: "admin", "write", "read", "none"; "" where it is unknown."""
@@ -7401,23 +7399,19 @@ class Forge:
     def edited(self, number: int) -> str | None:
         """When the text of an issue was last edited; None: never. Raises Stop, or KeyError."""
         owner, name = self.name.split("/")
-        text = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
-                         f"name={name}", "-F", f"number={number}")
-        answer = json_values(text or "[]", "graphql")[0]
+        values = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
+                           f"name={name}", "-F", f"number={number}")
+        (answer,) = values or []
         return answer["data"]["repository"]["issue"]["lastEditedAt"]
 
 
-def json_values(text: str, path: str) -> list[Any]:
-    """The JSON values that stand one after the other in a text: a page each; raises Stop."""
+def json_values(text: str) -> list[Any]:
+    """The JSON values that stand one after the other in a text; raises ValueError."""
     values, text = [], text.strip()
-    try:
-        while text:
-            value, end = json.JSONDecoder().raw_decode(text)
-            values.append(value)
-            text = text[end:].lstrip()
-    except (ValueError, RecursionError):
-        raise Stop(EXIT_MISSING,
-                   f"gh api {path}: the answer is no whole JSON; try again later") from None
+    while text:
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:].lstrip()
     return values
 
 
@@ -7692,12 +7686,9 @@ class Tick:
             self.stopped = self.stopped or "there is a file .agent-runs/STOP"
         if self.stopped:
             return
-        claim = claim_path(self.repo, item.source)
         try:
-            with claim_take(claim) as free:
-                result = Result(item.ref, None, "claimed", note="a queue of this machine works on it")
-                if free:
-                    result = self.look_again(item.ref, claim)
+            with claim_take(claim_path(self.repo, item.source)) as claim:
+                result = self.look_again(item, claim)
         except BaseException as error:
             self.stopped = f"{item.ref}: {str(error) or 'interrupted'}"
             raise
@@ -7705,32 +7696,27 @@ class Tick:
             self.results.append(result)
         self.stopped = self.stopped or environment_failed(self.results)
 
-    def look_again(self, ref: str, claim: Path) -> Result | None:
-        """How a claimed issue ended; None where the queue is stopped."""
+    def look_again(self, item: QueueItem, claim: Path | None) -> Result | None:
+        """How an issue ended, if it is still ready and ours; None where the queue is stopped."""
         queue = Queue(self.repo, self.args.source)
         issues = queue.read(claim)
         if halted := halted_by(issues):
             self.stopped = halted
             return None
-        now = [queue.proved(item) for item in issues if item.ref == ref and not item.done]
-        item = now[0] if now else QueueItem(None, ref, state="gone")
-        if item.state != "ready":
-            return Result(ref, None, item.state, note=item.reason)
-        if queue.forge:
-            return self.run_claimed(queue.forge, int(item.number or 0), ref, claim)
-        return issue_run(self.repo, self.args, ref, claim)
-
-    def run_claimed(self, forge: Forge, number: int, ref: str, claim: Path) -> Result:
-        """How an issue of a forge ended: it is claimed there, and gets a comment and a label."""
-        try:
-            if not claim_forge(forge, number, claim):
-                return Result(ref, None, "claimed", note="another queue was first")
-            result = issue_run(self.repo, self.args, ref, claim)
+        now = [queue.proved(issue) for issue in issues if issue.ref == item.ref and not issue.done]
+        item = now[0] if now else item._replace(state="gone")
+        if item.state != "ready" or not claim:
+            note = item.reason or "a queue of this machine works on it"
+            return Result(item.ref, None, item.state if claim else "claimed", note=note)
+        if not queue.forge:
+            return issue_run(self.repo, self.args, item.ref, claim)
+        with claim_shown(queue.forge, int(item.number or 0), claim) as is_first:
+            if not is_first:
+                return Result(item.ref, None, "claimed", note="another queue was first")
+            result = issue_run(self.repo, self.args, item.ref, claim)
             if result.facts.get("outcome") and not is_environment(result):
-                outcome_publish(forge, number, result)
+                outcome_publish(self.repo, queue.forge, int(item.number or 0), result)
             return result
-        finally:
-            claim_release(forge, number, claim)
 
     def show(self) -> None:
         """Print what came of each issue, and why the queue stopped."""
@@ -7738,11 +7724,8 @@ class Tick:
         for result in self.results:
             code = "-" if result.exit_code is None else str(result.exit_code)
             rows.append((code, result.outcome, result.ref, result.run_id or "-", result.note))
-        text = "\n".join(table_lines(rows))
-        if self.args.json:
-            text = json_text([{name: getattr(result, name) for name in RESULT_KEYS}
-                              for result in self.results])
-        console_print(text, sys.stdout)
+        rows_show(rows, [{name: getattr(result, name) for name in RESULT_KEYS}
+                         for result in self.results], self.args.json)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
 
@@ -7824,40 +7807,46 @@ def claim_path(repo: Repo, source: str) -> Path:
 
 
 @contextlib.contextmanager
-def claim_take(claim: Path) -> Iterator[bool]:
-    """Whether an issue is ours until the end of the block: no other queue here may have it."""
+def claim_take(claim: Path) -> Iterator[Path | None]:
+    """The claim, ours until the end of the block; None where another queue here has it."""
     claim.touch()
     with lock_take(claim) as free:
         try:
-            yield free
+            yield claim if free else None
         finally:
             if free and not claim.stat().st_size:  # else the forge still shows it
                 claim.unlink()
 
 
-def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
-    """Claim an issue where others see it; False where another queue was first."""
-    facts = {"forge": forge.name, "number": number, "comment": 0}
+@contextlib.contextmanager
+def claim_shown(forge: Forge, number: int, claim: Path) -> Iterator[bool]:
+    """Whether we are the first to claim an issue where others see it; at the end it is released."""
+    facts = {"forge": forge.name, "number": number, "comment": 0, "label": True}
     claim.write_text(json.dumps(facts))  # first: whatever happens now can be released
-    forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
-    with answers_checked(f"{forge.ref}#{number}"):
-        mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
-        claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
-        # The forge numbers comments: of those who came at the same time the first one has it.
-        rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
-                  if comment["id"] < mine["id"] and comment["body"] == CLAIM
-                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
-    if rivals:
-        claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
-    return not rivals
+    try:
+        forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
+        with answers_checked(f"{forge.ref}#{number}"):
+            mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
+            claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
+            # The forge numbers comments: of those who came at the same time the first one has it.
+            since = moment(mine["created_at"]) - CLAIM_WINDOW
+            rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+                      if comment["body"] == CLAIM and comment["id"] < mine["id"]
+                      and moment(comment["created_at"]) > since]
+        if rivals:  # then the label is theirs
+            claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": False}))
+        yield not rivals
+    finally:
+        claim_release(forge, claim)
 
 
-def claim_release(forge: Forge, number: int, claim: Path) -> None:
+def claim_release(forge: Forge, claim: Path) -> None:
     """Take our claim off the forge; what cannot be done now the next tick does."""
     facts = json_read(claim, TEXT_LIMIT, dict)
-    if facts["comment"]:
-        forge.send("DELETE", f"issues/comments/{facts['comment']}")
-    if "label" not in facts:
+    number, comment = int(facts["number"]), int(facts["comment"])
+    if comment:
+        forge.send("DELETE", f"issues/comments/{comment}")
+    if facts["label"]:
         forge.send("DELETE", f"issues/{number}/labels/{WORKING}")
     claim.write_text("")
 
@@ -7871,36 +7860,30 @@ def claims_release(repo: Repo, forge: Forge) -> None:
             ref = f"{forge.ref}#{facts['number']}"
             is_ours = facts["forge"].lower() == forge.name.lower()
             if free and is_ours and not work.alive(ref):
-                claim_release(forge, facts["number"], claim)
+                claim_release(forge, claim)
                 claim.unlink()
                 CONSOLE.say(f"{ref}: its run was killed; the claim is released")
 
 
-def outcome_publish(forge: Forge, number: int, result: Result) -> None:
+def outcome_publish(repo: Repo, forge: Forge, number: int, result: Result) -> None:
     """Comment how a run ended, then swap the ready label for what comes next."""
     label = PROPOSED if result.outcome == "proposed" else HUMAN
-    forge.send("POST", f"issues/{number}/comments", {"body": outcome_comment(result.facts)})
+    comment = outcome_comment(repo.root / ".agent-runs" / result.run_id, result.facts)
+    forge.send("POST", f"issues/{number}/comments", {"body": comment})
     forge.send("POST", f"issues/{number}/labels", {"labels": [label]})
     forge.send("DELETE", f"issues/{number}/labels/{READY}")
 
 
-def outcome_comment(facts: Mapping[str, Any]) -> str:
+def outcome_comment(folder: Path, facts: Mapping[str, Any]) -> str:
     """The essentials of a record, as a comment on its issue."""
-    attempts = facts["attempts"]
-    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
-    changed = [f"`{one_line(path).replace('`', '')}`" for path in attempts[-1]["changed"]
-               ] if attempts else []
-    lines = [f"**{facts['outcome']}**: {OUTCOMES[facts['outcome']][1]}", "",
-             f"- exit {facts['exit_code']}, {words_counted(len(attempts), 'attempt')}, "
-             + f"{facts['seconds']} s; the record is `.agent-runs/{facts['run_id']}`",
-             f"- base {facts['base'][:12]}; changed: {words_first(changed, 20) or 'nothing'}"]
+    outcome = facts["outcome"]
+    lines = [f"**{outcome}** (exit {facts['exit_code']}): {OUTCOMES[outcome][1]}.", ""]
     if facts["branch"]:
-        lines += [f"- branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}"]
-    findings = words_clip("\n".join(facts["findings"]), 3000)
-    if findings and not facts["branch"]:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", findings)), default=0))
-        lines += ["", fence, findings, fence]
-    return MASK.text("\n".join(lines))
+        lines = [*lines, f"Branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}", ""]
+    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
+    text = words_clip(run_text(folder, {**facts, "next": []}), 4000)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return MASK.text("\n".join([*lines, fence, text, fence]))
 
 
 # === Chapter 22. Pages and board ============================================
