@@ -6979,7 +6979,7 @@ def run_close(folder: Path, place: Path | None) -> None:
 
 
 # === Chapter 21. The queue ==================================================
-# Called by: the command line.
+# Called by: the command line, and the board.
 # Promises: what cannot be read or proved is never ready; nothing is pushed, merged or closed; a
 #   forge is written to only where --arm and AGENT_QUEUE_ALLOW both allow it.
 # At first: read Queue and queue_decide, and distrust; skip the rest.
@@ -7123,28 +7123,23 @@ def halted_by(issues: list[QueueItem]) -> str:
 
 def queue_decide(item: QueueItem, known: Mapping[int, QueueItem]) -> QueueItem:
     """The issue with its state, now that the others are known."""
-    missing = issues_listed(number for number in item.blockers if number not in known)
-    waits = issues_listed(number for number in item.blockers
-                          if number in known and not known[number].done)
-    cycle = " -> ".join(map(str, cycle_of(item, known)))
+    missing = [f"#{number}" for number in item.blockers if number not in known]
+    waits = [f"#{number}" for number in item.blockers
+             if number in known and not known[number].done]
+    cycle = [str(number) for number in cycle_of(item, known)]
     state, reason = state_first(
-        ("invalid", missing and f"Blocked by {missing}: there is no such issue"),
-        ("invalid", cycle and f"Blocked by goes in a circle: {cycle}"),
-        ("blocked", waits and f"by {waits}"),
-        ("untrusted", "" if READY in item.labels else f"its label is not {READY}"),
+        ("invalid", missing and f"Blocked by {', '.join(missing)}: there is no such issue"),
+        ("invalid", cycle and f"Blocked by goes in a circle: {' -> '.join(cycle)}"),
+        ("blocked", waits and f"by {', '.join(waits)}"),
+        ("untrusted", READY not in item.labels and f"its label is not {READY}"),
         (item.state, item.reason))
     return item._replace(state=state, reason=reason)
 
 
-def state_first(*reasons: tuple[str, str]) -> tuple[str, str]:
+def state_first(*reasons: tuple[str, Any]) -> tuple[str, str]:
     """The state that counts, with its reason; "ready" where there is no reason."""
     given = [(state, reason) for state, reason in reasons if reason]
     return min(given, key=lambda pair: STATES.index(pair[0]), default=("ready", ""))
-
-
-def issues_listed(numbers: Iterable[int]) -> str:
-    """Some issues for a person: "#2, #7"."""
-    return ", ".join(f"#{number}" for number in numbers)
 
 
 def cycle_of(item: QueueItem, known: Mapping[int, QueueItem]) -> list[int]:
@@ -7178,8 +7173,7 @@ def blockers_read(text: str) -> tuple[list[int], str]:
     numbers, problem = [], ""
     for line in lines_unfenced(text):
         if hit := re.match(BLOCKED_BY, line):
-            words = re.sub(r"(?i)\band\b", " ", hit[1])
-            words = re.findall(r"[^\s,;.*_]+", words)
+            words = re.findall(r"[^\s,;.*_]+", re.sub(r"\band\b", " ", hit[1].lower()))
             named = [word for word in words if re.fullmatch(r"#\d{1,9}", word, re.ASCII)]
             numbers += [int(word[1:]) for word in named]
             if not words or {*words} - {*named} - {"none", "nothing"}:
@@ -7247,11 +7241,6 @@ def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
     return named
 
 
-def source_inside(repo: Repo, source: str) -> str:
-    """What a record and a trailer call an issue: its file, relative to the repository's root."""
-    return os.path.relpath(source, repo.root) if os.path.isabs(source) else source
-
-
 def issue_path(repo: Repo, source: str) -> str:
     """What all names of an issue's file come to; the same for an issue of a forge."""
     return os.path.normpath(repo.root / source).lower()
@@ -7269,25 +7258,21 @@ def file_items(folder: Path, work: Work) -> list[QueueItem]:
     paths = [path for path in tree_paths(repo, work.head)
              if Path(path).parent == top and path.endswith(".md")]
     committed = tree_files(repo, work.head, paths)
-    items = []
-    for name in sorted({path.name for path in place.glob("*.md")} | {*map(os.path.basename, paths)}):
-        source = str(top / name)
+    names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
+    numbers, items = Counter(map(file_number, names)), []
+    for name in sorted(names):
+        source, number = str(top / name), file_number(name)
         data = committed[source][2] if source in committed else None
-        items.append(file_item(folder / name, source, data, work))
-    numbers = Counter(item.number for item in items)
-    for at, item in enumerate(items):
-        if item.number is not None and numbers[item.number] > 1:
-            reason = f"two files have the number {item.number}; rename one of them"
-            items[at] = item._replace(state="invalid", reason=reason)
-    gone = {file_number(name) for name in files_gone(repo, top)} - numbers.keys()
-    return items + [QueueItem(number, str(folder), done=True) for number in gone]
-
-
-def files_gone(repo: Repo, top: Path) -> list[str]:
-    """The names of files that were once deleted from a directory."""
-    paths = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
-                "HEAD", "--", f":(top,literal){top}").split("\0")
-    return [Path(path).name for path in paths if Path(path).parent == top]
+        item = file_item(folder / name, source, data, work)
+        if number is not None and numbers[number] > 1:
+            reason = f"two files have the number {number}; rename one of them"
+            item = item._replace(state="invalid", reason=reason)
+        items.append(item)
+    deleted = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
+                  "HEAD", "--", f":(top,literal){top}").split("\0")
+    gone = {file_number(Path(path).name) for path in deleted if Path(path).parent == top}
+    done = [QueueItem(number, str(folder), done=True) for number in gone - numbers.keys()]
+    return items + done
 
 
 def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueItem:
@@ -7614,7 +7599,8 @@ def forge_here(repo: Repo) -> str:
 
 def queue_run(queue: Queue, args: argparse.Namespace) -> int:
     """Run what is ready, several at a time; the worst exit code, which is the highest."""
-    armed = not queue.forge or (args.arm and is_allowed(queue.forge))
+    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
+    armed = not queue.forge or (args.arm and queue.forge.name.lower() in allowed)
     if armed:
         queue_prepare(queue, args)
     ready = [item for item in queue.items(queue.read()) if item.state == "ready"]
@@ -7639,12 +7625,6 @@ def queue_run(queue: Queue, args: argparse.Namespace) -> int:
     return max([result.exit_code or 0 for result in tick.results], default=0)
 
 
-def is_allowed(forge: Forge) -> bool:
-    """Whether AGENT_QUEUE_ALLOW names a repository."""
-    names = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    return forge.name.lower() in names
-
-
 def queue_prepare(queue: Queue, args: argparse.Namespace) -> None:
     """Find what would stop every run; make a place for claims, and release those of dead runs."""
     if not args.simulate:
@@ -7667,9 +7647,6 @@ class Result(NamedTuple):
     run_id: str = ""
     note: str = ""  # the branch, or the reason
     facts: Mapping[str, Any] = {}  # of its record
-
-
-RESULT_KEYS = ("ref", "exit_code", "outcome", "run_id", "note")  # of the list that is printed
 
 
 class Tick:
@@ -7724,8 +7701,8 @@ class Tick:
         for result in self.results:
             code = "-" if result.exit_code is None else str(result.exit_code)
             rows.append((code, result.outcome, result.ref, result.run_id or "-", result.note))
-        rows_show(rows, [{name: getattr(result, name) for name in RESULT_KEYS}
-                         for result in self.results], self.args.json)
+        facts = [dict(zip(Result._fields[:5], result)) for result in self.results]
+        rows_show(rows, facts, self.args.json)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
 
@@ -7757,24 +7734,23 @@ def environment_failed(results: Sequence[Result]) -> str:
 def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Result:
     """How an issue ended in a process of this program; what it printed is beside the claim."""
     log = claim.with_suffix(".log")
-    trusted = ["--trusted"] if ref.startswith("github:") else []
-    argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args),
-            *trusted, "--", ref]
+    argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args)]
+    argv += ["--trusted", "--", ref] if ref.startswith("github:") else ["--", ref]
     with CONSOLE.step(ref) as step:
         ran = program_run(argv, cwd=Path.cwd(), env=dict(os.environ), seconds=0, log=log,
                           soft="SIGINT", grace=60)  # an interrupted run saves its work
         text = log_read(log)
-        run_id, demo = (re.search(pattern, text, re.MULTILINE) for pattern in (
-            r"^run (\d+-\d+-\w+): ", r"^simulated: .*the demo repository is (.*)$"))
+        run_id = re.search(r"(?m)^run (\d+-\d+-\w+): ", text)
+        demo = re.search(r"(?m)^simulated: .*the demo repository is (.*)$", text)
         root = Path(demo[1]) if demo and args.simulate else repo.root
         facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
         outcome = facts.get("outcome") or "no outcome"
         step["result"] = f"{outcome}, exit {ran.exit}"
     last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
-    note = facts.get("branch") or facts.get("error") or (OUTCOMES[outcome][1]
-                                                          if outcome in OUTCOMES else last)
-    return Result(ref, 130 if ran.exit is None else ran.exit, outcome,
-                  run_id[1] if run_id else "", note, facts)
+    words = OUTCOMES[outcome][1] if outcome in OUTCOMES else last
+    note = facts.get("branch") or facts.get("error") or words
+    exit_code = OUTCOMES["interrupted"][0] if ran.exit is None else ran.exit
+    return Result(ref, exit_code, outcome, run_id[1] if run_id else "", note, facts)
 
 
 QUEUE_OWN = ("command", "handler", "recorded", "source", "run", "jobs", "limit", "arm", "json")
@@ -9282,7 +9258,8 @@ def job_build(args: argparse.Namespace) -> Job:
     repo = None if simulated else repo_open(Path.cwd())
     if issue and repo:
         issue_check(issue, repo.root)
-        issue = issue._replace(source=source_inside(repo, issue.source))
+        if os.path.isabs(issue.source):
+            issue = issue._replace(source=os.path.relpath(issue.source, repo.root))
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if not repo:
         repo = demo_open(args.command)
