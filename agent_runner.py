@@ -7025,12 +7025,13 @@ def cmd_queue(args: argparse.Namespace) -> int:
                                "--simulate nor --dry-run")
     if args.run and args.export:
         raise Stop(EXIT_USAGE, "--export is for jobs elsewhere, --run runs here; give one of them")
-    queue = Queue(repo_open(Path.cwd()), args.source)
+    repo = repo_open(Path.cwd())
     if args.run:
-        return queue_run(queue, args)
+        return queue_run(repo, args)
+    queue = Queue(repo, args.source)
     if args.export:
         return queue_export(queue, args)
-    queue_show(queue.items(queue.read()), args.json)
+    queue_show(queue.items(queue.issues()), args.json)
     return 0
 
 
@@ -7053,7 +7054,7 @@ def queue_export(queue: Queue, args: argparse.Namespace) -> int:
     """Write each ready issue to a file, for a job that cannot reach the forge, and list them."""
     folder, exported = Path(args.export), []
     folder.mkdir(parents=True, exist_ok=True)
-    issues = queue.read()
+    issues = queue.issues()
     halted = halted_by(issues)
     if halted:
         CONSOLE.say(f"nothing may run: {halted}")
@@ -7079,19 +7080,21 @@ def item_export(item: QueueItem, path: Path, with_comments: bool) -> QueueItem:
 
 
 class Queue:
-    """A source of issues, as one checkout sees it."""
+    """One look at a source of issues, and at what this checkout knows of the work on them."""
 
-    def __init__(self, repo: Repo, source: str) -> None:
-        self.repo, self.source = repo, source
+    def __init__(self, repo: Repo, source: str, own: Path | None = None) -> None:
+        self.repo, self.folder = repo, Path(source)
         self.forge = Forge(source) if source.startswith("github:") else None
+        self.own = own  # the claim that is ours
+        self.head = git(repo, "rev-parse", "HEAD").strip()
+        # By issue_path: whose proposals are in HEAD; whose are not, with the branches; the records.
+        self.merged = issues_named(repo, "HEAD")
+        self.proposed = issues_named(repo, "--branches=agent/*", "--remotes=*/agent/*", "^HEAD")
+        self.runs = runs_of_issues(repo)
 
-    def read(self, own: Path | None = None) -> list[QueueItem]:
-        """All issues, also those without a label; a claim that is our own stands against none."""
-        work = work_read(self.repo, own)
-        if self.forge:
-            issues = forge_items(self.forge, work)
-        else:
-            issues = file_items(Path(self.source), work)
+    def issues(self) -> list[QueueItem]:
+        """All issues, also those without a label: others may be blocked by them."""
+        issues = forge_items(self, self.forge) if self.forge else file_items(self)
         known = {item.number: item for item in issues if item.number is not None}
         return [queue_decide(item, known) for item in issues]
 
@@ -7108,6 +7111,20 @@ class Queue:
             return item
         reason = forge_distrust(self.forge, int(item.number or 0))
         return item._replace(state="untrusted", reason=reason) if reason else item
+
+    def alive(self, source: str) -> list[str]:
+        """The runs on an issue that go on."""
+        runs = self.runs.get(issue_path(self.repo, source), [])
+        return [run["run_id"] for run in runs if is_locked(Path(run["folder"]) / "running")]
+
+    def work(self, source: str) -> tuple[str, str]:
+        """A state and its reason, where somebody here works on an issue, or it is proposed."""
+        claim = claim_path(self.repo, source)
+        if alive := self.alive(source):
+            return "claimed", f"run {alive[-1]} works on it"
+        if claim != self.own and is_locked(claim):
+            return "claimed", "a queue of this machine works on it"
+        return "proposed", self.proposed.get(issue_path(self.repo, source), "")
 
 
 def is_labelled(item: QueueItem) -> bool:
@@ -7181,53 +7198,28 @@ def blockers_read(text: str) -> tuple[list[int], str]:
     return numbers, problem
 
 
-# --- What this checkout knows of the work on issues: records, branches and claims.
+# --- What this checkout knows of the work on issues.
 
-class Work(NamedTuple):
-    """The work on issues, by issue_path."""
-
-    repo: Repo
-    head: str  # the commit that is checked out
-    own: Path | None  # the claim that is ours
-    runs: dict[str, list[dict[str, Any]]]  # the records, the newest last
-    merged: dict[str, str]  # whose proposals are in HEAD
-    proposed: dict[str, str]  # whose proposals are not, with the branches
-
-    def alive(self, source: str) -> list[str]:
-        """The runs that go on."""
-        runs = self.runs.get(issue_path(self.repo, source), [])
-        return [run["run_id"] for run in runs if is_locked(Path(run["folder"]) / "running")]
-
-    def state(self, source: str) -> tuple[str, str]:
-        """The state of an issue that somebody here works on, or that is proposed; the reason."""
-        claim = claim_path(self.repo, source)
-        if alive := self.alive(source):
-            return "claimed", f"run {alive[-1]} works on it"
-        if claim != self.own and is_locked(claim):
-            return "claimed", "a queue of this machine works on it"
-        return "proposed", self.proposed.get(issue_path(self.repo, source), "")
-
-    def failed(self, source: str) -> str:
-        """Why a human has to look at an issue first, or "": on the same commit its run failed."""
-        last = self.runs.get(issue_path(self.repo, source), [{}])[-1]
-        outcome = last.get("outcome")
-        if (last.get("head") != self.head or outcome in (None, "proposed", "interrupted")
-                or is_at_once(last)):
-            return ""
-        return (f"run {last['run_id']} ended {outcome} on this commit; "
-                "a human decides, or a new commit does")
-
-
-def work_read(repo: Repo, own: Path | None) -> Work:
-    """What the records, branches and commits say now."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+def runs_of_issues(repo: Repo) -> dict[str, list[dict[str, Any]]]:
+    """The records of runs on each issue, the newest last; `folder` is where they are."""
+    runs = defaultdict(list)
     for folder in sorted((repo.root / ".agent-runs").glob("*/")):
         facts = summary_read(folder)
         if facts.get("issue") and not facts.get("simulated"):
-            name = issue_path(repo, str(facts["issue"]))
-            runs.setdefault(name, []).append(facts | {"folder": str(folder)})
-    return Work(repo, git(repo, "rev-parse", "HEAD").strip(), own, runs, issues_named(repo, "HEAD"),
-                issues_named(repo, "--branches=agent/*", "--remotes=*/agent/*", "^HEAD"))
+            runs[issue_path(repo, str(facts["issue"]))].append(facts | {"folder": str(folder)})
+    return dict(runs)
+
+
+def handed_over(queue: Queue, source: str) -> str:
+    """Why a human has to look at an issue first, or "": on the same commit its run failed."""
+    last = queue.runs.get(issue_path(queue.repo, source), [{}])[-1]
+    outcome = last.get("outcome")
+    if outcome in (None, "proposed", "interrupted") or is_at_once(last):
+        return ""  # that says nothing of the issue
+    if last.get("head") != queue.head:
+        return ""
+    return (f"run {last['run_id']} ended {outcome} on this commit; "
+            "a human decides, or a new commit does")
 
 
 def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
@@ -7248,22 +7240,23 @@ def issue_path(repo: Repo, source: str) -> str:
 
 # --- Issues in a directory.
 
-def file_items(folder: Path, work: Work) -> list[QueueItem]:
+def file_items(queue: Queue) -> list[QueueItem]:
     """The issue files of a directory: in HEAD, not in HEAD, and gone from it."""
-    repo, place, root = work.repo, folder.resolve(), work.repo.root.resolve()
+    repo, folder = queue.repo, queue.folder
+    place, root = folder.resolve(), repo.root.resolve()
     if not place.is_dir() or not place.is_relative_to(root):
         raise Stop(EXIT_USAGE, f"{folder} is no directory of {repo.root}; name one with issue "
                                "files, or github:OWNER/REPO")
     top = place.relative_to(root)
-    paths = [path for path in tree_paths(repo, work.head)
+    paths = [path for path in tree_paths(repo, queue.head)
              if Path(path).parent == top and path.endswith(".md")]
-    committed = tree_files(repo, work.head, paths)
+    committed = tree_files(repo, queue.head, paths)
     names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
     numbers, items = Counter(map(file_number, names)), []
     for name in sorted(names):
         source, number = str(top / name), file_number(name)
         data = committed[source][2] if source in committed else None
-        item = file_item(folder / name, source, data, work)
+        item = file_item(queue, folder / name, source, data)
         if number is not None and numbers[number] > 1:
             reason = f"two files have the number {number}; rename one of them"
             item = item._replace(state="invalid", reason=reason)
@@ -7275,7 +7268,7 @@ def file_items(folder: Path, work: Work) -> list[QueueItem]:
     return items + done
 
 
-def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueItem:
+def file_item(queue: Queue, path: Path, source: str, data: bytes | None) -> QueueItem:
     """An issue file with what is known of it alone; the data is HEAD's."""
     number, there = file_number(path.name), path.exists()
     committed = (data or b"").decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
@@ -7286,7 +7279,7 @@ def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueI
         else:
             issue = issue_read(path)
         labels = labels_read(issue.text)
-        issue_check(issue, work.repo.root)
+        issue_check(issue, queue.repo.root)
     except Stop as stop:
         return QueueItem(number, str(path), path.name, labels, source=source, state="invalid",
                          reason=str(stop))
@@ -7298,9 +7291,9 @@ def file_item(path: Path, source: str, data: bytes | None, work: Work) -> QueueI
         distrust = "not committed; commit it"
     elif not there:
         distrust = "deleted here, but not in HEAD; restore it, or commit that"
-    state, reason = state_first(("invalid", problem), work.state(source),
-                                ("blocked", work.failed(source)), ("untrusted", distrust))
-    done = issue_path(work.repo, source) in work.merged
+    state, reason = state_first(("invalid", problem), queue.work(source),
+                                ("blocked", handed_over(queue, source)), ("untrusted", distrust))
+    done = issue_path(queue.repo, source) in queue.merged
     return QueueItem(number, str(path), issue.title, labels, blockers, done, source, state, reason)
 
 
@@ -7382,7 +7375,7 @@ class Forge:
         return self.levels[login]
 
     def edited(self, number: int) -> str | None:
-        """When the text of an issue was last edited; None: never. Raises Stop, or KeyError."""
+        """When the text of an issue was last edited; None: never. See answers_checked."""
         owner, name = self.name.split("/")
         values = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
                            f"name={name}", "-F", f"number={number}")
@@ -7410,12 +7403,12 @@ def answers_checked(name: str) -> Iterator[None]:
                                  f"({type(error).__name__}: {error}); try again later") from None
 
 
-def forge_items(forge: Forge, work: Work) -> list[QueueItem]:
+def forge_items(queue: Queue, forge: Forge) -> list[QueueItem]:
     """The open issues of a forge's repository, and those that they are blocked by."""
     with answers_checked(forge.ref):
         entries = forge.pages(f"issues?state=open&{PAGE}")
         pulls = forge.pages(f"pulls?state=open&{PAGE}")
-        items = [forge_item(forge, entry, pulls, work) for entry in entries
+        items = [forge_item(queue, forge, entry, pulls) for entry in entries
                  if "pull_request" not in entry]
         wanted = {number for item in items if is_labelled(item) for number in item.blockers}
         for number in sorted(wanted - {item.number for item in items}):
@@ -7425,20 +7418,20 @@ def forge_items(forge: Forge, work: Work) -> list[QueueItem]:
         return items
 
 
-def forge_item(forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
-               work: Work) -> QueueItem:
+def forge_item(queue: Queue, forge: Forge, entry: dict[str, Any],
+               pulls: list[dict[str, Any]]) -> QueueItem:
     """An open issue of a forge with what is known of it alone, but for whom it is to be trusted."""
     number, ref = int(entry["number"]), f"{forge.ref}#{entry['number']}"
-    labels, claim = labels_of(entry), claim_path(work.repo, ref)
+    labels, claim = labels_of(entry), claim_path(queue.repo, ref)
     title, body = hidden_removed(entry["title"])[0], hidden_removed(entry["body"] or "")[0]
     blockers, problem = blockers_read(body)
     held = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
-    if claim != work.own and claim.exists():
+    if claim != queue.own and claim.exists():
         held = "its run was killed; the next armed tick releases it"
     closing = [f"pull request #{pull['number']}" for pull in pulls
                if is_closing(pull, forge.name, number)]
     state, reason = state_first(
-        ("invalid", problem), ("proposed", ", ".join(closing)), work.state(ref),
+        ("invalid", problem), ("proposed", ", ".join(closing)), queue.work(ref),
         ("claimed", held if WORKING in labels else ""),
         ("proposed", f"its label is {PROPOSED}" if PROPOSED in labels else ""))
     return QueueItem(number, ref, one_line(title), labels, blockers, False, ref, state, reason)
@@ -7462,14 +7455,15 @@ def forge_distrust(forge: Forge, number: int) -> str:
     try:
         with answers_checked(f"{forge.ref}#{number}"):
             events = forge.pages(f"issues/{number}/timeline?{PAGE}")
-            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
             kinds = [event["event"] for event in events]
             if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
                 return "a pull request was linked to it by hand; unlink that if it is closed"
+            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
             edited, event = forge.edited(number), label_event(events)
+            if edited is not None:
+                edits.append(edited)
             login = login_of(event)
-            return distrust(event, forge.level(login) if login else "",
-                            edits + ([] if edited is None else [edited]))
+            return distrust(event, forge.level(login) if login else "", edits)
     except Stop as stop:
         return f"it cannot be proved: {stop}"
 
@@ -7597,20 +7591,22 @@ def forge_here(repo: Repo) -> str:
 
 # --- One tick: run what is ready.
 
-def queue_run(queue: Queue, args: argparse.Namespace) -> int:
+def queue_run(repo: Repo, args: argparse.Namespace) -> int:
     """Run what is ready, several at a time; the worst exit code, which is the highest."""
     allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    armed = not queue.forge or (args.arm and queue.forge.name.lower() in allowed)
+    name = args.source.removeprefix("github:")
+    armed = name == args.source or (args.arm and name.lower() in allowed)
     if armed:
-        queue_prepare(queue, args)
-    ready = [item for item in queue.items(queue.read()) if item.state == "ready"]
+        queue_prepare(repo, args)
+    queue = Queue(repo, args.source)
+    ready = [item for item in queue.items(queue.issues()) if item.state == "ready"]
     ready = ready[:args.limit or None]
-    if queue.forge and not armed:
+    if not armed:
         queue_show(ready, args.json)
         CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
-                    f"AGENT_QUEUE_ALLOW={queue.forge.name}")
+                    f"AGENT_QUEUE_ALLOW={name}")
         return 0
-    tick = Tick(queue.repo, args)
+    tick = Tick(repo, args)
     from concurrent.futures import ThreadPoolExecutor
     try:
         with ThreadPoolExecutor(max(1, args.jobs)) as pool:
@@ -7625,17 +7621,18 @@ def queue_run(queue: Queue, args: argparse.Namespace) -> int:
     return max([result.exit_code or 0 for result in tick.results], default=0)
 
 
-def queue_prepare(queue: Queue, args: argparse.Namespace) -> None:
+def queue_prepare(repo: Repo, args: argparse.Namespace) -> None:
     """Find what would stop every run; make a place for claims, and release those of dead runs."""
     if not args.simulate:
         words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
         agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
-    runs_recover(queue.repo)
-    records = queue.repo.root / ".agent-runs"
+    runs_recover(repo)
+    records = repo.root / ".agent-runs"
     records_make(records)
     (records / "queue").mkdir(exist_ok=True)
+    queue = Queue(repo, args.source)
     if queue.forge:
-        claims_release(queue.repo, queue.forge)
+        claims_release(queue, queue.forge)
 
 
 class Result(NamedTuple):
@@ -7675,8 +7672,8 @@ class Tick:
 
     def look_again(self, item: QueueItem, claim: Path | None) -> Result | None:
         """How an issue ended, if it is still ready and ours; None where the queue is stopped."""
-        queue = Queue(self.repo, self.args.source)
-        issues = queue.read(claim)
+        queue = Queue(self.repo, self.args.source, claim)
+        issues = queue.issues()
         if halted := halted_by(issues):
             self.stopped = halted
             return None
@@ -7827,15 +7824,14 @@ def claim_release(forge: Forge, claim: Path) -> None:
     claim.write_text("")
 
 
-def claims_release(repo: Repo, forge: Forge) -> None:
+def claims_release(queue: Queue, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
-    work = work_read(repo, None)
-    for claim in sorted((repo.root / ".agent-runs" / "queue").glob("*.claim")):
+    for claim in sorted((queue.repo.root / ".agent-runs" / "queue").glob("*.claim")):
         with lock_take(claim) as free, contextlib.suppress(OSError, ValueError, KeyError):
             facts = json_read(claim, TEXT_LIMIT, dict)
-            ref = f"{forge.ref}#{facts['number']}"
-            is_ours = facts["forge"].lower() == forge.name.lower()
-            if free and is_ours and not work.alive(ref):
+            ref = f"github:{facts['forge']}#{facts['number']}"
+            is_ours = forge.name.lower() == str(facts["forge"]).lower()
+            if free and is_ours and not queue.alive(ref):
                 claim_release(forge, claim)
                 claim.unlink()
                 CONSOLE.say(f"{ref}: its run was killed; the claim is released")
@@ -8427,7 +8423,7 @@ def board_issues(repo: Repo) -> list[Card]:
     queue = Queue(repo, str(folder))
     with contextlib.suppress(Stop):  # it leads out of the repository
         return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
-                for item in queue.items(queue.read()) if item.state in columns]
+                for item in queue.items(queue.issues()) if item.state in columns]
     return []
 
 
