@@ -7172,6 +7172,59 @@ def cycle_of(item: QueueItem, known: Mapping[int, QueueItem]) -> list[int]:
     return []
 
 
+# --- Trust: who answers for an issue of a forge as it is now?
+
+def forge_distrust(forge: Forge, number: int) -> str:
+    """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
+    try:
+        with answers_checked(f"{forge.ref}#{number}"):
+            events = forge.pages(f"issues/{number}/timeline?{PAGE}")
+            kinds = [event["event"] for event in events]
+            if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
+                return "a pull request was linked to it by hand; unlink that if it is closed"
+            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
+            edited, event = forge.edited(number), label_event(events)
+            if edited is not None:
+                edits.append(edited)
+            login = login_of(event)
+            return distrust(event, forge.level(login) if login else "", edits)
+    except Stop as stop:
+        return f"it cannot be proved: {stop}"
+
+
+def distrust(event: dict[str, Any], level: str, edits: list[Any]) -> str:
+    """Why an issue is not to be trusted, or "": its label's event, that person, the edits."""
+    if not event:
+        return f"no event says who put {READY} on it"
+    login = login_of(event)
+    if not login:
+        return f"the event that put {READY} on it names nobody"
+    if level not in ("admin", "write"):
+        return f"{READY} was put on it by {login}, whose permission is {level or 'unknown'}"
+    labelled = moment(event["created_at"])
+    late = [edit for edit in edits if moment(edit) >= labelled]
+    return f"title or text was edited at {max(late)}, after {READY}" if late else ""
+
+
+def label_event(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest event that put the ready label on, unless a newer one took it off; else {}."""
+    own = [event for event in events if event["event"] in ("labeled", "unlabeled")
+           and event["label"]["name"].strip().lower() == READY]
+    ordered = sorted(own, key=lambda event: moment(event["created_at"]))
+    return ordered[-1] if ordered and ordered[-1]["event"] == "labeled" else {}
+
+
+def login_of(event: dict[str, Any]) -> str:
+    """Who an event names; "" where that is nobody, or no name that a path may hold."""
+    login = (event.get("actor") or {}).get("login") or ""
+    return login if re.fullmatch(r"[A-Za-z0-9_-]+(\[bot\])?", login) else ""
+
+
+def moment(text: str) -> datetime:
+    """The moment of a forge's time stamp; raises ValueError, TypeError or AttributeError."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+
+
 # --- What an issue's text says of the queue.
 
 def labels_read(text: str) -> list[str]:
@@ -7198,6 +7251,24 @@ def blockers_read(text: str) -> tuple[list[int], str]:
     return numbers, problem
 
 
+HIDDEN = {  # what a reader of the page does not see, and the agent would read
+    "hidden comment": r"(?s)<!--.*?-->|(?m:^) {0,3}<!--.*\Z"
+                      r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*",
+    "invisible character": "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
+                           "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+                           "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]",
+}
+
+
+def hidden_removed(text: str) -> tuple[str, list[str]]:
+    """A text without what its reader does not see, and what that was: ["2 hidden comments"]."""
+    text, removed = text.replace("\r\n", "\n"), []
+    for what, pattern in reversed(HIDDEN.items()):  # a character may hide a comment
+        text, count = re.subn(pattern, "", text)
+        removed += [words_counted(count, what)] if count else []
+    return text, removed
+
+
 # --- What this checkout knows of the work on issues.
 
 def runs_of_issues(repo: Repo) -> dict[str, list[dict[str, Any]]]:
@@ -7215,7 +7286,7 @@ def handed_over(queue: Queue, source: str) -> str:
     last = queue.runs.get(issue_path(queue.repo, source), [{}])[-1]
     outcome = last.get("outcome")
     if outcome in (None, "proposed", "interrupted") or is_at_once(last):
-        return ""  # that says nothing of the issue
+        return ""  # that says nothing against the issue
     if last.get("head") != queue.head:
         return ""
     return (f"run {last['run_id']} ended {outcome} on this commit; "
@@ -7450,75 +7521,6 @@ def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
                           rf"|github:{re.escape(name)}#{number}\b", text))
 
 
-def forge_distrust(forge: Forge, number: int) -> str:
-    """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
-    try:
-        with answers_checked(f"{forge.ref}#{number}"):
-            events = forge.pages(f"issues/{number}/timeline?{PAGE}")
-            kinds = [event["event"] for event in events]
-            if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
-                return "a pull request was linked to it by hand; unlink that if it is closed"
-            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
-            edited, event = forge.edited(number), label_event(events)
-            if edited is not None:
-                edits.append(edited)
-            login = login_of(event)
-            return distrust(event, forge.level(login) if login else "", edits)
-    except Stop as stop:
-        return f"it cannot be proved: {stop}"
-
-
-def distrust(event: dict[str, Any], level: str, edits: list[Any]) -> str:
-    """Why an issue is not to be trusted, or "": its label's event, that person, the edits."""
-    if not event:
-        return f"no event says who put {READY} on it"
-    login = login_of(event)
-    if not login:
-        return f"the event that put {READY} on it names nobody"
-    if level not in ("admin", "write"):
-        return f"{READY} was put on it by {login}, whose permission is {level or 'unknown'}"
-    labelled = moment(event["created_at"])
-    late = [edit for edit in edits if moment(edit) >= labelled]
-    return f"title or text was edited at {max(late)}, after {READY}" if late else ""
-
-
-def label_event(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest event that put the ready label on, unless a newer one took it off; else {}."""
-    own = [event for event in events if event["event"] in ("labeled", "unlabeled")
-           and event["label"]["name"].strip().lower() == READY]
-    ordered = sorted(own, key=lambda event: moment(event["created_at"]))
-    return ordered[-1] if ordered and ordered[-1]["event"] == "labeled" else {}
-
-
-def login_of(event: dict[str, Any]) -> str:
-    """Who an event names; "" where that is nobody, or no name that a path may hold."""
-    login = (event.get("actor") or {}).get("login") or ""
-    return login if re.fullmatch(r"[A-Za-z0-9_-]+(\[bot\])?", login) else ""
-
-
-def moment(text: str) -> datetime:
-    """The moment of a forge's time stamp; raises ValueError, TypeError or AttributeError."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
-
-
-HIDDEN = {  # what a reader of the page does not see, and the agent would read
-    "hidden comment": r"(?s)<!--.*?-->|(?m:^) {0,3}<!--.*\Z"
-                      r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*",
-    "invisible character": "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
-                           "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-                           "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]",
-}
-
-
-def hidden_removed(text: str) -> tuple[str, list[str]]:
-    """A text without what its reader does not see, and what that was: ["2 hidden comments"]."""
-    text, removed = text.replace("\r\n", "\n"), []
-    for what, pattern in reversed(HIDDEN.items()):  # a character may hide a comment
-        text, count = re.subn(pattern, "", text)
-        removed += [words_counted(count, what)] if count else []
-    return text, removed
-
-
 def issue_find(name: str, trusted: bool, with_comments: bool) -> Issue:
     """The issue that a reference, a Markdown file or a file of `queue --export` holds."""
     if re.fullmatch(ISSUE_REF, name):
@@ -7570,8 +7572,8 @@ def comments_read(forge: Forge, number: int) -> str:
     parts = []
     for comment in comments:
         login, newest = login_of({"actor": comment["user"]}), comment["updated_at"]
-        if login and moment(newest) < moment(event["created_at"]) \
-                and forge.level(login) in ("admin", "write"):
+        is_older = moment(newest) < moment(event["created_at"])
+        if login and is_older and forge.level(login) in ("admin", "write"):
             parts.append(f"\n\n## Comment by {login}, {newest}\n{comment['body']}")
     return "".join(parts)
 
