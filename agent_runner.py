@@ -7025,13 +7025,12 @@ def cmd_queue(args: argparse.Namespace) -> int:
                                "--simulate nor --dry-run")
     if args.run and args.export:
         raise Stop(EXIT_USAGE, "--export is for jobs elsewhere, --run runs here; give one of them")
-    repo = repo_open(Path.cwd())
+    queue = Queue(repo_open(Path.cwd()), args.source)
     if args.run:
-        return queue_run(repo, args)
-    queue = Queue(repo, args.source)
+        return queue_run(queue, args)
     if args.export:
         return queue_export(queue, args)
-    queue_show(queue.items(queue.issues()), args.json)
+    queue_show(queue.items(), args.json)
     return 0
 
 
@@ -7054,12 +7053,10 @@ def queue_export(queue: Queue, args: argparse.Namespace) -> int:
     """Write each ready issue to a file, for a job that cannot reach the forge, and list them."""
     folder, exported = Path(args.export), []
     folder.mkdir(parents=True, exist_ok=True)
-    issues = queue.issues()
-    halted = halted_by(issues)
-    if halted:
-        CONSOLE.say(f"nothing may run: {halted}")
-    for item in [] if halted else queue.items(issues):
-        if item.state == "ready" and len(exported) < (args.limit or len(issues)):
+    if queue.halted:
+        CONSOLE.say(f"nothing may run: {queue.halted}")
+    for item in [] if queue.halted else queue.items():
+        if item.state == "ready" and len(exported) < (args.limit or len(queue.issues)):
             item = item_export(item, folder / f"{item.number}.json", args.with_comments)
             if item.state == "ready":
                 exported.append(item.facts())
@@ -7092,15 +7089,22 @@ class Queue:
         self.proposed = issues_named(repo, "--branches=agent/*", "--remotes=*/agent/*", "^HEAD")
         self.runs = runs_of_issues(repo)
 
+    @functools.cached_property
     def issues(self) -> list[QueueItem]:
         """All issues, also those without a label: others may be blocked by them."""
         issues = forge_items(self, self.forge) if self.forge else file_items(self)
         known = {item.number: item for item in issues if item.number is not None}
         return [queue_decide(item, known) for item in issues]
 
-    def items(self, issues: list[QueueItem]) -> list[QueueItem]:
-        """The labelled ones of some issues, in the order of their turn."""
-        own = [self.proved(item) for item in issues if not item.done and is_labelled(item)]
+    @property
+    def halted(self) -> str:
+        """What stops all of them, or ""."""
+        halts = [item.ref for item in self.issues if HALT in item.labels and not item.done]
+        return f"the label {HALT} is on {halts[0]}" if halts else ""
+
+    def items(self) -> list[QueueItem]:
+        """The labelled ones, in the order of their turn."""
+        own = [self.proved(item) for item in self.issues if not item.done and is_labelled(item)]
         last = float("inf")
         return sorted(own, key=lambda item: [last if value is None else value
                                              for value in (item.priority, item.number)])
@@ -7130,12 +7134,6 @@ class Queue:
 def is_labelled(item: QueueItem) -> bool:
     """Whether an issue is the queue's."""
     return not {READY, WORKING, PROPOSED}.isdisjoint(item.labels)
-
-
-def halted_by(issues: list[QueueItem]) -> str:
-    """What stops a queue, or ""."""
-    halts = [item.ref for item in issues if HALT in item.labels and not item.done]
-    return f"the label {HALT} is on {halts[0]}" if halts else ""
 
 
 def queue_decide(item: QueueItem, known: Mapping[int, QueueItem]) -> QueueItem:
@@ -7593,22 +7591,19 @@ def forge_here(repo: Repo) -> str:
 
 # --- One tick: run what is ready.
 
-def queue_run(repo: Repo, args: argparse.Namespace) -> int:
+def queue_run(queue: Queue, args: argparse.Namespace) -> int:
     """Run what is ready, several at a time; the worst exit code, which is the highest."""
     allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    name = args.source.removeprefix("github:")
-    armed = name == args.source or (args.arm and name.lower() in allowed)
+    armed = not queue.forge or (args.arm and queue.forge.name.lower() in allowed)
     if armed:
-        queue_prepare(repo, args)
-    queue = Queue(repo, args.source)
-    ready = [item for item in queue.items(queue.issues()) if item.state == "ready"]
-    ready = ready[:args.limit or None]
-    if not armed:
+        queue = queue_prepared(queue, args)
+    ready = [item for item in queue.items() if item.state == "ready"][:args.limit or None]
+    if queue.forge and not armed:
         queue_show(ready, args.json)
         CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
-                    f"AGENT_QUEUE_ALLOW={name}")
+                    f"AGENT_QUEUE_ALLOW={queue.forge.name}")
         return 0
-    tick = Tick(repo, args)
+    tick = Tick(queue.repo, args)
     from concurrent.futures import ThreadPoolExecutor
     try:
         with ThreadPoolExecutor(max(1, args.jobs)) as pool:
@@ -7623,18 +7618,19 @@ def queue_run(repo: Repo, args: argparse.Namespace) -> int:
     return max([result.exit_code or 0 for result in tick.results], default=0)
 
 
-def queue_prepare(repo: Repo, args: argparse.Namespace) -> None:
-    """Find what would stop every run; make a place for claims, and release those of dead runs."""
+def queue_prepared(queue: Queue, args: argparse.Namespace) -> Queue:
+    """The queue once what dead runs left is in order; raises Stop for what would stop them all."""
     if not args.simulate:
         words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
         agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
-    runs_recover(repo)
-    records = repo.root / ".agent-runs"
+    runs_recover(queue.repo)
+    records = queue.repo.root / ".agent-runs"
     records_make(records)
     (records / "queue").mkdir(exist_ok=True)
-    queue = Queue(repo, args.source)
+    queue = Queue(queue.repo, args.source)
     if queue.forge:
         claims_release(queue, queue.forge)
+    return queue
 
 
 class Result(NamedTuple):
@@ -7675,11 +7671,11 @@ class Tick:
     def look_again(self, item: QueueItem, claim: Path | None) -> Result | None:
         """How an issue ended, if it is still ready and ours; None where the queue is stopped."""
         queue = Queue(self.repo, self.args.source, claim)
-        issues = queue.issues()
-        if halted := halted_by(issues):
-            self.stopped = halted
+        if queue.halted:
+            self.stopped = queue.halted
             return None
-        now = [queue.proved(issue) for issue in issues if issue.ref == item.ref and not issue.done]
+        now = [queue.proved(issue) for issue in queue.issues
+               if issue.ref == item.ref and not issue.done]
         item = now[0] if now else item._replace(state="gone")
         if item.state != "ready" or not claim:
             note = item.reason or "a queue of this machine works on it"
@@ -7829,7 +7825,8 @@ def claim_release(forge: Forge, claim: Path) -> None:
 def claims_release(queue: Queue, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
     for claim in sorted((queue.repo.root / ".agent-runs" / "queue").glob("*.claim")):
-        with lock_take(claim) as free, contextlib.suppress(OSError, ValueError, KeyError):
+        with lock_take(claim) as free, \
+                contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is no claim
             facts = json_read(claim, TEXT_LIMIT, dict)
             ref = f"github:{facts['forge']}#{facts['number']}"
             is_ours = forge.name.lower() == str(facts["forge"]).lower()
@@ -8425,7 +8422,7 @@ def board_issues(repo: Repo) -> list[Card]:
     queue = Queue(repo, str(folder))
     with contextlib.suppress(Stop):  # it leads out of the repository
         return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
-                for item in queue.items(queue.issues()) if item.state in columns]
+                for item in queue.items() if item.state in columns]
     return []
 
 

@@ -5641,6 +5641,20 @@ def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
         assert [forge.labels(number) for number in (1, 2)] == [["agent-proposed"]] * 2
 
 
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"forge": null, "number": null}', '{"forge": "ada/app", "number": null, "comment": 0, "label": true}',
+    '{"forge": "ada/app", "number": "1/labels/bug", "comment": 0, "label": true}',
+    '{"forge": "ada/app", "number": 1, "comment": "../../git/refs/heads/main", "label": true}'])
+def test_a_file_that_is_no_claim_deletes_nothing(scratch: Scratch, text: str) -> None:
+    """An agent without a sandbox could leave one: its words become no path."""
+    module = runner_module()
+    scratch.write({".agent-runs/queue/x.claim": text})
+    queue, forge = module.Queue(module.Repo(scratch.root, scratch.root / ".git"), "issues"), module.Forge(REPO)
+    forge.call = lambda *words, **how: pytest.fail(str(words))
+    module.claims_release(queue, forge)
+    assert (scratch.root / ".agent-runs/queue/x.claim").read_text() == text
+
+
 @needs_linux
 def test_a_claim_of_a_dead_queue_is_released_by_the_next(scratch: Scratch) -> None:
     """One that was made elsewhere is not: nobody here knows whether it is alive."""
