@@ -7266,7 +7266,7 @@ def runs_known(repo: Repo) -> list[dict[str, Any]]:
     runs = []
     for folder in sorted((repo.root / ".agent-runs").glob("*/")):
         facts = summary_read(folder)
-        if facts.get("issue") and not facts.get("simulated"):
+        if is_record(facts) and facts["issue"] and not facts.get("simulated"):
             mark = folder / "running"
             runs.append(facts | {"alive": mark.exists() and not is_free(mark)})
     return runs
@@ -8396,7 +8396,7 @@ def board_records(repo: Repo) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def is_record(facts: dict[str, Any]) -> bool:
-    """Whether a summary holds what a board is made of: an agent may have written one, too."""
+    """Whether a summary holds what queue and board read: an agent may have written one, too."""
     try:
         datetime.fromisoformat(facts["started"])
     except (KeyError, TypeError, ValueError):
@@ -8404,8 +8404,14 @@ def is_record(facts: dict[str, Any]) -> bool:
     words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
     return (all(word is None or isinstance(word, str) for word in words)
             and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and all(is_attempt(attempt) for attempt in facts["attempts"])
             and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
             and "command" in facts)
+
+
+def is_attempt(value: Any) -> bool:
+    """Whether a value in a summary is an attempt, as far as the queue asks."""
+    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
 
 
 def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[Card]:

@@ -5212,6 +5212,18 @@ def test_a_queue_runs_what_is_ready(scratch: Scratch) -> None:
     assert played.code == 1 and re.search(r"1 +gate_failed +issues/0002-do.md +\S+-\w{6} ", played.out), played
 
 
+def test_a_queue_passes_over_records_that_no_run_wrote(scratch: Scratch) -> None:
+    """Without a sandbox an agent may write there."""
+    scratch.write(issue_files(1))
+    scratch.commit()
+    head = scratch.git("rev-parse", "HEAD").strip()
+    for number, wrong in enumerate(({"run_id": None}, {"run_id": 5}, {"attempts": 5}, {"attempts": [1]}, {"attempts": [{}]}, {"outcome": []})):
+        record_made(scratch.root, number, **({"issue": "issues/0001-do.md", "outcome": "agent_failed", "head": head} | wrong))
+    (record_made(scratch.root, 9) / "run_summary.json").write_text(json.dumps({"issue": "issues/0001-do.md", "outcome": "blocked", "head": head}))
+    ended = scratch.run("queue", "--json")
+    assert ended.code == 0 and states(ended) == {"issues/0001-do.md": "ready"}, ended
+
+
 def test_two_queues_at_once_take_no_issue_twice(scratch: Scratch) -> None:
     scratch.write(issue_files(1, 2, 3))
     scratch.commit()
