@@ -7582,10 +7582,15 @@ def comments_read(forge: Forge, number: int) -> str:
     parts = []
     for comment in comments:
         login, newest = login_of({"actor": comment["user"]}), comment["updated_at"]
-        if login and moment(newest) < moment(event["created_at"]) \
-                and forge.level(login) in ("admin", "write"):
+        if moment(newest) < moment(event["created_at"]) and is_writer(forge, comment):
             parts.append(f"\n\n## Comment by {login}, {newest}\n{comment['body']}")
     return "".join(parts)
+
+
+def is_writer(forge: Forge, comment: dict[str, Any]) -> bool:
+    """Whether a comment is by somebody who may write to the repository."""
+    login = login_of({"actor": comment["user"]})
+    return bool(login) and forge.level(login) in ("admin", "write")
 
 
 def forge_here(repo: Repo) -> str:
@@ -7820,7 +7825,9 @@ def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
         # The forge numbers comments: of those who came at the same time the first one has it.
         rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
                   if comment["id"] < mine["id"] and comment["body"] == CLAIM
-                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW]
+                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW
+                  and (login_of({"actor": comment["user"]}) == login_of({"actor": mine["user"]})
+                       or is_writer(forge, comment))]
     if rivals:
         claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
     return not rivals

@@ -5629,6 +5629,16 @@ def test_two_machines_at_once_on_one_issue(scratch: Scratch, rival: int) -> None
             assert calls(scratch) == ["1"] and forge.labels(1) == ["agent-proposed"], ended
 
 
+def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
+    """Anybody may comment: the words of a claim count from those who may write."""
+    with Forge(scratch, ANY_GH) as forge:
+        forge.issue(1)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        forge.comments[1] = [said(890, runner_module().CLAIM, "eve", now)]
+        ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
+        assert calls(scratch) == ["1"] and forge.labels(1) == ["agent-proposed"], ended
+
+
 def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
     with Forge(scratch, ANY_GH) as forge:
         for number in (1, 2):
