@@ -7835,7 +7835,11 @@ def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
 
 def claim_release(forge: Forge, number: int, claim: Path) -> None:
     """Take our claim off the forge; what cannot be done now the next tick does."""
-    facts = json_read(claim, TEXT_LIMIT, dict)
+    try:
+        facts = claim_read(claim)
+    except (OSError, ValueError):
+        raise Stop(EXIT_MISSING, f"the claim of {forge.ref}#{number} was changed while it ran; "
+                                 f"remove {WORKING} and the queue's comment by hand") from None
     if facts["comment"]:
         forge.send("DELETE", f"issues/comments/{facts['comment']}")
     if "label" not in facts:
@@ -7843,12 +7847,21 @@ def claim_release(forge: Forge, number: int, claim: Path) -> None:
     claim.write_text("")
 
 
+def claim_read(claim: Path) -> dict[str, Any]:
+    """What a claim on a forge says; raises OSError, or ValueError where no queue wrote it."""
+    facts = json_read(claim, TEXT_LIMIT, dict)
+    kinds = {"forge": str, "number": int, "comment": int}  # numbers: they become a part of a path
+    if all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        return facts
+    raise ValueError("it is no claim")
+
+
 def claims_release(repo: Repo, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
     alive = {str(run["issue"]).lower() for run in runs_known(repo) if run["alive"]}
     for claim in sorted((repo.root / ".agent-runs" / "queue").glob("*.claim")):
-        with lock_take(claim) as free, contextlib.suppress(OSError, ValueError, KeyError):
-            facts = json_read(claim, TEXT_LIMIT, dict)
+        with lock_take(claim) as free, contextlib.suppress(OSError, ValueError):
+            facts = claim_read(claim)
             ref = f"{forge.ref}#{facts['number']}"
             if free and facts["forge"].lower() == forge.name.lower() and ref.lower() not in alive:
                 claim_release(forge, facts["number"], claim)

@@ -5629,6 +5629,18 @@ def test_two_machines_at_once_on_one_issue(scratch: Scratch, rival: int) -> None
             assert calls(scratch) == ["1"] and forge.labels(1) == ["agent-proposed"], ended
 
 
+def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
+    """Without a sandbox an agent may write there: what it names must not become a path of the forge."""
+    queue = scratch.root / ".agent-runs/queue"
+    queue.mkdir(parents=True)
+    for number, wrong in enumerate(({"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]})):
+        facts = {"forge": "ada/app", "number": 1, "comment": 0} | wrong
+        (queue / f"{number:016}.claim").write_text(json.dumps(facts))
+    with Forge(scratch, ANY_GH) as forge:
+        ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
+        assert ended.code == 0 and not forge.writes(), ended
+
+
 def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
     """Anybody may comment: the words of a claim count from those who may write."""
     with Forge(scratch, ANY_GH) as forge:
