@@ -6844,8 +6844,7 @@ def run_show(folder: Path, as_json: bool) -> int:
     try:
         text = json_text(facts) if as_json else console_safe(MASK.text(run_text(folder, facts)))
     except (KeyError, TypeError, AttributeError):
-        raise Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
-                               f"look into {path_shown(folder)}") from None
+        raise record_odd(folder) from None
     console_print(console_inert(text), sys.stdout)
     return 0
 
@@ -6892,6 +6891,8 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     if not (folder / "diff.patch").is_file():
         raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); "
                                "there is nothing to judge")
+    if not is_judgeable(facts):
+        raise record_odd(folder)
     if args.scope == ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto needs an agent; name the globs")
     options = facts.get("options", {})
@@ -6905,6 +6906,30 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     args.strict = args.strict or options.get("strict", False)
     args.scope = args.scope or (facts["scope"] or {}).get("globs", [])
     return cmd_run(args)
+
+
+def is_judgeable(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what its change is judged again by: somebody may have edited it."""
+    try:
+        options, globs = facts.get("options", {}), (facts["scope"] or {}).get("globs", [])
+        checks, of_issue = options.get("check", []), facts["command"] == "issue-to-pr"
+        lists = [*checks, options.get("carry", []), options.get("allow", []), globs]
+        names = ["base", "head", "agent_cmd", *(("title", "issue") if of_issue else ())]
+        words = [options.get("setup", ""), *(facts[name] for name in names)]
+        words += [word for one in lists for word in one]
+        return ((of_issue or facts["command"] == "self-heal")
+                and all(isinstance(one, list) for one in lists)
+                and all(isinstance(word, str) for word in words)
+                and all(len(pair) == 2 for pair in checks)
+                and bool(shlex.split(facts["agent_cmd"])))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
+def record_odd(folder: Path) -> Stop:
+    """The error where a record holds something else than a run writes."""
+    return Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
+                            f"look into {path_shown(folder)}")
 
 
 def runs_recover(repo: Repo) -> None:

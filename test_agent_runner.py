@@ -4998,6 +4998,16 @@ def test_a_run_that_cannot_be_judged_again(scratch, run_id, said):
     assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1, ended
 
 
+@pytest.mark.parametrize("wrong", [
+    {"issue": None}, {"base": 5}, {"agent_cmd": None}, {"agent_cmd": "'"}, {"command": "x"}, {"options": []}, {"options": {"check": [["a"]]}},
+    {"options": {"allow": 5}}, {"scope": {"globs": 5}}, {"scope": "src"}])
+def test_a_record_that_was_edited_cannot_be_judged_again(scratch, wrong):
+    folder = record_made(scratch.root, 1, **wrong)
+    (folder / "diff.patch").write_text("x")
+    ended = scratch.run("rejudge", folder.name)
+    assert ended.code == 64 and "is not what a run writes" in ended.err and ended.err.count("\n") == 1, ended
+
+
 def test_a_run_without_a_change_cannot_be_judged_again(scratch):
     nothing = scratch.propose(NOTHING)
     ended = scratch.run("rejudge", nothing.summary["run_id"])
