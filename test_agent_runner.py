@@ -5503,7 +5503,7 @@ BROKEN = {
     "502": (502, '{"message": "Bad Gateway"}'), "rate limit": (403, '{"message": "API rate limit exceeded"}'),
     "missing": (404, '{"message": "Not Found"}'),
     "half": (200, '[{"number": 1, "title": "Do 1", "bo'), "an object": (200, '{"message": "hello"}'), "null": (200, "null"),
-    "nulls": (200, "[null]"), "nothing": (200, ""), "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
+    "nulls": (200, "[null]"), "nothing": (200, ""), "infinite": (200, '[{"number": 1e999}]'), "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
 
 
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
