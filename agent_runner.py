@@ -7539,22 +7539,23 @@ def moment(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
 
 
-HIDDEN = {  # what a reader of the page does not see, and the agent would read
-    "hidden comment": r"(?s)<!--.*?-->|(?m:^) {0,3}<!--.*\Z"
-                      r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*",
-    "invisible character": "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
-                           "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-                           "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]",
-}
+# What a reader of the page does not see, and the agent would read:
+HIDDEN = (r"(?m:^) {0,3}<!--(?s:.*)\Z"
+          r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*")
+INVISIBLE = ("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
+             "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+             "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]")
 
 
 def hidden_removed(text: str) -> tuple[str, list[str]]:
     """A text without what its reader does not see, and what that was: ["2 hidden comments"]."""
-    text, removed = text.replace("\r\n", "\n"), []
-    for what, pattern in reversed(HIDDEN.items()):  # a character may hide a comment
-        text, count = re.subn(pattern, "", text)
-        removed += [words_counted(count, what)] if count else []
-    return text, removed
+    text, characters = re.subn(INVISIBLE, "", text.replace("\r\n", "\n"))  # one may hide a comment
+    # After the last "-->" no comment ends: to look for that from each "<!--" would take minutes.
+    end = text.rfind("-->") + len("-->")
+    head, comments = re.subn(rf"<!--(?s:.*?)-->|{HIDDEN}", "", text[:end])
+    tail, others = re.subn(HIDDEN, "", text[end:])
+    counts = {"invisible character": characters, "hidden comment": comments + others}
+    return head + tail, [words_counted(count, what) for what, count in counts.items() if count]
 
 
 def issue_find(name: str, args: argparse.Namespace) -> Issue:
