@@ -6773,6 +6773,8 @@ DEMO_FILES = {
 
 def cmd_runs(args: argparse.Namespace) -> int:
     """List the records, show one, or delete old ones: never that of a run that goes on."""
+    if args.prune is not None and (args.run_id or args.json):
+        raise Stop(EXIT_USAGE, "--prune stands alone; leave out RUN_ID and --json")
     repo = repo_open(Path.cwd())
     runs_recover(repo)
     folders = sorted(path.parent for path in repo.root.glob(".agent-runs/*/run_summary.json"))

@@ -5008,6 +5008,14 @@ def test_a_record_that_was_edited_cannot_be_judged_again(scratch, wrong):
     assert ended.code == 64 and "is not what a run writes" in ended.err and ended.err.count("\n") == 1, ended
 
 
+@pytest.mark.parametrize("words", [["--json"], ["20260102-101500-1a2b3c"]])
+def test_prune_stands_alone(scratch, words):
+    """What it cannot do is not passed over: `--json` promises an object, and a run that is named is not shown."""
+    folder = record_made(scratch.root, 1, days=9)
+    ended = scratch.run("runs", "--prune", "3", *words)
+    assert ended.code == 64 and "--prune stands alone" in ended.err and folder.exists(), ended
+
+
 def test_a_run_without_a_change_cannot_be_judged_again(scratch):
     nothing = scratch.propose(NOTHING)
     ended = scratch.run("rejudge", nothing.summary["run_id"])
