@@ -6771,7 +6771,7 @@ class Home:
         place.mkdir()
         summary, facts = place / "summary.md", self.facts | facts
         environ = self.scratch.env | {"PATH": f"{self.bin}:{self.scratch.env['PATH']}", "GITHUB_REPOSITORY": "ada/app",
-                                      "GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(place / "output")}
+                                      "GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(place / "output")}
         for step in job["steps"]:
             condition = step.get("if", "!cancelled()")
             went_on = not any(codes) or "cancelled()" in condition or "always()" in condition
