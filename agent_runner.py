@@ -6789,6 +6789,8 @@ DEMO_FILES = {
 
 def cmd_runs(args: argparse.Namespace) -> int:
     """List the records, show one, or delete old ones: never that of a run that goes on."""
+    if args.prune is not None and (args.run_id or args.json):
+        raise Stop(EXIT_USAGE, "--prune stands alone; leave out RUN_ID and --json")
     repo = repo_open(Path.cwd())
     runs_recover(repo)
     folders = sorted(path.parent for path in repo.root.glob(".agent-runs/*/run_summary.json"))
@@ -6858,8 +6860,7 @@ def run_show(folder: Path, as_json: bool) -> int:
     try:
         text = json_text(facts) if as_json else console_safe(MASK.text(run_text(folder, facts)))
     except (KeyError, TypeError, AttributeError):
-        raise Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
-                               f"look into {path_shown(folder)}") from None
+        raise record_odd(folder) from None
     console_print(console_inert(text), sys.stdout)
     return 0
 
@@ -6906,6 +6907,8 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     if not (folder / "diff.patch").is_file():
         raise Stop(EXIT_USAGE, f"the run {args.run_id} left no change (no diff.patch); "
                                "there is nothing to judge")
+    if not is_judgeable(facts):
+        raise record_odd(folder)
     if args.scope == ["auto"]:
         raise Stop(EXIT_USAGE, "--scope auto needs an agent; name the globs")
     options = facts.get("options", {})
@@ -6919,6 +6922,30 @@ def cmd_rejudge(args: argparse.Namespace) -> int:
     args.strict = args.strict or options.get("strict", False)
     args.scope = args.scope or (facts["scope"] or {}).get("globs", [])
     return cmd_run(args)
+
+
+def is_judgeable(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what its change is judged again by: somebody may have edited it."""
+    try:
+        options, globs = facts.get("options", {}), (facts["scope"] or {}).get("globs", [])
+        checks, of_issue = options.get("check", []), facts["command"] == "issue-to-pr"
+        lists = [*checks, options.get("carry", []), options.get("allow", []), globs]
+        names = ["base", "head", "agent_cmd", *(("title", "issue") if of_issue else ())]
+        words = [options.get("setup", ""), *(facts[name] for name in names)]
+        words += [word for one in lists for word in one]
+        return ((of_issue or facts["command"] == "self-heal")
+                and all(isinstance(one, list) for one in lists)
+                and all(isinstance(word, str) for word in words)
+                and all(len(pair) == 2 for pair in checks)
+                and bool(shlex.split(facts["agent_cmd"])))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
+def record_odd(folder: Path) -> Stop:
+    """The error where a record holds something else than a run writes."""
+    return Stop(EXIT_USAGE, f"the record of {folder.name} is not what a run writes; "
+                            f"look into {path_shown(folder)}")
 
 
 def runs_recover(repo: Repo) -> None:
@@ -7249,22 +7276,23 @@ def blockers_read(text: str) -> tuple[list[int], str]:
     return numbers, problem
 
 
-HIDDEN = {  # what a reader of the page does not see, and the agent would read
-    "hidden comment": r"(?s)<!--.*?-->|(?m:^) {0,3}<!--.*\Z"
-                      r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*",
-    "invisible character": "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
-                           "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-                           "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]",
-}
+# What a reader of the page does not see, and the agent would read:
+HIDDEN = (r"(?m:^) {0,3}<!--(?s:.*)\Z"
+          r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*")
+INVISIBLE = ("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4"
+             "\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+             "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]")
 
 
 def hidden_removed(text: str) -> tuple[str, list[str]]:
     """A text without what its reader does not see, and what that was: ["2 hidden comments"]."""
-    text, removed = text.replace("\r\n", "\n"), []
-    for what, pattern in reversed(HIDDEN.items()):  # a character may hide a comment
-        text, count = re.subn(pattern, "", text)
-        removed += [words_counted(count, what)] if count else []
-    return text, removed
+    text, characters = re.subn(INVISIBLE, "", text.replace("\r\n", "\n"))  # one may hide a comment
+    # After the last "-->" no comment ends: to look for that from each "<!--" would take minutes.
+    end = text.rfind("-->") + len("-->")
+    head, comments = re.subn(rf"<!--(?s:.*?)-->|{HIDDEN}", "", text[:end])
+    tail, others = re.subn(HIDDEN, "", text[end:])
+    counts = {"invisible character": characters, "hidden comment": comments + others}
+    return head + tail, [words_counted(count, what) for what, count in counts.items() if count]
 
 
 # --- What this checkout knows of the work on issues.
@@ -7274,8 +7302,8 @@ def runs_of_issues(repo: Repo) -> dict[str, list[dict[str, Any]]]:
     runs = defaultdict(list)
     for folder in sorted((repo.root / ".agent-runs").glob("*/")):
         facts = summary_read(folder)
-        if facts.get("issue") and not facts.get("simulated"):
-            runs[issue_path(repo, str(facts["issue"]))].append(facts | {"folder": str(folder)})
+        if is_record(facts) and facts["issue"] and not facts.get("simulated"):
+            runs[issue_path(repo, facts["issue"])].append(facts | {"folder": str(folder)})
     return dict(runs)
 
 
@@ -7570,10 +7598,15 @@ def comments_read(forge: Forge, number: int) -> str:
     parts = []
     for comment in comments:
         login, newest = login_of({"actor": comment["user"]}), comment["updated_at"]
-        is_older = moment(newest) < moment(event["created_at"])
-        if login and is_older and forge.level(login) in ("admin", "write"):
+        if moment(newest) < moment(event["created_at"]) and is_writer(forge, comment):
             parts.append(f"\n\n## Comment by {login}, {newest}\n{comment['body']}")
     return "".join(parts)
+
+
+def is_writer(forge: Forge, comment: dict[str, Any]) -> bool:
+    """Whether a comment is by somebody who may write to the repository."""
+    login = login_of({"actor": comment["user"]})
+    return bool(login) and forge.level(login) in ("admin", "write")
 
 
 def forge_here(repo: Repo) -> str:
@@ -7739,6 +7772,7 @@ def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Re
         demo = re.search(r"(?m)^simulated: .*the demo repository is (.*)$", text)
         root = Path(demo[1]) if demo and args.simulate else repo.root
         facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
+        facts = facts if is_record(facts) else {}  # an agent may have written it
         outcome = facts.get("outcome") or "no outcome"
         step["result"] = f"{outcome}, exit {ran.exit}"
     last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
@@ -7801,9 +7835,12 @@ def claim_shown(forge: Forge, number: int, claim: Path) -> Iterator[bool]:
             claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
             # The forge numbers comments: of those who came at the same time the first one has it.
             since = moment(mine["created_at"]) - CLAIM_WINDOW
-            rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
-                      if comment["body"] == CLAIM and comment["id"] < mine["id"]
-                      and moment(comment["created_at"]) > since]
+            earlier = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+                       if comment["body"] == CLAIM and comment["id"] < mine["id"]
+                       and moment(comment["created_at"]) > since]
+            own = login_of({"actor": mine["user"]})
+            rivals = [comment for comment in earlier
+                      if login_of({"actor": comment["user"]}) == own or is_writer(forge, comment)]
         if rivals:  # then the label is theirs
             claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": False}))
         yield not rivals
@@ -7813,8 +7850,12 @@ def claim_shown(forge: Forge, number: int, claim: Path) -> Iterator[bool]:
 
 def claim_release(forge: Forge, claim: Path) -> None:
     """Take our claim off the forge; what cannot be done now the next tick does."""
-    facts = json_read(claim, TEXT_LIMIT, dict)
-    number, comment = int(facts["number"]), int(facts["comment"])
+    try:
+        facts = claim_read(claim)
+    except (OSError, ValueError):
+        raise Stop(EXIT_MISSING, f"the claim {claim.name} on {forge.ref} was changed while it ran; "
+                                 f"remove {WORKING} and the queue's comment by hand") from None
+    number, comment = facts["number"], facts["comment"]
     if comment:
         forge.send("DELETE", f"issues/comments/{comment}")
     if facts["label"]:
@@ -7822,14 +7863,23 @@ def claim_release(forge: Forge, claim: Path) -> None:
     claim.write_text("")
 
 
+def claim_read(claim: Path) -> dict[str, Any]:
+    """What a claim on a forge says; raises OSError, or ValueError where no queue wrote it."""
+    facts = json_read(claim, TEXT_LIMIT, dict)
+    kinds = {"forge": str, "number": int, "comment": int,  # they become a part of a path
+             "label": bool}
+    if all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        return facts
+    raise ValueError("it is no claim")
+
+
 def claims_release(queue: Queue, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
     for claim in sorted((queue.repo.root / ".agent-runs" / "queue").glob("*.claim")):
-        with lock_take(claim) as free, \
-                contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is no claim
-            facts = json_read(claim, TEXT_LIMIT, dict)
-            ref = f"github:{facts['forge']}#{facts['number']}"
-            is_ours = forge.name.lower() == str(facts["forge"]).lower()
+        with lock_take(claim) as free, contextlib.suppress(OSError, ValueError):
+            facts = claim_read(claim)
+            ref = f"{forge.ref}#{facts['number']}"
+            is_ours = forge.name.lower() == facts["forge"].lower()
             if free and is_ours and not queue.alive(ref):
                 claim_release(forge, claim)
                 claim.unlink()
@@ -7839,7 +7889,11 @@ def claims_release(queue: Queue, forge: Forge) -> None:
 def outcome_publish(repo: Repo, forge: Forge, number: int, result: Result) -> None:
     """Comment how a run ended, then swap the ready label for what comes next."""
     label = PROPOSED if result.outcome == "proposed" else HUMAN
-    comment = outcome_comment(repo.root / ".agent-runs" / result.run_id, result.facts)
+    folder = repo.root / ".agent-runs" / result.run_id
+    try:
+        comment = outcome_comment(folder, result.facts)
+    except (KeyError, TypeError, AttributeError):  # an agent may have written it
+        raise record_odd(folder) from None
     forge.send("POST", f"issues/{number}/comments", {"body": comment})
     forge.send("POST", f"issues/{number}/labels", {"labels": [label]})
     forge.send("DELETE", f"issues/{number}/labels/{READY}")
@@ -8377,7 +8431,7 @@ def board_records(repo: Repo) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def is_record(facts: dict[str, Any]) -> bool:
-    """Whether a summary holds what a board is made of: an agent may have written one, too."""
+    """Whether a summary holds what queue and board read: an agent may have written one, too."""
     try:
         datetime.fromisoformat(facts["started"])
     except (KeyError, TypeError, ValueError):
@@ -8385,8 +8439,14 @@ def is_record(facts: dict[str, Any]) -> bool:
     words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
     return (all(word is None or isinstance(word, str) for word in words)
             and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and all(is_attempt(attempt) for attempt in facts["attempts"])
             and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
             and "command" in facts)
+
+
+def is_attempt(value: Any) -> bool:
+    """Whether a value in a summary is an attempt, as far as the queue asks."""
+    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
 
 
 def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[Card]:

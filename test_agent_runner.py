@@ -4998,6 +4998,24 @@ def test_a_run_that_cannot_be_judged_again(scratch, run_id, said):
     assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1, ended
 
 
+@pytest.mark.parametrize("wrong", [
+    {"issue": None}, {"base": 5}, {"agent_cmd": None}, {"agent_cmd": "'"}, {"command": "x"}, {"options": []}, {"options": {"check": [["a"]]}},
+    {"options": {"allow": 5}}, {"scope": {"globs": 5}}, {"scope": "src"}])
+def test_a_record_that_was_edited_cannot_be_judged_again(scratch, wrong):
+    folder = record_made(scratch.root, 1, **wrong)
+    (folder / "diff.patch").write_text("x")
+    ended = scratch.run("rejudge", folder.name)
+    assert ended.code == 64 and "is not what a run writes" in ended.err and ended.err.count("\n") == 1, ended
+
+
+@pytest.mark.parametrize("words", [["--json"], ["20260102-101500-1a2b3c"]])
+def test_prune_stands_alone(scratch, words):
+    """What it cannot do is not passed over: `--json` promises an object, and a run that is named is not shown."""
+    folder = record_made(scratch.root, 1, days=9)
+    ended = scratch.run("runs", "--prune", "3", *words)
+    assert ended.code == 64 and "--prune stands alone" in ended.err and folder.exists(), ended
+
+
 def test_a_run_without_a_change_cannot_be_judged_again(scratch):
     nothing = scratch.propose(NOTHING)
     ended = scratch.run("rejudge", nothing.summary["run_id"])
@@ -5087,12 +5105,19 @@ def test_the_labels_of_a_file(text: str, labels: list[str]) -> None:
 
 @pytest.mark.parametrize(("text", "visible", "removed"), [
     ("a<!-- b\nc -->d", "ad", ["1 hidden comment"]), ("a\n<!-- b\nc", "a\n", ["1 hidden comment"]),
-    ("a `<!--` b", "a `<!--` b", []), ("a\n[//]: # (b)\nc", "a\n\nc", ["1 hidden comment"]),
+    ("a `<!--` b", "a `<!--` b", []), ("<!-- a -->b\n<!-- c", "b\n", ["2 hidden comments"]), ("a\n[//]: # (b)\nc", "a\n\nc", ["1 hidden comment"]),
     ("a\u200b\u202eb\U000e0041", "ab", ["3 invisible characters"]), ("<\u200b!-- x --\u2060>", "", ["2 invisible characters", "1 hidden comment"]),
     ("[a]: https://example.org\nGr\u00f6\u00dfe\ttab", "[a]: https://example.org\nGr\u00f6\u00dfe\ttab", []),
 ])
 def test_hidden_text_is_removed(text: str, visible: str, removed: list[str]) -> None:
     assert runner_module().hidden_removed(text) == (visible, removed)
+
+
+def test_a_text_of_beginnings_of_comments_is_read_at_once() -> None:
+    """Anybody may open an issue, and the queue reads them all; each beginning was searched to the end."""
+    text, began = "x<!--" * 40_000, time.process_time()
+    assert runner_module().hidden_removed(f"<!-- a -->{text}") == (text, ["1 hidden comment"])
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(("text", "is_closing"), [
@@ -5222,6 +5247,18 @@ def test_a_queue_runs_what_is_ready(scratch: Scratch) -> None:
     assert states(scratch.run("queue", "--json")) == {"issues/0002-do.md": "ready", "issues/0003-do.md": "proposed"}
     played = scratch.run("queue", "--run", "--limit", "1", "--simulate", "bad")
     assert played.code == 1 and re.search(r"1 +gate_failed +issues/0002-do.md +\S+-\w{6} ", played.out), played
+
+
+def test_a_queue_passes_over_records_that_no_run_wrote(scratch: Scratch) -> None:
+    """Without a sandbox an agent may write there."""
+    scratch.write(issue_files(1))
+    scratch.commit()
+    head = scratch.git("rev-parse", "HEAD").strip()
+    for number, wrong in enumerate(({"run_id": None}, {"run_id": 5}, {"attempts": 5}, {"attempts": [1]}, {"attempts": [{}]}, {"outcome": []})):
+        record_made(scratch.root, number, **({"issue": "issues/0001-do.md", "outcome": "agent_failed", "head": head} | wrong))
+    (record_made(scratch.root, 9) / "run_summary.json").write_text(json.dumps({"issue": "issues/0001-do.md", "outcome": "blocked", "head": head}))
+    ended = scratch.run("queue", "--json")
+    assert ended.code == 0 and states(ended) == {"issues/0001-do.md": "ready"}, ended
 
 
 def test_two_queues_at_once_take_no_issue_twice(scratch: Scratch) -> None:
@@ -5493,7 +5530,7 @@ BROKEN = {
     "502": (502, '{"message": "Bad Gateway"}'), "rate limit": (403, '{"message": "API rate limit exceeded"}'),
     "missing": (404, '{"message": "Not Found"}'),
     "half": (200, '[{"number": 1, "title": "Do 1", "bo'), "an object": (200, '{"message": "hello"}'), "null": (200, "null"),
-    "nulls": (200, "[null]"), "nothing": (200, ""), "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
+    "nulls": (200, "[null]"), "nothing": (200, ""), "infinite": (200, '[{"number": 1e999}]'), "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
 
 
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
@@ -5629,6 +5666,28 @@ def test_two_machines_at_once_on_one_issue(scratch: Scratch, rival: int) -> None
             assert calls(scratch) == ["1"] and forge.labels(1) == ["agent-proposed"], ended
 
 
+def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
+    """Without a sandbox an agent may write there: what it names must not become a path of the forge."""
+    queue = scratch.root / ".agent-runs/queue"
+    queue.mkdir(parents=True)
+    for number, wrong in enumerate(({"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]}, {"label": None})):
+        facts = {"forge": "ada/app", "number": 1, "comment": 0, "label": True} | wrong
+        (queue / f"{number:016}.claim").write_text(json.dumps(facts))
+    with Forge(scratch, ANY_GH) as forge:
+        ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
+        assert ended.code == 0 and not forge.writes(), ended
+
+
+def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
+    """Anybody may comment: the words of a claim count from those who may write."""
+    with Forge(scratch, ANY_GH) as forge:
+        forge.issue(1)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        forge.comments[1] = [said(890, runner_module().CLAIM, "eve", now)]
+        ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
+        assert calls(scratch) == ["1"] and forge.labels(1) == ["agent-proposed"], ended
+
+
 def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
     with Forge(scratch, ANY_GH) as forge:
         for number in (1, 2):
@@ -5639,20 +5698,6 @@ def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
         ended = [scratch.ended(one, others=1) for one in both]
         assert calls(scratch) == ["1", "2"], ended
         assert [forge.labels(number) for number in (1, 2)] == [["agent-proposed"]] * 2
-
-
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", '{"forge": null, "number": null}', '{"forge": "ada/app", "number": null, "comment": 0, "label": true}',
-    '{"forge": "ada/app", "number": "1/labels/bug", "comment": 0, "label": true}',
-    '{"forge": "ada/app", "number": 1, "comment": "../../git/refs/heads/main", "label": true}'])
-def test_a_file_that_is_no_claim_deletes_nothing(scratch: Scratch, text: str) -> None:
-    """An agent without a sandbox could leave one: its words become no path."""
-    module = runner_module()
-    scratch.write({".agent-runs/queue/x.claim": text})
-    queue, forge = module.Queue(module.Repo(scratch.root, scratch.root / ".git"), "issues"), module.Forge(REPO)
-    forge.call = lambda *words, **how: pytest.fail(str(words))
-    module.claims_release(queue, forge)
-    assert (scratch.root / ".agent-runs/queue/x.claim").read_text() == text
 
 
 @needs_linux
@@ -6738,7 +6783,7 @@ class Home:
         place.mkdir()
         summary, facts = place / "summary.md", self.facts | facts
         environ = self.scratch.env | {"PATH": f"{self.bin}:{self.scratch.env['PATH']}", "GITHUB_REPOSITORY": "ada/app",
-                                      "GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(place / "output")}
+                                      "GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(place / "output")}
         for step in job["steps"]:
             condition = step.get("if", "!cancelled()")
             went_on = not any(codes) or "cancelled()" in condition or "always()" in condition
