@@ -7495,7 +7495,7 @@ def answers_checked(name: str) -> Iterator[None]:
     """Where an answer is not what it should be, that is a Stop."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise Stop(EXIT_MISSING, f"{name}: an answer of gh api is not what was expected "
                                  f"({type(error).__name__}: {error}); try again later") from None
 
