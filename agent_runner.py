@@ -7710,9 +7710,10 @@ class Tick:
         now = [queue.proved(issue) for issue in queue.issues
                if issue.ref == item.ref and not issue.done]
         item = now[0] if now else item._replace(state="gone")
-        if item.state != "ready" or not claim:
-            note = item.reason or "a queue of this machine works on it"
-            return Result(item.ref, None, item.state if claim else "claimed", note=note)
+        if not claim:
+            return Result(item.ref, None, "claimed", note="a queue of this machine works on it")
+        if item.state != "ready":
+            return Result(item.ref, None, item.state, note=item.reason)
         if not queue.forge:
             return issue_run(self.repo, self.args, item.ref, claim)
         with claim_shown(queue.forge, int(item.number or 0), claim) as is_first:
