@@ -4569,24 +4569,42 @@ def test_a_disk_that_has_no_room_for_the_patch(scratch: Scratch) -> None:
     assert scratch.proposals() and not list(scratch.tmp.iterdir())
 
 
+# Draws nothing while a test holds the lock: what was drawn for one width and is read at another is not what a test is about.
+DRAWS = LAUNCH.replace("sys.exit(", """import fcntl
+lock, show = open(sys.argv.pop(1)), sys.modules[spec.name].Console._show
+def show_locked(*args):
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        show(*args)
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+sys.modules[spec.name].Console._show = show_locked
+sys.exit(""", 1)
+
+
 class Terminal:
     """What a person sees of a program: a reader of the bytes that it prints to a pseudo-terminal."""
 
     def __init__(self, scratch: Scratch, args: list[str], columns: int, agent: str = "", **env: str) -> None:
         self.master, end = pty.openpty()
+        self.name, self.lock = os.ttyname(end), scratch.place / "lock"
+        self.lock.touch()
         self.rows, self.row, self.column, self.raw, self.shown = [""], 0, 0, b"", 0
         self.resize(columns)
         environ = scratch.env | {"TERM": "xterm", "LC_ALL": "C.UTF-8"} | env
         if agent:
             environ["AGENT_CMD"] = scratch.program(agent)
-        self.child = subprocess.Popen([sys.executable, str(RUNNER), *args], cwd=scratch.root, env=environ, stdin=end, stdout=end, stderr=end,
-                                      start_new_session=True)
+        argv = [sys.executable, "-c", DRAWS, str(RUNNER), str(self.lock), *args]
+        self.child = subprocess.Popen(argv, cwd=scratch.root, env=environ, stdin=end, stdout=end, stderr=end, start_new_session=True)
         STARTED.append(self.child)
         os.close(end)
 
     def resize(self, columns: int) -> None:
-        """Give the terminal another width: longer lines take several rows then."""
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        """Give the terminal another width, between two drawings: longer lines take several rows then."""
+        with self.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read_all()
+            fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         pieces = [[row[at:at + columns] for at in range(0, max(1, len(row)), columns)] for row in self.rows]
         self.row = sum(map(len, pieces[:self.row + 1])) - 1
         self.columns, self.rows, self.column = columns, sum(pieces, []), self.column % columns
@@ -4602,11 +4620,24 @@ class Terminal:
                 assert self.child.wait(60) is not None
                 os.close(self.master)
                 break
-            self.raw += data
-            whole = re.match(rb"(?s)(.*?)(\x1b(\[\d*)?|[\xc0-\xff][\x80-\xbf]*)?$", self.raw[self.shown:])[1]  # no half a letter
-            self.put(whole.decode())
-            self.shown += len(whole)
+            self.take(data)
         return "\n".join(self.rows)
+
+    def read_all(self) -> None:
+        """Read what was printed so far: up to a mark that is printed here."""
+        end = os.open(self.name, os.O_RDWR | os.O_NOCTTY)
+        os.write(end, b"\0")
+        while not (data := os.read(self.master, 65536)).endswith(b"\0"):
+            self.take(data)
+        self.take(data[:-1])
+        os.close(end)
+
+    def take(self, data: bytes) -> None:
+        """Show what was read, but for half a letter."""
+        self.raw += data
+        whole = re.match(rb"(?s)(.*?)(\x1b(\[\d*)?|[\xc0-\xff][\x80-\xbf]*)?$", self.raw[self.shown:])[1]
+        self.put(whole.decode())
+        self.shown += len(whole)
 
     def put(self, text: str) -> None:
         """Obey what the runner prints: lines, carriage return, cursor up, erase below, colours."""
@@ -4647,11 +4678,11 @@ def test_a_step_is_one_line_that_is_completed_in_place(scratch: Scratch, columns
     names = [re.match(r"..(baseline gate|workspace|agent, attempt 1) ", line)[1] for line in lines]
     # The first two start at the same time.
     assert sorted(names[:2]) == ["baseline gate", "workspace"] and names[2:] == ["agent, attempt 1"], middle
-    assert re.search(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] agent, attempt 1 +\d+ s, 29:5\d left\n  fetching 100 of 100$", middle), middle
+    assert re.search(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] agent, attempt 1 +\d+ s, 29:\d\d left\n  fetching 100 of 100$", middle), middle
     terminal.resize(30)
     before = len(terminal.raw)
-    terminal.read(lambda _: len(terminal.raw) > before + 800)  # what it was drawing just then was for the old width
-    drawn = re.split(r"\x1b\[J|\r\n", re.sub(r"\x1b\[\d*[Am]", "", terminal.raw[before + 400:].decode("utf-8", "ignore")))
+    terminal.read(lambda _: terminal.raw.count(b"\x1b[J", before) > 3)
+    drawn = re.split(r"\x1b\[J|\r\n", re.sub(r"\x1b\[\d*[Am]", "", terminal.raw[before:].decode("utf-8", "ignore")))
     assert drawn[1:] and max(map(len, drawn[1:])) <= 30, drawn
     terminal.resize(columns)
     (scratch.out / "go").touch()
