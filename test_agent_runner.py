@@ -5850,7 +5850,7 @@ def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
     violation = {"rule": "protected", "path": hostile, "reason": hostile}
     folder = record_made(root, 7, **{
         "title": hostile, "issue": hostile, "agent_cmd": hostile, "error": hostile, "branch": hostile, "findings": [hostile],
-        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "left_out": [hostile],
+        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "next_words": [hostile], "reason": hostile, "decide": hostile, "new_tests": [hostile], "left_out": [hostile],
         "twin": hostile, "scope": {"globs": [hostile], "source": hostile, "why": hostile}} | facts)
     name = hostile.replace("/", "|")
     for path in (f"agent-{name}.log", "javascript:alert(1).log", "brief-1.md", "handoff.md", "agent-1.log"):
@@ -5868,7 +5868,7 @@ def test_what_comes_from_outside_is_text_in_a_page(tmp_path):
     texts = page_texts(page)
     assert texts.count("<script>") >= 20 and "\\x1b[31m" in texts and "\u202e" not in page and "\x1b" not in page
     assert 'href="./javascript%3Aalert%281%29.log"' in page
-    assert "default-src &#39;none&#39;" in page
+    assert "default-src &#x27;none&#x27;" in page
 
 
 def test_an_element_escapes_what_is_inside():
@@ -5927,7 +5927,7 @@ def test_a_timeline_is_to_scale():
              module.Span("baseline gate", 2, 2, "passed"), module.Span("gate, attempt 1", 5, 5, "passed")]
     drawn = module.timeline(steps)
     bars = [(float(x), int(y), float(width)) for x, y, width in re.findall(r'<rect x="([\d.]+)%" y="(\d+)" width="([\d.]+)%"', drawn)]
-    assert [width for _, _, width in bars] == [7.7, 30.8, 15.4, 38.5] and [x for x, _, _ in bars] == [22.0, 29.7, 37.4, 60.5]
+    assert [width for _, _, width in bars] == [5.0, 20.0, 10.0, 25.0] and [x for x, _, _ in bars] == [20.0, 25.0, 30.0, 45.0]
     assert len({y for _, y, _ in bars}) == 4, "what overlaps has a lane of its own"
     assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>workspace, agent, baseline gate, gate</desc>" in drawn
 
@@ -5945,12 +5945,11 @@ def test_the_lines_of_a_diff_have_their_numbers():
 
 def test_the_charts_are_drawn_from_numbers():
     module = runner_module()
-    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="(\w+)"', module.chart_bars([{"good": 1, "bad": 1}, {}], "t"))
-    assert bars == [("6.00", "32.00", "28.00", "good"), ("6.00", "4.00", "28.00", "bad")]
-    assert 'points="25.00,33.00 75.00,8.00"' in module.chart_line([1.0, 2.0], "t") and 'points=""' in module.chart_line([None], "t")
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="(\w+)"', module.chart([{"good": 1, "bad": 1}, {}, {"live": 0}], "t"))
+    assert bars == [("4.00", "32.00", "28.00", "good"), ("4.00", "4.00", "28.00", "bad"), ("70.67", "58.50", "1.50", "live")]
     runs = [{"command": "self-heal", "outcome": outcome, "seconds": seconds, "attempts": [1] * tries}
             for outcome, seconds, tries in (("proposed", 60, 1), ("gave_up", 180, 2), ("nothing_to_heal", 5, 0))]
-    assert (module.story_minutes(runs), module.story_attempts(runs), module.story_healed(runs)) == (1.0, 1.5, 0.5)
+    assert module.story_values(runs) == [60.0, 1.5, 0.5] and module.story_values([]) == [None, None, None]
     assert [module.duration(n) for n in (0, 9.96, 125, 7260, 400_000)] == ["0.0 s", "10 s", "2 min 5 s", "2 h 1 min", "5 days"]
 
 
