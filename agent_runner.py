@@ -7968,7 +7968,7 @@ def report_page(folder: Path) -> str:
         section("Timeline", timeline(steps)),
         section("The change", *report_diff(folder)),
         section("Findings", tag("pre", findings, tabindex="0") if findings else ""),
-        section("Evidence", report_checks(facts), report_attempts(facts), report_tests(facts)),
+        section("Evidence", *report_evidence(facts)),
         section("Guardrails", *report_guards(facts, steps)),
         section("Briefs and logs", *report_files(folder))])
 
@@ -8067,10 +8067,10 @@ def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TONES = {  # what a word looks like; all others are bad
-    "proposed": "good", "nothing_to_heal": "good", "merged": "good",
+    "proposed": "good", "nothing_to_heal": "good", "merged": "good", "✗": "bad",
     "green": "good", "✓": "good", "blocked": "warn", "scope_disagreement": "warn", "flaky": "warn",
     "untrusted": "warn", "discarded": "calm", "interrupted": "calm", "unfinished": "calm",
-    "ready": "calm", "": "calm", "running": "live"}
+    "ready": "calm", "running": "live"}
 
 
 def tone(word: str) -> str:
@@ -8123,10 +8123,6 @@ class Span(NamedTuple):
     seconds: float
     result: str
 
-    def label(self) -> str:
-        """Its name within an attempt."""
-        return re.sub(r", attempt \d+", "", self.name)
-
 
 def steps_read(facts: dict[str, Any]) -> list[Span]:
     """The steps in events.jsonl; one that has not ended lasts until the run's end, or until now."""
@@ -8178,7 +8174,7 @@ def timeline(steps: Sequence[Span]) -> Markup:
         marks.append(timeline_lane(step, whole, top))
         top += LANE
     return tag("svg", tag("title", f"Timeline of {duration(whole)}"),
-               tag("desc", ", ".join(step.label() for step in steps)),
+               tag("desc", ", ".join(step.name.partition(", attempt")[0] for step in steps)),
                *timeline_scale(whole, top), *marks, role="img", height=top + 4)
 
 
@@ -8195,7 +8191,7 @@ def timeline_lane(step: Span, whole: float, top: int) -> Markup:
     left = timeline_x(step.start, whole)
     right = max(left + 0.4, timeline_x(step.start + step.seconds, whole))
     return tag("g", tag("title", f"{step.name}: {step.result} · {duration(step.seconds)}"),
-               tag("text", step.label(), x="0", y=top + 15),
+               tag("text", step.name.partition(", attempt")[0], x="0", y=top + 15),
                tag("rect", x=f"{left:.2f}%", y=top + 3, width=f"{right - left:.2f}%", height="16",
                    rx="4", class_=f"k-{words_slug(step.name.split()[0])}"),
                tag("text", duration(step.seconds), tag("tspan", f" · {step.result}"),
@@ -8272,43 +8268,32 @@ def diff_lines(lines: Sequence[str]) -> Markup:
     return tag("pre", *rows, class_="diff", tabindex="0")
 
 
-def report_checks(facts: dict[str, Any]) -> Markup:
-    """The checks of the gate, before and after."""
-    heads, *rows = checks_rows(facts)
-    return table("The checks of the gate", heads, [
-        [tag("code", name), *(tag("span", cell, class_=tone(cell[:1])) for cell in cells)]
-        for name, *cells in rows])
+def report_evidence(facts: dict[str, Any]) -> Iterator[Markup]:
+    """The checks before and after, the attempts, what the blind twin has shown, the new tests."""
+    yield table("The checks of the gate", *checks_rows(facts))
+    attempts = []
+    for attempt in facts["attempts"]:
+        call = f"exit {attempt['agent_exit']}, {duration(attempt['agent_seconds'])}"
+        if attempt["agent_exit"] is None:
+            call = "was stopped" if attempt["agent_seconds"] else "was not called"
+        attempts.append([str(attempt["number"]), call, words_first(attempt["changed"]) or "-",
+                         pill(attempt["result"] or "unfinished")])
+    yield table("The attempts", ["attempt", "agent", "changed", "result"], attempts)
+    twin = [f"Blind twin: {facts['twin']}."] if facts["twin"] else []
+    yield bullets([*twin, *(tag("span", "New test: ", tag("code", test))
+                            for test in facts["new_tests"])])
 
 
-def checks_rows(facts: dict[str, Any]) -> list[list[str]]:
-    """The checks as rows below a head: on the base, on the change, with the base's gate files."""
+def checks_rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The checks as a table: on the base, on the change, there with the base's gate files."""
     gates = [attempt["gate"]["checks"] for attempt in facts["attempts"]]
     results = {"base": facts["baseline"]["checks"], "change": [[], *filter(None, gates)][-1],
                "with the base's gate files": facts["recheck"]["checks"]}
     columns = {when: {check["name"]: f"{'✓' if check['ok'] else '✗'} {check['reason']}"
                       for check in checks} for when, checks in results.items() if checks}
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [["check", *columns],
-            *([name, *(column.get(name, "") for column in columns.values())] for name in names)]
-
-
-def report_attempts(facts: dict[str, Any]) -> Markup:
-    """The attempts: how the agent's call ended, what it changed, what that came to."""
-    rows = []
-    for attempt in facts["attempts"]:
-        call = f"exit {attempt['agent_exit']}, {duration(attempt['agent_seconds'])}"
-        if attempt["agent_exit"] is None:
-            call = "was stopped" if attempt["agent_seconds"] else "was not called"
-        rows.append([str(attempt["number"]), call, words_first(attempt["changed"]) or "-",
-                     pill(attempt["result"] or "unfinished")])
-    return table("The attempts", ["Attempt", "Agent", "Changed", "Result"], rows)
-
-
-def report_tests(facts: dict[str, Any]) -> Markup:
-    """What the blind twin has shown, and the new tests."""
-    twin = [f"Blind twin: {facts['twin']}."] if facts["twin"] else []
-    return bullets([*twin, *(tag("span", "New test: ", tag("code", test))
-                             for test in facts["new_tests"])])
+    return (["check", *columns],
+            [[name, *(column.get(name, "") for column in columns.values())] for name in names])
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
@@ -8316,7 +8301,8 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     if not rows:
         return Markup()
     head = tag("tr", *(tag("th", name, scope="col") for name in heads))
-    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in cells))
+    body = [tag("tr", tag("th", first, scope="row"),
+                *(tag("td", cell, class_=TONES.get(cell[:1])) for cell in cells))
             for first, *cells in rows]
     return tag("div", tag("table", tag("caption", caption), tag("thead", head),
                           tag("tbody", *body)), class_="wide", tabindex="0")
@@ -8337,7 +8323,7 @@ def report_guards(facts: dict[str, Any], steps: Sequence[Span]) -> Iterator[Mark
         yield tag("p", "The guardrails were not asked: it did not come to that.")
     elif not violations:
         yield tag("p", "No guardrail stands against this change.")
-    yield table("Violations", ["Rule", "Path", "Reason"], violations)
+    yield table("Violations", ["rule", "path", "reason"], violations)
     terms = {f"Scope, from {facts['scope']['source']}": facts["scope"]["globs"],
              "Allowed": facts["options"]["allow"]}
     if judged and facts["attempts"]:
@@ -8403,9 +8389,7 @@ def cmd_board(args: argparse.Namespace) -> int:
 def board_write(repo: Repo, refresh: bool = False) -> Path:
     """Write .agent-runs/index.html; its path."""
     path = repo.root / ".agent-runs" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    if not (path.parent / ".gitignore").exists():
-        file_write(path.parent / ".gitignore", "*\n")
+    records_make(path.parent)
     folders = sorted(file.parent for file in path.parent.glob("*/run_summary.json"))
     records = [record_read(folder) for folder in folders[-BOARD_RUNS:]]
     file_write(path, board_page(repo, [facts for facts in records if facts["began"]], refresh))
@@ -8492,7 +8476,9 @@ def board_place(facts: dict[str, Any], merged: set[str],
                 branches: list[str]) -> tuple[str, str, str]:
     """Where a run stands: column, what came of it in a word, in words."""
     folder, outcome = facts["folder"], facts["outcome"]
-    if is_running(folder):
+    with lock_take(folder / "running") as free:
+        goes_on = (folder / "running").exists() and not free
+    if goes_on:
         steps = [step for step in steps_read(facts) if step.result == UNENDED]
         words = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
         return "Running", "running", words
@@ -8508,12 +8494,6 @@ def board_place(facts: dict[str, Any], merged: set[str],
     if facts["branch"] in branches or facts["dry_run"]:
         return "Proposed", outcome, facts["branch"] or "a dry run, which makes no branch"
     return "Done", "discarded", "its branch is gone"
-
-
-def is_running(folder: Path) -> bool:
-    """Whether the run of a record goes on: its lock is taken."""
-    with lock_take(folder / "running") as free:
-        return (folder / "running").exists() and not free
 
 
 def board_card(card: Card) -> Markup:
@@ -8613,7 +8593,7 @@ PAGE_STYLE = Markup("""
 .live,.hunk,a,.k-gate,.k-baseline,.k-failures{--tone:light-dark(#1f5fbf,#86b4ff);
 --tint:light-dark(#e2ecfb,#182a47)}
 .k-agent{--tone:light-dark(#7a4fc9,#b794f6)}
-.pill,.hunk,a,ins,del,td span,small span{color:var(--tone)} .pill,.diff span{background:var(--tint)}
+.pill,.hunk,a,ins,del,td[class],small span{color:var(--tone)} .pill,.diff span{background:var(--tint)}
 .diff span:not([class]){background:none} rect{fill:var(--tone)}
 body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
@@ -8867,11 +8847,11 @@ def actions_place(run: Run, finding: str) -> dict[str, str]:
 
 def actions_summary(run: Run) -> str:
     """The summary of a job, in Markdown: the outcome, a table of the checks, what to do next."""
-    heads, *rows = checks_rows(shaped(record_facts(run), RECORD))
-    rows = [heads, ["---" for _ in heads], *rows]
-    table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
+    heads, rows = checks_rows(shaped(record_facts(run), RECORD))
+    table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |"
+                      for row in (heads, ["---" for _ in heads], *rows))
     parts = [f"## {markdown_cell(f'{run.outcome}: {outcome_words(run)}')}"]
-    parts += [table] if rows[2:] else []
+    parts += [table] if rows else []
     for text in ("\n".join(findings_shown(run)), result_text(run)):
         # Indented it is a code block that nothing in it can end.
         parts.append("\n".join(f"    {line}" for line in words_clip(text, 20_000).splitlines()))
