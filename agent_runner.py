@@ -6082,8 +6082,7 @@ class Step:
         self.started, self.ended = time.monotonic(), 0.0
         self.limit = 0.0  # when it will be stopped; 0: there is no limit
         self.log: Path | None = None  # of the program whose output is shown
-        self.output = b""  # the newest of it
-        self.pending = b""  # with -v: the beginning of its next line
+        self.output = b""  # the newest of it; with -v the beginning of its next line
 
     def lines(self, now: float) -> list[str]:
         """The line, its result in a column, and while it runs the program's newest one."""
@@ -6096,7 +6095,8 @@ class Step:
             return [f"{mark} {name}  {result}  {seconds:.1f} s"]
         left = f", {seconds_shown(self.limit - now)} left" if self.limit else ""
         line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {seconds_shown(seconds)}{left}"
-        newest = screen_text(self.output.decode("utf-8", "replace")).strip().splitlines()[-1:]
+        output = screen_text(self.output[-4000:].decode("utf-8", "replace"))
+        newest = output.strip().splitlines()[-1:]
         return [line, *(f"  {one_line(words)}" for words in newest)]
 
 
@@ -6154,7 +6154,9 @@ class Console:
         with self.lock:
             self.steps.append(step)
             self._show("" if self.live else f"{name} ...")
-        self._tick()
+            if self.live and not self.ticking:
+                self.ticking = True
+                threading.Thread(target=self._tick, daemon=True).start()
         try:
             step_report(name, 0, "started")
             yield step.facts
@@ -6162,7 +6164,7 @@ class Console:
             step.facts |= {"result": "stopped", "ok": False}
             raise
         finally:
-            if step.pending:
+            if self.verbose and step.output:
                 self.heard(step.log, b"\n")
             step.ended = time.monotonic()
             with self.lock:
@@ -6182,12 +6184,11 @@ class Console:
         for step in [*self.steps]:
             if not log or step.log != log:
                 continue
-            if not self.verbose:
-                step.output = (step.output + data[-4000:])[-4000:]
-                continue
-            lines, newline, step.pending = (step.pending[-100_000:] + data).rpartition(b"\n")
-            for line in lines.split(b"\n") if newline else []:
-                self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
+            step.output = step.output[-100_000:] + data
+            if self.verbose:
+                *lines, step.output = step.output.split(b"\n")
+                for line in lines:
+                    self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
 
     def _show(self, text: str = "", always: bool = False) -> None:
         """Print text for good, above the lines that are not; all of it in one write."""
@@ -6212,18 +6213,12 @@ class Console:
         return [text_cut(console_safe(MASK.text(line)), width) for line in lines[-height:]]
 
     def _tick(self) -> None:
-        """Draw what is running from now on, again and again."""
-        if not self.live or self.ticking:
-            return
-        self.ticking = True
-
-        def beat() -> None:
-            while True:
-                time.sleep(0.2)
-                with self.lock:
-                    if self.steps:
-                        self._show()
-        threading.Thread(target=beat, daemon=True).start()
+        """Draw what is running, again and again."""
+        while True:
+            time.sleep(0.2)
+            with self.lock:
+                if self.steps:
+                    self._show()
 
 
 def is_in_actions() -> bool:
@@ -8625,20 +8620,21 @@ details{padding:8px 0} summary{cursor:pointer} ins,del{text-decoration:none;font
 .wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;min-width:460px}
 caption,th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;overflow-wrap:normal}
 td{overflow-wrap:anywhere} tbody tr{border-top:1px solid var(--line)} tbody th{font-weight:400}
-.board{display:flex;flex-wrap:wrap;gap:14px} .board section{flex:1 1 170px;min-width:0}
-.board section:not(:has(article)){flex:0 0 auto} .board h2{font-size:14px;white-space:nowrap}
+.board{display:flex;flex-wrap:wrap;gap:14px;margin:24px 0}
+.board h2{font-size:14px;white-space:nowrap} .board section{flex:1 1 170px;min-width:0}
+.board:has(article) section:not(:has(article)){flex:0 0 auto}
 article{border-top:3px solid var(--tone);padding:12px 14px;margin:0 0 12px;font-size:14px}
 article h3{margin:0 0 6px;line-height:1.35} article pre{font-size:11px;padding:8px}
 article a{color:inherit;text-decoration-color:var(--line)} article .meta{margin:2px 0 0}
 article .pill{margin-bottom:4px}
-.story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px;margin:0 0 24px}
+.story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px}
 figure{margin:0;padding:14px 16px} figcaption{display:flex;justify-content:space-between}
 figcaption b{color:var(--ink);font-size:18px;line-height:1.1;white-space:nowrap}
 .chart{height:60px;margin:10px 0 6px;border-bottom:1px solid var(--line)}
 small span{margin-right:10px} thead th:first-letter{text-transform:uppercase}
 @media(max-width:1100px){.board section{flex:1 1 30%}}
 @media(max-width:760px){main{padding:20px 12px} h1{font-size:23px} main>section{padding:14px}
-.board section,.board section:not(:has(article)){flex:1 1 100%}
+.board section,.board:has(article) section:not(:has(article)){flex:1 1 100%}
 .story{grid-template-columns:repeat(2,minmax(0,1fr))}
 .commands div{display:block} tspan{display:none} text{font-size:10.5px}}
 @media print{:root{color-scheme:light} body{background:#fff;print-color-adjust:exact}
