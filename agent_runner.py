@@ -8101,7 +8101,8 @@ def report_facts(facts: dict[str, Any]) -> Markup:
         "Base": facts["base"][:12], "Commit": facts["commit"][:12],
         "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
         "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
-        "Left out": words_first(facts["left_out"], 20), "Agent": facts["agent_cmd"]}.items())
+        "Left out": words_first(facts["left_out"], 20),
+        "Agent": words_clip(facts["agent_cmd"], 400)}.items())
 
 
 def term_list(kind: str, terms: Iterable[tuple[str, str]]) -> Markup:
@@ -8497,8 +8498,8 @@ def board_card(card: Card) -> Markup:
     if card.runs:
         folder = card.runs[-1]["folder"]
         attempts = sum(len(run["attempts"]) for run in card.runs)
-        facts = [words_counted(number, word) for number, word, least in (
-            (len(card.runs), "run", 2), (attempts, "attempt", 1)) if number >= least]
+        facts = [words_counted(len(card.runs), "run")] if card.runs[1:] else []
+        facts += [words_counted(attempts, "attempt")] if attempts else []
         facts.append(f"{age_shown(folder)} ago")
         if card.state == "running":
             output = board_output(folder)
@@ -8607,6 +8608,7 @@ white-space:nowrap;margin-right:10px}
 .verdict{border-left:5px solid var(--tone);font-size:16px} .verdict p{margin:0}
 .verdict p+p{margin-top:6px;font-size:15px}
 dl{margin:16px 0} dd{margin:0} section dl,section ul{margin:6px 0} ul{padding-left:20px}
+section>:last-child{margin-bottom:0}
 .facts{display:flex;flex-wrap:wrap;gap:10px 32px} .facts dd{max-width:64ch}
 .facts code{margin-right:12px} .commands code{user-select:all}
 .commands div{display:flex;align-items:baseline;gap:16px;padding:6px 0}
@@ -8756,20 +8758,7 @@ def run_announce(run: Run) -> None:
 
 def result_show(run: Run, as_json: bool) -> int:
     """Print the result on stdout, or as JSON (the text then goes to stderr); the exit code."""
-    if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
-        output = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
-        CONSOLE.group("the agent's last words", output[-1000:] or "(none)")
-    if run.outcome in ("no_change", "agent_failed"):
-        names = os.environ.keys() - agent_environ(os.environ).keys()
-        withheld = sorted(name for name in names if not name.startswith("GIT_"))
-        if withheld:
-            CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
-    findings = findings_shown(run)
-    if findings and run.outcome not in ("proposed", "nothing_to_heal"):
-        CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
-    if run.outcome == "nothing_to_heal" and run.base.left_out:
-        CONSOLE.say("untracked files were not part of it: where the build is red for you, "
-                    "`git add` what is missing")
+    result_explain(run)
     actions_report(run)
     text, patch = result_text(run), ""
     if run.job.dry_run and run.tree:
@@ -8784,6 +8773,24 @@ def result_show(run: Run, as_json: bool) -> int:
     text = console_paint(text, rf"\A(?:({good})|(\w+))(?=:)", sys.stdout)
     console_print(console_inert(console_safe(MASK.text(patch)) + text), sys.stdout)
     return OUTCOMES[run.outcome][0]
+
+
+def result_explain(run: Run) -> None:
+    """Print what explains the result: the agent's last words, the findings, what was left out."""
+    if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
+        output = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
+        CONSOLE.group("the agent's last words", output[-1000:] or "(none)")
+    if run.outcome in ("no_change", "agent_failed"):
+        names = os.environ.keys() - agent_environ(os.environ).keys()
+        withheld = sorted(name for name in names if not name.startswith("GIT_"))
+        if withheld:
+            CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
+    findings = findings_shown(run)
+    if findings and run.outcome not in ("proposed", "nothing_to_heal"):
+        CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
+    if run.outcome == "nothing_to_heal" and run.base.left_out:
+        CONSOLE.say("untracked files were not part of it: where the build is red for you, "
+                    "`git add` what is missing")
 
 
 def commands_wrap(text: str, width: int) -> str:

@@ -7332,7 +7332,7 @@ def pictures(place: str = "") -> None:
         lock = module.lock_make(going / "running")
         assert scratch.run("board").code == 0
         os.close(lock)
-        for file, page, height in (("run", run.folder / "report.html", 1010), ("board", scratch.root / ".agent-runs/index.html", 900)):
+        for file, page, height in (("run", run.folder / "report.html", 1100), ("board", scratch.root / ".agent-runs/index.html", 900)):
             with Browser(Path(name) / file, height=height) as browser:
                 browser.open(page)
                 browser.picture(Path(place or ROOT / ".github") / f"{file}.png")
