@@ -5855,6 +5855,8 @@ def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
     name = hostile.replace("/", "|")
     for path in (f"agent-{name}.log", "javascript:alert(1).log", "brief-1.md", "handoff.md", "agent-1.log"):
         (folder / path).write_text(f"{hostile}: {hostile}\n", "utf-8")
+    with contextlib.suppress(OSError):  # not every system has such names
+        (folder / os.fsdecode(b"agent-\xff.log")).write_text("bytes\n")
     (folder / "diff.patch").write_text(f"diff --git a/{hostile} b/{hostile}\n--- a/{hostile}\n+++ b/{hostile}\n@@ -1 +1 @@ {hostile}\n-{hostile}\n+{hostile}\n")
     began = json.loads((folder / "run_summary.json").read_text())["started"]
     at = time.mktime(time.strptime(began[:19], "%Y-%m-%dT%H:%M:%S"))
@@ -5890,6 +5892,7 @@ def test_a_large_log_or_diff_makes_a_small_page(tmp_path):
     assert len(page) < 1_000_000, len(page)
     texts = page_texts(page)
     assert "the last line" in texts and "bytes are not shown here" in texts
+    assert "The guardrails were not asked" in texts and "Files that they looked at" not in texts
     assert all(f'href="./{name}"' in page for name in ("agent-1.log", "diff.patch"))
 
 
@@ -5974,7 +5977,7 @@ def test_the_columns_of_the_board(scratch):
     record_made(root, 4, "proposed", title="thrown away", branch="agent/gone", commit="4" * 40)
     record_made(root, 5, "proposed", title="dry", dry_run=True)
     record_made(root, 6, "blocked", 2, title="twice", issue="issues/twice.md")
-    record_made(root, 7, "gate_failed", 1, title="twice", issue="issues/twice.md")
+    record_made(root, 7, "gate_failed", 1, title="twice", issue=str(root / "issues/twice.md"))
     healed = record_made(root, 8, "scope_disagreement", 1, command="self-heal", issue=None, title=None)
     record_made(root, 9, "proposed", command="self-heal", issue=None, title=None, rejudged=healed.name, branch="agent/open", commit="9" * 40)
     record_made(root, 10, "nothing_to_heal", command="self-heal", issue=None, title=None)
