@@ -7969,7 +7969,7 @@ def report_page(folder: Path) -> str:
 
 
 def record_read(folder: Path) -> dict[str, Any]:
-    """What pages and queue read of a run, each value as RECORD has it; "began" is 0 where it is none."""
+    """What pages and queue read of a run, each value as RECORD has it; of none "began" is 0."""
     facts = shaped(summary_read(folder), RECORD)
     outcome = facts["outcome"] or "unfinished"
     meaning = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
