@@ -8589,8 +8589,8 @@ PAGE_STYLE = Markup("""
 .live,.hunk,a,.k-gate,.k-baseline,.k-failures{--tone:light-dark(#1f5fbf,#86b4ff);
 --tint:light-dark(#e2ecfb,#182a47)}
 .k-agent{--tone:light-dark(#7a4fc9,#b794f6)}
-.pill,.hunk,a,ins,del,td[class],small span{color:var(--tone)} .pill,.diff span{background:var(--tint)}
-.diff span:not([class]){background:none} rect{fill:var(--tone)}
+.pill,.hunk,a,ins,del,td[class],small span{color:var(--tone)}
+.pill,.diff [class]{background:var(--tint)} rect{fill:var(--tone)}
 body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 main{max-width:1120px;margin:0 auto;padding:32px 20px 8px} main:has(.board){max-width:1680px}
