@@ -8179,7 +8179,7 @@ LANES, LANE = 80, 24  # the most that are drawn, and the height of one
 
 def timeline_x(seconds: float, whole: float) -> float:
     """Where a moment lies, in per cent of the width: names stand before the bars, results after."""
-    return 20 + 50 * seconds / whole
+    return 22 + 50 * seconds / whole
 
 
 def timeline_lane(step: Span, whole: float, top: int) -> Markup:
@@ -8195,9 +8195,9 @@ def timeline_lane(step: Span, whole: float, top: int) -> Markup:
 
 
 def timeline_scale(whole: float, height: int) -> Iterator[Markup]:
-    """The lines and the words of a time scale with at most six marks."""
+    """The lines and the words of a time scale with at most four marks."""
     units = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 14400)
-    unit = next((unit for unit in units if whole / unit <= 6), whole)
+    unit = next((unit for unit in units if whole / unit <= 4), whole)
     for number in range(int(whole / unit) + 1):
         x = f"{timeline_x(number * unit, whole):.2f}%"
         yield tag("line", x1=x, x2=x, y1="18", y2=height)
@@ -8633,7 +8633,7 @@ article .pill{margin-bottom:4px}
 figure{margin:0;padding:14px 16px} figcaption{display:flex;justify-content:space-between}
 figcaption b{color:var(--ink);font-size:18px;line-height:1.1;white-space:nowrap}
 .chart{height:60px;margin:10px 0 6px;border-bottom:1px solid var(--line)}
-small span{margin-right:10px} thead th:first-letter{text-transform:uppercase}
+small span{margin-right:10px;display:inline-block} thead th:first-letter{text-transform:uppercase}
 @media(max-width:1100px){.board section{flex:1 1 30%}}
 @media(max-width:760px){main{padding:20px 12px} h1{font-size:23px} main>section{padding:14px}
 .board section,.board:has(article) section:not(:has(article)){flex:1 1 100%}

@@ -5930,7 +5930,7 @@ def test_a_timeline_is_to_scale():
              module.Span("baseline gate", 2, 2, "passed"), module.Span("gate, attempt 1", 5, 5, "passed")]
     drawn = module.timeline(steps)
     bars = [(float(x), int(y), float(width)) for x, y, width in re.findall(r'<rect x="([\d.]+)%" y="(\d+)" width="([\d.]+)%"', drawn)]
-    assert [width for _, _, width in bars] == [5.0, 20.0, 10.0, 25.0] and [x for x, _, _ in bars] == [20.0, 25.0, 30.0, 45.0]
+    assert [width for _, _, width in bars] == [5.0, 20.0, 10.0, 25.0] and [x for x, _, _ in bars] == [22.0, 27.0, 32.0, 47.0]
     assert len({y for _, y, _ in bars}) == 4, "what overlaps has a lane of its own"
     assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>workspace, agent, baseline gate, gate</desc>" in drawn
 
