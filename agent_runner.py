@@ -940,6 +940,12 @@ def lock_take(path: Path) -> Iterator[bool]:
         yield free
 
 
+def is_locked(path: Path) -> bool:
+    """Whether the owner of a lock is alive."""
+    with lock_take(path) as free:
+        return path.exists() and not free
+
+
 # === Chapter 5. The issue and the brief =====================================
 # Called by: blueprint and agent_step.
 # Promises: the text of an issue is data: it limits what may change, and commands nothing.
@@ -956,7 +962,7 @@ class Issue(NamedTuple):
 
     title: str
     text: str
-    source: str  # the file's path as it was given
+    source: str  # its file, in a run relative to the repository; or github:OWNER/REPO#12
     scope: list[str]  # globs of its "Scope:" lines: what may change
     allow: list[str]  # globs of its "Allow:" lines: what is protected and may change nevertheless
     removed: Sequence[str] = ()  # what was taken out of its text, as no reader sees it
@@ -967,7 +973,8 @@ def issue_read(path: Path) -> Issue:
     text = text_read(path, "issue file").strip()
     if not text:
         raise Stop(EXIT_USAGE, f"issue file {path} is empty; say in it what is wanted")
-    return issue_parse(text, str(path))
+    # Its place, not that of a file that it may be a link to.
+    return issue_parse(text, str(path.parent.resolve() / path.name))
 
 
 def issue_parse(text: str, source: str) -> Issue:
@@ -6288,6 +6295,15 @@ def text_cut(text: str, cells: int) -> str:
     return text
 
 
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's rows as lines, with its columns one below the other; masked, and only text."""
+    cells = [[console_inert(console_safe(MASK.text(one_line(cell)))) for cell in row]
+             for row in rows]
+    sizes = [max(map(text_cells, column)) for column in zip(*cells)]
+    return ["  ".join(cell + " " * (size - text_cells(cell)) for cell, size in zip(row, sizes)
+                      ).rstrip() for row in cells]
+
+
 def seconds_shown(seconds: float) -> str:
     """Seconds for people: "48 s", and from a minute on "29:48"."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
@@ -6791,11 +6807,9 @@ def cmd_runs(args: argparse.Namespace) -> int:
         console_print(json_text({"schema": 1, "runs": runs}), sys.stdout)
         return 0
     rows = [("RUN", "COMMAND", "OUTCOME", "AGE", "TITLE", "BRANCH"), *map(run_row, folders)]
-    sizes = [max(map(text_cells, column)) for column in zip(*rows)]
-    for row in rows if folders else []:
-        line = "  ".join(cell + " " * (size - text_cells(cell)) for cell, size in zip(row, sizes))
+    for line in table_lines(rows) if folders else []:
         width = console_width(sys.stdout) if console_is_terminal(sys.stdout) else len(line)
-        console_print(text_cut(console_safe(MASK.text(line)), width).rstrip(), sys.stdout)
+        console_print(text_cut(line, width).rstrip(), sys.stdout)
     where = path_shown(repo.root / ".agent-runs")
     CONSOLE.say(f"{words_counted(len(folders), 'record')} in {where}")
     return 0
@@ -6999,10 +7013,10 @@ def run_close(folder: Path, place: Path | None) -> None:
 
 
 # === Chapter 21. The queue ==================================================
-# Called by: the command line.
+# Called by: the command line, and the board.
 # Promises: what cannot be read or proved is never ready; nothing is pushed, merged or closed; a
 #   forge is written to only where --arm and AGENT_QUEUE_ALLOW both allow it.
-# At first: read queue_decide and distrust, skip the rest.
+# At first: read Queue and queue_decide, and distrust; skip the rest.
 #
 # Which issue may run now, and why may the rest not? A source of issues is a directory of this
 # repository, where the checked-out commit is the authority, or github:OWNER/REPO, which is
@@ -7010,36 +7024,32 @@ def run_close(folder: Path, place: Path | None) -> None:
 
 READY, WORKING, PROPOSED = "ready-for-agent", "agent-in-progress", "agent-proposed"
 HUMAN, HALT = "ready-for-human", "agent-stop"
-AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the issue is
-OVER_TO_HUMAN = ("gate_failed", "no_change", "blocked", "scope_disagreement", "agent_timed_out",
-                 "agent_failed")
+STATES = ("invalid", "claimed", "proposed", "blocked", "untrusted", "ready")  # the first one counts
 
 
 class QueueItem(NamedTuple):
-    """A labelled issue, and whether it may run now."""
+    """An issue of a source, and whether it may run now."""
 
     number: int | None
     ref: str  # what issue-to-pr takes
-    title: str
-    priority: int | None
-    state: str  # ready, blocked, claimed, proposed, untrusted or invalid
-    reason: str
-
-
-class Task(NamedTuple):
-    """What is known of one issue of a source."""
-
-    number: int | None
-    ref: str
     title: str = ""
     labels: Collection[str] = ()
     blockers: Collection[int] = ()
     done: bool = False  # closed, or its proposal is merged, or its file is gone
-    problem: str = ""  # why it cannot be read
-    taken: str = ""  # who works on it
-    proposed: str = ""  # where its proposal is
-    human: str = ""  # why a human has to look first
-    distrust: Callable[[], str] = str  # why nobody answers for it, or ""; it may cost calls
+    source: str = ""  # what a record and a trailer call it
+    state: str = "ready"
+    reason: str = ""
+
+    @property
+    def priority(self) -> int | None:
+        """The number of its label "priority:N", the lowest one."""
+        hits = [re.fullmatch(r"priority:\s*(\d{1,6})", label, re.ASCII) for label in self.labels]
+        return min((int(hit[1]) for hit in hits if hit), default=None)
+
+    def facts(self) -> dict[str, Any]:
+        """What a program gets of it."""
+        return {name: getattr(self, name)
+                for name in ("number", "ref", "title", "priority", "state", "reason")}
 
 
 def cmd_queue(args: argparse.Namespace) -> int:
@@ -7049,468 +7059,167 @@ def cmd_queue(args: argparse.Namespace) -> int:
                                "--simulate nor --dry-run")
     if args.run and args.export:
         raise Stop(EXIT_USAGE, "--export is for jobs elsewhere, --run runs here; give one of them")
-    repo = repo_open(Path.cwd())
+    queue = Queue(repo_open(Path.cwd()), args.source)
     if args.run:
-        return queue_run(repo, args)
+        return queue_run(queue, args)
     if args.export:
-        return queue_export(repo, args)
-    queue_show(queue_items(repo, args.source), args.json)
+        return queue_export(queue, args)
+    queue_show(queue.items(), args.json)
     return 0
 
 
 def queue_show(items: list[QueueItem], as_json: bool) -> None:
     """Print the issues of a queue, as a table or as JSON."""
-    rows = [(item.state, "-" if item.priority is None else str(item.priority), item.ref,
-             f"{item.title}: {item.reason}".removesuffix(": ")) for item in items]
-    table_print(("state", "priority", "issue", "title, reason"), rows,
-                [item._asdict() for item in items] if as_json else None)
+    rows = [("state", "priority", "issue", "title, reason")]
+    for item in items:
+        priority = "-" if item.priority is None else str(item.priority)
+        words = f"{item.title}: {item.reason}" if item.reason else item.title
+        rows.append((item.state, priority, item.ref, words))
+    rows_show(rows, [item.facts() for item in items], as_json)
 
 
-def table_print(heads: tuple[str, ...], rows: list[tuple[str, ...]],
-                facts: list[dict[str, Any]] | None) -> None:
-    """Print a table on stdout; where there are facts, these, as JSON."""
-    text = json.dumps(facts, indent=2)
-    if facts is None:
-        cells = [[console_safe(one_line(cell)) for cell in row] for row in (heads, *rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-                 for row in cells]
-        text = "\n".join(lines)
-    console_print(MASK.text(text), sys.stdout)
+def rows_show(rows: list[tuple[str, ...]], facts: list[dict[str, Any]], as_json: bool) -> None:
+    """Print a table, or what is in it as JSON."""
+    console_print(json_text(facts) if as_json else "\n".join(table_lines(rows)), sys.stdout)
 
 
-def queue_export(repo: Repo, args: argparse.Namespace) -> int:
+def queue_export(queue: Queue, args: argparse.Namespace) -> int:
     """Write each ready issue to a file, for a job that cannot reach the forge, and list them."""
-    tasks, folder, exported = queue_tasks(repo, args.source), Path(args.export), []
-    halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
-    if halted:
-        CONSOLE.say(f"nothing may run: the label {HALT} is on {halted[0]}")
+    folder, exported = Path(args.export), []
     folder.mkdir(parents=True, exist_ok=True)
-    for item in [] if halted else items_decide(tasks):
-        path = folder / f"{item.number}.json"
-        try:
-            if item.state == "ready" and len(exported) < (args.limit or len(tasks)):
-                # Read and proved once more: nobody looks at it after this.
-                issue = issue_find(item.ref, argparse.Namespace(
-                    trusted=item.ref.startswith("github:"), with_comments=args.with_comments))
-                file_write(path, json.dumps(issue._asdict(), indent=2) + "\n")
-                exported.append(item._asdict() | {"ref": str(path)})
+    if queue.halted:
+        CONSOLE.say(f"nothing may run: {queue.halted}")
+    for item in [] if queue.halted else queue.items():
+        if item.state == "ready" and len(exported) < (args.limit or len(queue.issues)):
+            item = item_export(item, folder / f"{item.number}.json", args.with_comments)
+            if item.state == "ready":
+                exported.append(item.facts())
                 continue
-        except Stop as stop:
-            item = item._replace(state="untrusted", reason=str(stop))
         CONSOLE.say(f"{item.state}: {item.ref} {item.reason}".strip())
-    console_print(MASK.text(json.dumps(exported, indent=2)), sys.stdout)
+    console_print(json_text(exported), sys.stdout)
     return 0
 
 
-def queue_items(repo: Repo, source: str | Path) -> list[QueueItem]:
-    """The labelled issues of a directory, or of github:OWNER/REPO, in the order of their turn."""
-    return items_decide(queue_tasks(repo, str(source)))
+def item_export(item: QueueItem, path: Path, with_comments: bool) -> QueueItem:
+    """The issue as it is in a file now; untrusted where it changed since the look."""
+    try:  # read and proved once more: nobody looks at it after this
+        issue = issue_find(item.ref, item.ref.startswith("github:"), with_comments)
+    except Stop as stop:
+        return item._replace(state="untrusted", reason=str(stop))
+    file_write(path, json.dumps(issue._replace(source=item.source)._asdict(), indent=2) + "\n")
+    return item._replace(ref=str(path))
 
 
-def items_decide(tasks: list[Task]) -> list[QueueItem]:
-    """The labelled ones of some issues, each with its state, in the order of their turn."""
-    known = {task.number: task for task in tasks if task.number is not None}
-    items = [queue_decide(task, known) for task in tasks if not task.done and is_labelled(task)]
-    last = float("inf")
-    return sorted(items, key=lambda item: [last if value is None else value
-                                           for value in (item.priority, item.number)])
+class Queue:
+    """One look at a source of issues, and at what this checkout knows of the work on them."""
+
+    def __init__(self, repo: Repo, source: str, own: Path | None = None) -> None:
+        self.repo, self.folder = repo, Path(source)
+        self.forge = Forge(source) if source.startswith("github:") else None
+        self.own = own  # the claim that is ours
+        self.head = git(repo, "rev-parse", "HEAD").strip()
+        # By issue_path: whose proposals are in HEAD; whose are not, with the branches; the records.
+        self.merged = issues_named(repo, "HEAD")
+        self.proposed = issues_named(repo, "--branches=agent/*", "--remotes=*/agent/*", "^HEAD")
+        self.runs = runs_of_issues(repo)
+
+    @functools.cached_property
+    def issues(self) -> list[QueueItem]:
+        """All issues, also those without a label: others may be blocked by them."""
+        issues = forge_items(self, self.forge) if self.forge else file_items(self)
+        known = {item.number: item for item in issues if item.number is not None}
+        return [queue_decide(item, known) for item in issues]
+
+    @property
+    def halted(self) -> str:
+        """What stops all of them, or ""."""
+        halts = [item.ref for item in self.issues if HALT in item.labels and not item.done]
+        return f"the label {HALT} is on {halts[0]}" if halts else ""
+
+    def items(self) -> list[QueueItem]:
+        """The labelled ones, in the order of their turn."""
+        own = [self.proved(item) for item in self.issues if not item.done and is_labelled(item)]
+        last = float("inf")
+        return sorted(own, key=lambda item: [last if value is None else value
+                                             for value in (item.priority, item.number)])
+
+    def proved(self, item: QueueItem) -> QueueItem:
+        """The issue; of a forge it is only ready where somebody answers for it."""
+        if not self.forge or item.state != "ready":
+            return item
+        reason = forge_distrust(self.forge, int(item.number or 0))
+        return item._replace(state="untrusted", reason=reason) if reason else item
+
+    def alive(self, source: str) -> list[str]:
+        """The runs on an issue that go on."""
+        runs = self.runs.get(issue_path(self.repo, source), [])
+        return [run["run_id"] for run in runs if is_locked(Path(run["folder"]) / "running")]
+
+    def work(self, source: str) -> tuple[str, str]:
+        """A state and its reason, where somebody here works on an issue, or it is proposed."""
+        claim = claim_path(self.repo, source)
+        if alive := self.alive(source):
+            return "claimed", f"run {alive[-1]} works on it"
+        if claim != self.own and is_locked(claim):
+            return "claimed", "a queue of this machine works on it"
+        return "proposed", self.proposed.get(issue_path(self.repo, source), "")
 
 
-def is_labelled(task: Task) -> bool:
+def is_labelled(item: QueueItem) -> bool:
     """Whether an issue is the queue's."""
-    return not {READY, WORKING, PROPOSED}.isdisjoint(task.labels)
+    return not {READY, WORKING, PROPOSED}.isdisjoint(item.labels)
 
 
-def queue_tasks(repo: Repo, source: str, mine: Path | None = None) -> list[Task]:
-    """The issues of a source, also those without a label: others may be blocked by them."""
-    forge = forge_of(source)
-    return forge_tasks(repo, forge, mine) if forge else file_tasks(repo, Path(source), mine)
+def queue_decide(item: QueueItem, known: Mapping[int, QueueItem]) -> QueueItem:
+    """The issue with its state, now that the others are known."""
+    missing = [f"#{number}" for number in item.blockers if number not in known]
+    waits = [f"#{number}" for number in item.blockers
+             if number in known and not known[number].done]
+    cycle = [str(number) for number in cycle_of(item, known)]
+    state, reason = state_first(
+        ("invalid", missing and f"Blocked by {', '.join(missing)}: there is no such issue"),
+        ("invalid", cycle and f"Blocked by goes in a circle: {' -> '.join(cycle)}"),
+        ("blocked", waits and f"by {', '.join(waits)}"),
+        ("untrusted", READY not in item.labels and f"its label is not {READY}"),
+        (item.state, item.reason))
+    return item._replace(state=state, reason=reason)
 
 
-def queue_decide(task: Task, known: Mapping[int, Task]) -> QueueItem:
-    """The state of an issue, with the reason."""
-    missing = [number for number in task.blockers if number not in known]
-    waits = [number for number in task.blockers if number in known and not known[number].done]
-    cycle = cycle_of(task, known)
-    facts = (
-        ("invalid", task.problem),
-        ("invalid", missing and f"Blocked by {issues_listed(missing)}: there is no such issue"),
-        ("invalid", cycle and f"Blocked by goes in a circle: {' -> '.join(map(str, cycle))}"),
-        ("claimed", task.taken),
-        ("proposed", task.proposed),
-        ("blocked", waits and f"by {issues_listed(waits)}"),
-        ("blocked", task.human),
-    )
-    state, reason = next(((state, reason) for state, reason in facts if reason), ("ready", ""))
-    if state == "ready":
-        reason = "" if READY in task.labels else f"its label is not {READY}"
-        reason = reason or task.distrust()
-        state = "untrusted" if reason else "ready"
-    found = [re.fullmatch(r"priority:\s*(\d{1,6})", label, re.ASCII) for label in task.labels]
-    priorities = [int(hit[1]) for hit in found if hit]
-    return QueueItem(task.number, task.ref, task.title, min(priorities, default=None), state,
-                     str(reason))
+def state_first(*reasons: tuple[str, Any]) -> tuple[str, str]:
+    """The state that counts, with its reason; "ready" where there is no reason."""
+    given = [(state, reason) for state, reason in reasons if reason]
+    return min(given, key=lambda pair: STATES.index(pair[0]), default=("ready", ""))
 
 
-def issues_listed(numbers: Iterable[int]) -> str:
-    """Some issues for a person: "#2, #7"."""
-    return ", ".join(f"#{number}" for number in numbers)
-
-
-def cycle_of(task: Task, known: Mapping[int, Task]) -> list[int]:
+def cycle_of(item: QueueItem, known: Mapping[int, QueueItem]) -> list[int]:
     """The way from an issue along "Blocked by" back to itself; [] where there is none."""
-    ways, been = deque([[task]]), set()
-    while ways:
-        way = ways.popleft()
+    ways, passed = [[item]], set()
+    for way in ways:  # it grows
         for number in way[-1].blockers:
-            if number == task.number:
+            if number == item.number:
                 return [step.number for step in way] + [number]
-            if number in known and number not in been and not known[number].done:
-                been.add(number)
+            if number in known and number not in passed and not known[number].done:
+                passed.add(number)
                 ways.append([*way, known[number]])
     return []
 
 
-# --- What an issue's text says of the queue.
-
-def labels_read(text: str) -> list[str]:
-    """The labels of an issue file: those of its header, which ends at the second heading."""
-    lines = "\n".join(lines_unfenced(text))
-    header = "".join(re.split(r"(?m)^ {0,3}#+(?=\s)", lines, maxsplit=2)[:2])
-    labels = [label for line in lines_after(header, "Labels") for label in line.split(",")]
-    return [label.strip().lower() for label in labels]
-
-
-BLOCKED_BY = r"(?i)[\s>*_#-]*blocked\s+by\b[\s:*_]*(.*)"
-
-
-def blockers_read(text: str) -> tuple[list[int], str]:
-    """The issues that a text says it is blocked by; what is wrong with how it says so, or ""."""
-    numbers, problem = [], ""
-    for line in lines_unfenced(text):
-        if hit := re.match(BLOCKED_BY, line):
-            named = re.findall(r"(?<![\w/])#(\d{1,9})\b", hit[1], re.ASCII)
-            numbers += map(int, named)
-            rest = re.sub(r"(?i)(?<![\w/])#\d{1,9}\b|\b(and|none|nothing)\b|[\s,;.*_]", "", hit[1])
-            if rest or not re.search(r"(?i)[\d#]|none|nothing", hit[1]):
-                problem = f"{line.strip()[:80]!r} is no list of issues; write: Blocked by #2, #7"
-    return numbers, problem
-
-
-# --- Issues in a directory.
-
-def file_tasks(repo: Repo, folder: Path, mine: Path | None) -> list[Task]:
-    """The issue files of a directory: in HEAD, not in HEAD, and gone from it."""
-    place, root = folder.resolve(), repo.root.resolve()
-    if not place.is_dir() or not place.is_relative_to(root):
-        raise Stop(EXIT_USAGE, f"{folder} is no directory of {repo.root}; name one with issue "
-                               "files, or github:OWNER/REPO")
-    head = git(repo, "rev-parse", "HEAD").strip()
-    top = place.relative_to(root)
-    paths = [path for path in tree_paths(repo, head)
-             if Path(path).parent == top and path.endswith(".md")]
-    committed = {Path(path).name: data for path, (_, _, data)
-                 in tree_files(repo, head, paths).items()}
-    names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
-    deleted = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
-                  "HEAD", "--", f":(top,literal){top}").split("\0")
-    facts = FileFacts(repo, head, top, committed, Counter(map(file_number, names)), mine,
-                      issues_named(repo, "HEAD"), proposals_open(repo), runs_known(repo))
-    tasks = [file_task(facts, folder / name) for name in sorted(names)]
-    there = {task.number for task in tasks}
-    gone = {file_number(Path(path).name) for path in deleted if Path(path).parent == top} - there
-    return tasks + [Task(number, str(folder), done=True) for number in gone]
-
-
-class FileFacts(NamedTuple):
-    """What HEAD, the branches and the records say of a directory's issues."""
-
-    repo: Repo
-    head: str  # the commit
-    top: Path  # the directory in it
-    committed: dict[str, bytes]  # its issue files
-    numbers: Counter[int | None]
-    mine: Path | None  # the claim that is ours
-    merged: Collection[str]  # the issues whose proposals are in HEAD
-    proposed: dict[str, str]  # those whose proposals are not, with their branches
-    runs: list[dict[str, Any]]
-
-
-def file_task(facts: FileFacts, path: Path) -> Task:
-    """What is known of an issue file."""
-    name, inside, number = path.name, str(facts.top / path.name), file_number(path.name)
-    data, there = facts.committed.get(name), path.exists()
-    committed = (data or b"").decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
-    labels: Collection[str] = [READY]  # as far as anybody can tell
-    try:
-        issue = issue_parse(committed, str(path)) if committed and not there else issue_read(path)
-        labels, (blockers, problem) = labels_read(issue.text), blockers_read(issue.text)
-        issue_check(issue, facts.repo.root)
-    except Stop as stop:
-        return Task(number, str(path), name, labels, problem=str(stop))
-    if number is None:
-        problem = "its name does not begin with a number, as in 0007-name.md; rename it"
-    elif facts.numbers[number] > 1:
-        problem = f"two files have the number {number}; rename one of them"
-    runs = [run for run in facts.runs if is_same_issue(str(run["issue"]), inside)]
-    branches = [branch for source, branch in facts.proposed.items()
-                if is_same_issue(source, inside)]
-    reason = file_distrust(data is not None, there, MASK.text(committed) == issue.text)
-    return Task(number, str(path), issue.title, labels, blockers,
-                any(is_same_issue(source, inside) for source in facts.merged), problem,
-                taken_by(facts.repo, str(path), runs, facts.mine), ", ".join(branches),
-                handed_over(runs, facts.head), lambda: reason)
-
-
-def file_number(name: str) -> int | None:
-    """The number of an issue file: "0002-name.md" -> 2."""
-    hit = re.match(r"\d{1,9}(?!\d)", name, re.ASCII)
-    return int(hit[0]) if hit else None
-
-
-def file_distrust(committed: bool, there: bool, same: bool) -> str:
-    """Why an issue file is not what the checked-out commit says, or ""."""
-    if not committed:
-        return "not committed; commit it"
-    if not there:
-        return "deleted here, but not in HEAD; restore it, or commit that"
-    return "" if same else "differs from HEAD; commit or undo the change"
-
-
-def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
-    """The issues that the "Issue:" trailers of commits name, each with a commit."""
-    log = git(repo, "log", "-z", "--format=%H%n%b", "--grep=^Issue: ", *revs).split("\0")
-    entries = [entry.partition("\n") for entry in log]
-    return {source.strip(): commit for commit, _, body in entries
-            for source in re.findall(r"(?m)^Issue: (.+)$", body)}
-
-
-def proposals_open(repo: Repo) -> dict[str, str]:
-    """The issues that have a proposal which is not in HEAD, each with its branch."""
-    refs = git(repo, "for-each-ref", "--format=%(refname)", "refs/heads/agent/",
-               "refs/remotes/").split()
-    branches = [ref for ref in refs if "/agent/" in ref]
-    return {source: re.sub(r"^refs/(heads|remotes)/", "", branch) for branch in branches
-            for source in issues_named(repo, branch, "^HEAD")}
-
-
-def runs_known(repo: Repo) -> list[dict[str, Any]]:
-    """The records of runs on issues, the newest last; `alive` says whether one is going on."""
-    runs = []
-    for folder in sorted((repo.root / ".agent-runs").glob("*/")):
-        facts = record_read(folder)
-        if facts["began"] and facts["issue"] and not facts["simulated"]:
-            mark = folder / "running"
-            runs.append(facts | {"alive": mark.exists() and not is_free(mark)})
-    return runs
-
-
-def is_free(path: Path) -> bool:
-    """Whether nobody holds a lock."""
-    with lock_take(path) as free:
-        return free
-
-
-def is_same_issue(source: str, path: str) -> bool:
-    """Whether a recorded source is an issue: "../issues/2.md" and "2.md" are "issues/2.md"."""
-    named = [part for part in Path(source.lower()).parts if part not in ("..", os.sep)]
-    parts = [*Path(path.lower()).parts]
-    fewer = min(len(named), len(parts))
-    return fewer > 0 and named[-fewer:] == parts[-fewer:]
-
-
-def taken_by(repo: Repo, ref: str, runs: list[dict[str, Any]], mine: Path | None) -> str:
-    """Who works on an issue on this machine, or ""."""
-    claim = claim_path(repo, ref)
-    alive = [run["run_id"] for run in runs if run["alive"]]
-    if alive:
-        return f"run {alive[-1]} works on it"
-    taken = claim != mine and claim.exists() and not is_free(claim)
-    return "a queue of this machine works on it" if taken else ""
-
-
-def handed_over(runs: list[dict[str, Any]], head: str) -> str:
-    """Why a human has to look at an issue first, or "": on the same commit its run failed."""
-    last = runs[-1] if runs else {}
-    if last.get("head") != head or last.get("outcome") not in OVER_TO_HUMAN or is_at_once(last):
-        return ""
-    return (f"run {last['run_id']} ended {last['outcome']} on this commit; "
-            "a human decides, or a new commit does")
-
-
-# --- Issues on a forge.
-
-FORGE = r"github:([A-Za-z0-9][\w-]*/[\w.-]+)"
-ISSUE_REF = r"(github:[^/#]+/[^/#]+)?#[0-9]{1,9}"
-PAGE = "per_page=100"
-GH_NEEDS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
-GH_NEVER = ("GH_DEBUG", "GH_FORCE_TTY", "CLICOLOR_FORCE", "DEBUG", "GH_REPO")
-EDITED = ("query($owner: String!, $name: String!, $number: Int!) { repository(owner: $owner, "
-          "name: $name) { issue(number: $number) { lastEditedAt } } }")
-
-
-def forge_of(source: str) -> Forge | None:
-    """The forge's repository that a source names; None for a directory; raises Stop."""
-    if not source.startswith("github:"):
-        return None
-    hit = re.fullmatch(FORGE, source, re.ASCII)
-    if not hit:
-        raise Stop(EXIT_USAGE, f"{source!r} is not github:OWNER/REPO; correct it")
-    return Forge(hit[1])
-
-
-class Forge:
-    """A repository on a forge, reached through `gh api`; each call has a time limit."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.ref = name, f"github:{name}"
-        self.levels: dict[str, str] = {}
-
-    def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> str | None:
-        """What a call printed; None where there is no such thing; raises Stop for all else."""
-        environ = environ_plain(os.environ) | {name: os.environ[name] for name in GH_NEEDS
-                                               if name in os.environ}
-        for name in GH_NEVER:
-            environ.pop(name, None)
-        environ |= {"GH_PROMPT_DISABLED": "1", "GH_NO_UPDATE_NOTIFIER": "1", "NO_COLOR": "1"}
-        stdin = b"" if body is None else json.dumps(body).encode()
-        ran = program_call(["gh", "api", path, *words, *(["--input", "-"] if stdin else [])],
-                           env=environ, stdin=stdin, seconds=120, heed=heed)
-        if ran.exit == 4 or b"gh auth login" in ran.err:
-            raise Stop(EXIT_MISSING, "gh is not signed in; run `gh auth login`, or set GH_TOKEN")
-        if ran.exit and re.search(rb"HTTP (404|410)", ran.err):
-            return None
-        if ran.exit:
-            raise Stop(EXIT_MISSING, f"gh api {path} failed: {ran.last_line()}; try again later")
-        return ran.out.decode("utf-8", "replace")
-
-    def get(self, path: str) -> dict[str, Any] | None:
-        """One thing of this repository; None where it is not there; raises Stop."""
-        text = self.call(f"repos/{self.name}/{path}")
-        values = None if text is None else json_values(text, path)
-        return values[0] if values else None
-
-    def pages(self, path: str) -> list[dict[str, Any]]:
-        """All pages of a list of this repository; raises Stop where one is missing."""
-        text = self.call(f"repos/{self.name}/{path}", "--paginate")
-        if text is None:
-            raise Stop(EXIT_MISSING, f"{self.ref}: there is no {path.partition('?')[0]}, or it may "
-                                     "not be read; check the name, and who gh is signed in as")
-        pages = json_values(text, path)
-        if not pages or not all(isinstance(page, list) for page in pages):
-            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no list; try again later")
-        return [entry for page in pages for entry in page]
-
-    def send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """Change something; what came back, where that is an object; raises Stop."""
-        # Also while we are being ended: what is left behind would look like a lock.
-        text = self.call(f"repos/{self.name}/{path}", "--method", method, body=body, heed=False)
-        values = json_values(text, path) if text else []
-        return values[0] if values and isinstance(values[0], dict) else {}
-
-    def level(self, login: str) -> str:
-        """The permission of somebody: "admin", "write", "read", "none"; "" where it is unknown."""
-        if login not in self.levels:
-            answer = self.get(f"collaborators/{login}/permission") or {}
-            self.levels[login] = str(answer.get("permission") or "")
-        return self.levels[login]
-
-    def edited(self, number: int) -> str | None:
-        """When the text of an issue was last edited; None: never. Raises Stop, or KeyError."""
-        owner, name = self.name.split("/")
-        text = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
-                         f"name={name}", "-F", f"number={number}")
-        answer = json_values(text or "[]", "graphql")[0]
-        return answer["data"]["repository"]["issue"]["lastEditedAt"]
-
-
-def json_values(text: str, path: str) -> list[Any]:
-    """The JSON values that stand one after the other in a text: a page each; raises Stop."""
-    values, at, decoder = [], 0, json.JSONDecoder()
-    try:
-        while at < len(text := text.strip()):
-            value, at = decoder.raw_decode(text, at)
-            values.append(value)
-            at += len(text[at:]) - len(text[at:].lstrip())
-    except (ValueError, RecursionError):
-        raise Stop(EXIT_MISSING,
-                   f"gh api {path}: the answer is no whole JSON; try again later") from None
-    return values
-
-
-@contextlib.contextmanager
-def answers_checked(name: str) -> Iterator[None]:
-    """Where an answer is not what it should be, that is a Stop."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise Stop(EXIT_MISSING, f"{name}: an answer of gh api is not what was expected "
-                                 f"({type(error).__name__}: {error}); try again later") from None
-
-
-def forge_tasks(repo: Repo, forge: Forge, mine: Path | None) -> list[Task]:
-    """The open issues of a forge's repository, and those that they are blocked by."""
-    with answers_checked(forge.ref):
-        entries = forge.pages(f"issues?state=open&{PAGE}")
-        pulls = forge.pages(f"pulls?state=open&{PAGE}")
-        proposed, runs = proposals_open(repo), runs_known(repo)
-        tasks = [forge_task(repo, forge, entry, pulls, proposed, runs, mine)
-                 for entry in entries if "pull_request" not in entry]
-        known = {task.number for task in tasks}
-        wanted = {number for task in tasks if is_labelled(task) for number in task.blockers} - known
-        answers = {number: forge.get(f"issues/{number}") for number in sorted(wanted)}
-        return tasks + [Task(number, f"{forge.ref}#{number}", done=answer["state"] == "closed")
-                        for number, answer in answers.items() if answer]
-
-
-def forge_task(repo: Repo, forge: Forge, entry: dict[str, Any], pulls: list[dict[str, Any]],
-               proposed: dict[str, str], runs: list[dict[str, Any]], mine: Path | None) -> Task:
-    """What is known of an open issue of a forge."""
-    number, ref = int(entry["number"]), f"{forge.ref}#{entry['number']}"
-    labels = labels_of(entry)
-    blockers, problem = blockers_read(hidden_removed(entry["body"] or "")[0])
-    own = [run for run in runs if str(run["issue"]).lower() == ref.lower()]
-    taken = taken_by(repo, ref, own, mine)
-    if WORKING in labels and not taken:
-        taken = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
-        if claim_path(repo, ref).exists():
-            taken = "its run was killed; the next armed tick releases it"
-    closing = [pull for pull in pulls if is_closing(pull, forge.name, number)]
-    where = [f"pull request #{pull['number']}" for pull in closing]
-    where += [branch for source, branch in proposed.items() if source.lower() == ref.lower()]
-    where += [f"its label is {PROPOSED}"] if PROPOSED in labels else []
-    return Task(number, ref, one_line(hidden_removed(entry["title"])[0]), labels, blockers,
-                problem=problem, taken=taken, proposed=", ".join(where),
-                distrust=lambda: forge_distrust(forge, number))
-
-
-def labels_of(entry: dict[str, Any]) -> list[str]:
-    """The labels of a forge's issue."""
-    return [label["name"].strip().lower() for label in entry["labels"]]
-
-
-def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
-    """Whether an open pull request would close an issue, or was made for it by this program."""
-    text = f"{pull['title']}\n{pull['body'] or ''}"
-    named = rf"({re.escape(name)})?#{number}\b|https?://[^/\s]+/{re.escape(name)}/issues/{number}\b"
-    return bool(re.search(rf"(?i)\b(close[sd]?|fix(e[sd])?|resolve[sd]?):?\s+({named})"
-                          rf"|github:{re.escape(name)}#{number}\b", text))
-
+# --- Trust: who answers for an issue of a forge as it is now?
 
 def forge_distrust(forge: Forge, number: int) -> str:
     """Why nobody with write access answers for an issue as it is now, or ""; raises no Stop."""
     try:
         with answers_checked(f"{forge.ref}#{number}"):
             events = forge.pages(f"issues/{number}/timeline?{PAGE}")
-            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
             kinds = [event["event"] for event in events]
             if kinds.count("connected") > kinds.count("disconnected"):  # nothing says to which one
                 return "a pull request was linked to it by hand; unlink that if it is closed"
+            edits = [event["created_at"] for event in events if event["event"] == "renamed"]
             edited, event = forge.edited(number), label_event(events)
+            if edited is not None:
+                edits.append(edited)
             login = login_of(event)
-            return distrust(event, forge.level(login) if login else "",
-                            edits + ([] if edited is None else [edited]))
+            return distrust(event, forge.level(login) if login else "", edits)
     except Stop as stop:
         return f"it cannot be proved: {stop}"
 
@@ -7548,6 +7257,32 @@ def moment(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
 
 
+# --- What an issue's text says of the queue.
+
+def labels_read(text: str) -> list[str]:
+    """The labels of an issue file: those of its header, which ends at the second heading."""
+    lines = "\n".join(lines_unfenced(text))
+    header = "".join(re.split(r"(?m)^ {0,3}#+(?=\s)", lines, maxsplit=2)[:2])
+    labels = [label for line in lines_after(header, "Labels") for label in line.split(",")]
+    return [label.strip().lower() for label in labels]
+
+
+BLOCKED_BY = r"(?i)[\s>*_#-]*blocked\s+by\b[\s:*_]*(.*)"
+
+
+def blockers_read(text: str) -> tuple[list[int], str]:
+    """The issues that a text says it is blocked by; what is wrong with how it says so, or ""."""
+    numbers, problem = [], ""
+    for line in lines_unfenced(text):
+        if hit := re.match(BLOCKED_BY, line):
+            words = re.findall(r"[^\s,;.*_]+", re.sub(r"\band\b", " ", hit[1].lower()))
+            named = [word for word in words if re.fullmatch(r"#\d{1,9}", word, re.ASCII)]
+            numbers += [int(word[1:]) for word in named]
+            if not words or {*words} - {*named} - {"none", "nothing"}:
+                problem = f"{line.strip()[:80]!r} is no list of issues; write: Blocked by #2, #7"
+    return numbers, problem
+
+
 # What a reader of the page does not see, and the agent would read:
 HIDDEN = (r"(?m:^) {0,3}<!--(?s:.*)\Z"
           r"|(?m:^) {0,3}\[[^\]\n]*\]:[ \t]*(?:#|<>)[ \t]+[^\n]*")
@@ -7567,10 +7302,262 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
     return head + tail, [words_counted(count, what) for what, count in counts.items() if count]
 
 
-def issue_find(name: str, args: argparse.Namespace) -> Issue:
+# --- What this checkout knows of the work on issues.
+
+def runs_of_issues(repo: Repo) -> dict[str, list[dict[str, Any]]]:
+    """The records of runs on each issue, the newest last; `folder` is where they are."""
+    runs = defaultdict(list)
+    for folder in sorted((repo.root / ".agent-runs").glob("*/")):
+        facts = summary_read(folder)
+        if is_record(facts) and facts["issue"] and not facts.get("simulated"):
+            runs[issue_path(repo, facts["issue"])].append(facts | {"folder": str(folder)})
+    return dict(runs)
+
+
+def handed_over(queue: Queue, source: str) -> str:
+    """Why a human has to look at an issue first, or "": on the same commit its run failed."""
+    last = queue.runs.get(issue_path(queue.repo, source), [{}])[-1]
+    outcome = last.get("outcome")
+    if outcome in (None, "proposed", "interrupted") or is_at_once(last):
+        return ""  # that says nothing against the issue
+    if last.get("head") != queue.head:
+        return ""
+    return (f"run {last['run_id']} ended {outcome} on this commit; "
+            "a human decides, or a new commit does")
+
+
+def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
+    """The issues that the "Issue:" trailers of commits name, with the branch that they are on."""
+    log = git(repo, "log", "-z", "--format=%S%n%b", "--grep=^Issue: ", *revs).split("\0")
+    named = {}
+    for entry in log:
+        ref, _, body = entry.partition("\n")
+        for source in re.findall(r"(?m)^Issue: (.+)$", body):
+            named[issue_path(repo, source.strip())] = re.sub(r"^refs/(heads|remotes)/", "", ref)
+    return named
+
+
+def issue_path(repo: Repo, source: str) -> str:
+    """What all names of an issue's file come to; the same for an issue of a forge."""
+    return os.path.normpath(repo.root / source).lower()
+
+
+# --- Issues in a directory.
+
+def file_items(queue: Queue) -> list[QueueItem]:
+    """The issue files of a directory: in HEAD, not in HEAD, and gone from it."""
+    repo, folder = queue.repo, queue.folder
+    place, root = folder.resolve(), repo.root.resolve()
+    if not place.is_dir() or not place.is_relative_to(root):
+        raise Stop(EXIT_USAGE, f"{folder} is no directory of {repo.root}; name one with issue "
+                               "files, or github:OWNER/REPO")
+    top = place.relative_to(root)
+    paths = [path for path in tree_paths(repo, queue.head)
+             if Path(path).parent == top and path.endswith(".md")]
+    committed = tree_files(repo, queue.head, paths)
+    names = {path.name for path in place.glob("*.md")} | {Path(path).name for path in paths}
+    numbers, items = Counter(map(file_number, names)), []
+    for name in sorted(names):
+        source, number = str(top / name), file_number(name)
+        data = committed[source][2] if source in committed else None
+        item = file_item(queue, folder / name, source, data)
+        if number is not None and numbers[number] > 1:
+            reason = f"two files have the number {number}; rename one of them"
+            item = item._replace(state="invalid", reason=reason)
+        items.append(item)
+    deleted = git(repo, "log", "--no-renames", "--diff-filter=D", "--name-only", "--format=", "-z",
+                  "HEAD", "--", f":(top,literal){top}").split("\0")
+    gone = {file_number(Path(path).name) for path in deleted if Path(path).parent == top}
+    done = [QueueItem(number, str(folder), done=True) for number in gone - numbers.keys()]
+    return items + done
+
+
+def file_item(queue: Queue, path: Path, source: str, data: bytes | None) -> QueueItem:
+    """An issue file with what is known of it alone; the data is HEAD's."""
+    number, there = file_number(path.name), path.exists()
+    committed = (data or b"").decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
+    labels = [READY]  # as far as anybody can tell
+    try:
+        if data is not None and not there:
+            issue = issue_parse(committed, str(path))
+        else:
+            issue = issue_read(path)
+        labels = labels_read(issue.text)
+        issue_check(issue, queue.repo.root)
+    except Stop as stop:
+        return QueueItem(number, str(path), path.name, labels, source=source, state="invalid",
+                         reason=str(stop))
+    blockers, problem = blockers_read(issue.text)
+    if number is None:
+        problem = "its name does not begin with a number, as in 0007-name.md; rename it"
+    distrust = "" if MASK.text(committed) == issue.text else "differs from HEAD; commit or undo it"
+    if data is None:
+        distrust = "not committed; commit it"
+    elif not there:
+        distrust = "deleted here, but not in HEAD; restore it, or commit that"
+    state, reason = state_first(("invalid", problem), queue.work(source),
+                                ("blocked", handed_over(queue, source)), ("untrusted", distrust))
+    done = issue_path(queue.repo, source) in queue.merged
+    return QueueItem(number, str(path), issue.title, labels, blockers, done, source, state, reason)
+
+
+def file_number(name: str) -> int | None:
+    """The number of an issue file: "0002-name.md" -> 2."""
+    hit = re.match(r"\d{1,9}(?!\d)", name, re.ASCII)
+    return int(hit[0]) if hit else None
+
+
+# --- Issues on a forge.
+
+FORGE = r"github:([A-Za-z0-9][\w-]*/[\w.-]+)"
+ISSUE_REF = r"(github:[^/#]+/[^/#]+)?#[0-9]{1,9}"
+PAGE = "per_page=100"
+GH_NEEDS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
+GH_NEVER = ("GH_DEBUG", "GH_FORCE_TTY", "CLICOLOR_FORCE", "DEBUG", "GH_REPO")
+EDITED = ("query($owner: String!, $name: String!, $number: Int!) { repository(owner: $owner, "
+          "name: $name) { issue(number: $number) { lastEditedAt } } }")
+
+
+class Forge:
+    """A repository on a forge, reached through `gh api`; each call has a time limit."""
+
+    def __init__(self, ref: str) -> None:
+        hit = re.fullmatch(FORGE, ref, re.ASCII)
+        if not hit:
+            raise Stop(EXIT_USAGE, f"{ref!r} is not github:OWNER/REPO; correct it")
+        self.name, self.ref = hit[1], ref
+        self.levels: dict[str, str] = {}
+
+    def call(self, path: str, *words: str, body: Any = None, heed: bool = True) -> list[Any] | None:
+        """The values of an answer, one a page; None where nothing is there; else raises Stop."""
+        plain = environ_plain(os.environ)
+        environ = {name: value for name, value in os.environ.items()
+                   if name in GH_NEEDS or (name in plain and name not in GH_NEVER)}
+        environ |= {"GH_PROMPT_DISABLED": "1", "GH_NO_UPDATE_NOTIFIER": "1", "NO_COLOR": "1"}
+        argv, stdin = ["gh", "api", path, *words], b""
+        if body is not None:
+            argv, stdin = [*argv, "--input", "-"], json.dumps(body).encode()
+        ran = program_call(argv, env=environ, stdin=stdin, seconds=120, heed=heed)
+        if ran.exit == 4 or b"gh auth login" in ran.err:
+            raise Stop(EXIT_MISSING, "gh is not signed in; run `gh auth login`, or set GH_TOKEN")
+        if ran.exit and re.search(rb"HTTP (404|410)", ran.err):
+            return None
+        if ran.exit:
+            raise Stop(EXIT_MISSING, f"gh api {path} failed: {ran.last_line()}; try again later")
+        try:
+            return json_values(ran.out.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no whole JSON; "
+                                     "try again later") from None
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        """One thing of this repository; None where it is not there; raises Stop."""
+        values = self.call(f"repos/{self.name}/{path}")
+        return values[0] if values else None
+
+    def pages(self, path: str) -> list[dict[str, Any]]:
+        """All pages of a list of this repository; raises Stop where one is missing."""
+        pages = self.call(f"repos/{self.name}/{path}", "--paginate")
+        if pages is None:
+            raise Stop(EXIT_MISSING, f"{self.ref}: there is no {path.partition('?')[0]}, or it may "
+                                     "not be read; check the name, and who gh is signed in as")
+        if not pages or not all(isinstance(page, list) for page in pages):
+            raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no list; try again later")
+        return [entry for page in pages for entry in page]
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        """Change something; what came back; raises Stop."""
+        # Also while we are being ended: what is left behind would look like a lock.
+        values = self.call(f"repos/{self.name}/{path}", "--method", method, body=body, heed=False)
+        return values[0] if values else None
+
+    def level(self, login: str) -> str:
+        """The permission of somebody: "admin", "write", "read", "none"; "" where it is unknown."""
+        if login not in self.levels:
+            answer = self.get(f"collaborators/{login}/permission") or {}
+            self.levels[login] = str(answer.get("permission") or "")
+        return self.levels[login]
+
+    def edited(self, number: int) -> str | None:
+        """When the text of an issue was last edited; None: never. See answers_checked."""
+        owner, name = self.name.split("/")
+        values = self.call("graphql", "-f", f"query={EDITED}", "-f", f"owner={owner}", "-f",
+                           f"name={name}", "-F", f"number={number}")
+        (answer,) = values or []
+        return answer["data"]["repository"]["issue"]["lastEditedAt"]
+
+
+def json_values(text: str) -> list[Any]:
+    """The JSON values that stand one after the other in a text; raises ValueError."""
+    values, text = [], text.strip()
+    while text:
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:].lstrip()
+    return values
+
+
+@contextlib.contextmanager
+def answers_checked(name: str) -> Iterator[None]:
+    """Where an answer is not what it should be, that is a Stop."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise Stop(EXIT_MISSING, f"{name}: an answer of gh api is not what was expected "
+                                 f"({type(error).__name__}: {error}); try again later") from None
+
+
+def forge_items(queue: Queue, forge: Forge) -> list[QueueItem]:
+    """The open issues of a forge's repository, and those that they are blocked by."""
+    with answers_checked(forge.ref):
+        entries = forge.pages(f"issues?state=open&{PAGE}")
+        pulls = forge.pages(f"pulls?state=open&{PAGE}")
+        items = [forge_item(queue, forge, entry, pulls) for entry in entries
+                 if "pull_request" not in entry]
+        wanted = {number for item in items if is_labelled(item) for number in item.blockers}
+        for number in sorted(wanted - {item.number for item in items}):
+            if answer := forge.get(f"issues/{number}"):
+                done = answer["state"] == "closed"
+                items.append(QueueItem(number, f"{forge.ref}#{number}", done=done))
+        return items
+
+
+def forge_item(queue: Queue, forge: Forge, entry: dict[str, Any],
+               pulls: list[dict[str, Any]]) -> QueueItem:
+    """An open issue of a forge with what is known of it alone, but for whom it is to be trusted."""
+    number, ref = int(entry["number"]), f"{forge.ref}#{entry['number']}"
+    labels, claim = labels_of(entry), claim_path(queue.repo, ref)
+    title, body = hidden_removed(entry["title"])[0], hidden_removed(entry["body"] or "")[0]
+    blockers, problem = blockers_read(body)
+    held = f"{WORKING} was put on it elsewhere; remove the label if nobody works on it"
+    if claim != queue.own and claim.exists():
+        held = "its run was killed; the next armed tick releases it"
+    closing = [f"pull request #{pull['number']}" for pull in pulls
+               if is_closing(pull, forge.name, number)]
+    state, reason = state_first(
+        ("invalid", problem), ("proposed", ", ".join(closing)), queue.work(ref),
+        ("claimed", held if WORKING in labels else ""),
+        ("proposed", f"its label is {PROPOSED}" if PROPOSED in labels else ""))
+    return QueueItem(number, ref, one_line(title), labels, blockers, False, ref, state, reason)
+
+
+def labels_of(entry: dict[str, Any]) -> list[str]:
+    """The labels of a forge's issue."""
+    return [label["name"].strip().lower() for label in entry["labels"]]
+
+
+def is_closing(pull: dict[str, Any], name: str, number: int) -> bool:
+    """Whether an open pull request would close an issue, or was made for it by this program."""
+    text = f"{pull['title']}\n{pull['body'] or ''}"
+    named = rf"({re.escape(name)})?#{number}\b|https?://[^/\s]+/{re.escape(name)}/issues/{number}\b"
+    return bool(re.search(rf"(?i)\b(close[sd]?|fix(e[sd])?|resolve[sd]?):?\s+({named})"
+                          rf"|github:{re.escape(name)}#{number}\b", text))
+
+
+def issue_find(name: str, trusted: bool, with_comments: bool) -> Issue:
     """The issue that a reference, a Markdown file or a file of `queue --export` holds."""
     if re.fullmatch(ISSUE_REF, name):
-        return issue_fetch(name, args)
+        return issue_fetch(name, trusted, with_comments)
     return issue_load(Path(name)) if name.endswith(".json") else issue_read(Path(name))
 
 
@@ -7588,23 +7575,24 @@ def issue_load(path: Path) -> Issue:
                                "export it again, or name a Markdown file") from None
 
 
-def issue_fetch(name: str, args: argparse.Namespace) -> Issue:
+def issue_fetch(name: str, trusted: bool, with_comments: bool) -> Issue:
     """The issue of a forge that "github:OWNER/REPO#12" or "#12" names; raises Stop."""
     base, _, digits = name.partition("#")
-    forge, number = forge_of(base or forge_here(repo_open(Path.cwd()))), int(digits)
+    forge, number = Forge(base or forge_here(repo_open(Path.cwd()))), int(digits)
     with answers_checked(name):
-        entry = forge.get(f"issues/{number}") if forge else None
-        if not forge or not entry or "pull_request" in entry:
+        entry = forge.get(f"issues/{number}")
+        if not entry or "pull_request" in entry:
             raise Stop(EXIT_USAGE, f"{name}: there is no such issue, or it may not be read; "
                                    "check the number, and who gh is signed in as")
         # Read first, proved afterwards: an edit in between is seen, a later one changes nothing.
-        labelled = entry["state"] == "open" and READY in labels_of(entry)
-        why = f"it is not open with the label {READY}"
-        if args.trusted and (why := forge_distrust(forge, number) if labelled else why):
-            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {why}")
+        reason = f"it is not open with the label {READY}"
+        if trusted and entry["state"] == "open" and READY in labels_of(entry):
+            reason = forge_distrust(forge, number)
+        if trusted and reason:
+            raise Stop(EXIT_USAGE, f"{name} is not to be trusted: {reason}")
         title, in_title = hidden_removed(entry["title"])
         body, in_body = hidden_removed(entry["body"] or "")
-        text, in_text = hidden_removed(comments_read(forge, number) if args.with_comments else "")
+        text, in_text = hidden_removed(comments_read(forge, number) if with_comments else "")
         issue = issue_parse(f"# {one_line(title)}\n\n{body}", f"{forge.ref}#{number}")
         return issue._replace(text=issue.text + MASK.text(text), allow=[],
                               removed=[*in_title, *in_body, *in_text])
@@ -7643,6 +7631,48 @@ def forge_here(repo: Repo) -> str:
 
 # --- One tick: run what is ready.
 
+def queue_run(queue: Queue, args: argparse.Namespace) -> int:
+    """Run what is ready, several at a time; the worst exit code, which is the highest."""
+    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
+    armed = not queue.forge or (args.arm and queue.forge.name.lower() in allowed)
+    if armed:
+        queue = queue_prepared(queue, args)
+    ready = [item for item in queue.items() if item.state == "ready"][:args.limit or None]
+    if queue.forge and not armed:
+        queue_show(ready, args.json)
+        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
+                    f"AGENT_QUEUE_ALLOW={queue.forge.name}")
+        return 0
+    tick = Tick(queue.repo, args)
+    from concurrent.futures import ThreadPoolExecutor
+    try:
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            list(pool.map(tick.turn, ready))
+    except Interrupted:
+        return OUTCOMES["interrupted"][0]
+    except Stop as stop:  # here, as stdout holds the table
+        CONSOLE.say(f"agent_runner: {stop}")
+        return stop.exit_code
+    finally:
+        tick.show()
+    return max([result.exit_code or 0 for result in tick.results], default=0)
+
+
+def queue_prepared(queue: Queue, args: argparse.Namespace) -> Queue:
+    """The queue once what dead runs left is in order; raises Stop for what would stop them all."""
+    if not args.simulate:
+        words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
+        agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
+    runs_recover(queue.repo)
+    records = queue.repo.root / ".agent-runs"
+    records_make(records)
+    (records / "queue").mkdir(exist_ok=True)
+    queue = Queue(queue.repo, args.source)
+    if queue.forge:
+        claims_release(queue, queue.forge)
+    return queue
+
+
 class Result(NamedTuple):
     """How an issue's turn ended; without an exit code where it was not started."""
 
@@ -7654,113 +7684,66 @@ class Result(NamedTuple):
     facts: Mapping[str, Any] = {}  # of its record
 
 
-def queue_run(repo: Repo, args: argparse.Namespace) -> int:
-    """Run what is ready, several at a time; the worst exit code, which is the highest."""
-    forge = forge_of(args.source)
-    allowed = re.split(r"[,\s]+", os.environ.get("AGENT_QUEUE_ALLOW", "").lower())
-    armed = not forge or (args.arm and forge.name.lower() in allowed)
-    if armed and not args.simulate:  # what is missing for all of them is said once
-        words = args.sandbox or os.environ.get("AGENT_SANDBOX") or "auto"
-        agent_command(os.environ.get("AGENT_CMD"), words.partition(" ")[0] in ENGINES)
-    if armed:
-        queue_prepare(repo, forge)
-    ready = [item for item in queue_items(repo, args.source) if item.state == "ready"]
-    ready = ready[:args.limit or None]
-    if not armed:
-        queue_show(ready, args.json)
-        CONSOLE.say("disarmed, nothing was started: that takes both --arm and "
-                    f"AGENT_QUEUE_ALLOW={forge and forge.name}")
-        return 0
-    tick = Tick(repo, forge, args)
-    from concurrent.futures import ThreadPoolExecutor
-    try:
-        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-            list(pool.map(tick.turn, [item.ref for item in ready]))
-    except Interrupted:
-        return OUTCOMES["interrupted"][0]
-    except Stop as stop:  # here, as stdout holds the table
-        CONSOLE.say(f"agent_runner: {stop}")
-        return stop.exit_code
-    finally:
-        tick.show()
-    return max([result.exit_code or 0 for result in tick.results], default=0)
-
-
-def queue_prepare(repo: Repo, forge: Forge | None) -> None:
-    """Make a place for the claims, and release those of runs that were killed."""
-    runs_recover(repo)
-    runs = repo.root / ".agent-runs"
-    (runs / "queue").mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # another queue made it just now
-        if not (runs / ".gitignore").exists():
-            file_write(runs / ".gitignore", "*\n")
-    if forge:
-        claims_release(repo, forge)
-
-
 class Tick:
     """One pass over the ready issues; the turns of several may come at the same time."""
 
-    def __init__(self, repo: Repo, forge: Forge | None, args: argparse.Namespace) -> None:
-        self.repo, self.forge, self.args = repo, forge, args
+    def __init__(self, repo: Repo, args: argparse.Namespace) -> None:
+        self.repo, self.args = repo, args
         self.results: list[Result] = []  # in the order in which they ended
         self.stopped = ""  # why no further issue is started
 
-    def turn(self, ref: str) -> None:
-        """Claim an issue, look again, run it, unless the queue was stopped."""
+    def turn(self, item: QueueItem) -> None:
+        """Run an issue that nobody else works on, unless the queue was stopped."""
         if (self.repo.root / ".agent-runs" / "STOP").exists():
             self.stopped = self.stopped or "there is a file .agent-runs/STOP"
         if self.stopped:
             return
         try:
-            claim = claim_path(self.repo, ref)
-            with claim_take(claim) as free:
-                result = self.look_again(ref, claim) if free else Result(
-                    ref, None, "claimed", note="a queue of this machine works on it")
+            with claim_take(claim_path(self.repo, item.source)) as claim:
+                result = self.look_again(item, claim)
         except BaseException as error:
-            self.stopped = f"{ref}: {str(error) or 'interrupted'}"
+            self.stopped = f"{item.ref}: {str(error) or 'interrupted'}"
             raise
-        self.results += [result] if result else []
+        if result:
+            self.results.append(result)
         self.stopped = self.stopped or environment_failed(self.results)
 
-    def look_again(self, ref: str, claim: Path) -> Result | None:
-        """How a claimed issue ended; None where the queue is stopped."""
-        tasks = queue_tasks(self.repo, self.args.source, claim)
-        known = {task.number: task for task in tasks if task.number is not None}
-        halted = [task.ref for task in tasks if HALT in task.labels and not task.done]
-        if halted:
-            self.stopped = f"the label {HALT} is on {halted[0]}"
+    def look_again(self, item: QueueItem, claim: Path | None) -> Result | None:
+        """How an issue ended, if it is still ready and ours; None where the queue is stopped."""
+        queue = Queue(self.repo, self.args.source, claim)
+        if queue.halted:
+            self.stopped = queue.halted
             return None
-        items = [queue_decide(task, known) for task in tasks if task.ref == ref and not task.done]
-        if not items or items[0].state != "ready":
-            state, reason = (items[0].state, items[0].reason) if items else ("gone", "")
-            return Result(ref, None, state, note=reason)
-        if self.forge:
-            return self.run_claimed(self.forge, int(items[0].number or 0), ref, claim)
-        return issue_run(self.repo, self.args, ref, claim)
-
-    def run_claimed(self, forge: Forge, number: int, ref: str, claim: Path) -> Result:
-        """How an issue of a forge ended: it is claimed there, and gets a comment and a label."""
-        try:
-            if not claim_forge(forge, number, claim):
-                return Result(ref, None, "claimed", note="another queue was first")
-            result = issue_run(self.repo, self.args, ref, claim)
+        now = [queue.proved(issue) for issue in queue.issues
+               if issue.ref == item.ref and not issue.done]
+        item = now[0] if now else item._replace(state="gone")
+        if not claim:
+            return Result(item.ref, None, "claimed", note="a queue of this machine works on it")
+        if item.state != "ready":
+            return Result(item.ref, None, item.state, note=item.reason)
+        if not queue.forge:
+            return issue_run(self.repo, self.args, item.ref, claim)
+        with claim_shown(queue.forge, int(item.number or 0), claim) as is_first:
+            if not is_first:
+                return Result(item.ref, None, "claimed", note="another queue was first")
+            result = issue_run(self.repo, self.args, item.ref, claim)
             if result.facts.get("outcome") and not is_environment(result):
-                outcome_publish(forge, number, result)
+                outcome_publish(self.repo, queue.forge, int(item.number or 0), result)
             return result
-        finally:
-            claim_release(forge, number, claim)
 
     def show(self) -> None:
         """Print what came of each issue, and why the queue stopped."""
-        rows = [("-" if result.exit_code is None else str(result.exit_code), result.outcome,
-                 result.ref, result.run_id or "-", result.note) for result in self.results]
-        facts = [{name: getattr(result, name) for name in Result._fields[:5]}
-                 for result in self.results]
-        table_print(("exit", "outcome", "issue", "run", "branch or reason"), rows,
-                    facts if self.args.json else None)
+        rows = [("exit", "outcome", "issue", "run", "branch or reason")]
+        for result in self.results:
+            code = "-" if result.exit_code is None else str(result.exit_code)
+            rows.append((code, result.outcome, result.ref, result.run_id or "-", result.note))
+        facts = [dict(zip(Result._fields[:5], result)) for result in self.results]
+        rows_show(rows, facts, self.args.json)
         if self.stopped:
             CONSOLE.say(f"the queue stopped: {self.stopped}")
+
+
+AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the issue is
 
 
 def is_at_once(facts: Mapping[str, Any]) -> bool:
@@ -7787,24 +7770,24 @@ def environment_failed(results: Sequence[Result]) -> str:
 def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Result:
     """How an issue ended in a process of this program; what it printed is beside the claim."""
     log = claim.with_suffix(".log")
-    trusted = ["--trusted"] if ref.startswith("github:") else []
-    argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args),
-            *trusted, "--", ref]
+    argv = [sys.executable, str(Path(__file__).resolve()), "issue-to-pr", *options_words(args)]
+    argv += ["--trusted", "--", ref] if ref.startswith("github:") else ["--", ref]
     with CONSOLE.step(ref) as step:
         ran = program_run(argv, cwd=Path.cwd(), env=dict(os.environ), seconds=0, log=log,
                           soft="SIGINT", grace=60)  # an interrupted run saves its work
         text = log_read(log)
-        run_id, demo = (re.search(pattern, text, re.MULTILINE) for pattern in (
-            r"^run (\d+-\d+-\w+): ", r"^simulated: .*the demo repository is (.*)$"))
+        run_id = re.search(r"(?m)^run (\d+-\d+-\w+): ", text)
+        demo = re.search(r"(?m)^simulated: .*the demo repository is (.*)$", text)
         root = Path(demo[1]) if demo and args.simulate else repo.root
         facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
+        facts = facts if is_record(facts) else {}  # an agent may have written it
         outcome = facts.get("outcome") or "no outcome"
         step["result"] = f"{outcome}, exit {ran.exit}"
     last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
-    note = facts.get("branch") or facts.get("error") or (OUTCOMES[outcome][1]
-                                                          if outcome in OUTCOMES else last)
-    return Result(ref, 130 if ran.exit is None else ran.exit, outcome,
-                  run_id[1] if run_id else "", note, facts)
+    words = OUTCOMES[outcome][1] if outcome in OUTCOMES else last
+    note = facts.get("branch") or facts.get("error") or words
+    exit_code = OUTCOMES["interrupted"][0] if ran.exit is None else ran.exit
+    return Result(ref, exit_code, outcome, run_id[1] if run_id else "", note, facts)
 
 
 QUEUE_OWN = ("command", "handler", "recorded", "source", "run", "jobs", "limit", "arm", "json")
@@ -7829,55 +7812,61 @@ CLAIM = "An agent of a queue works on this. This comment goes when the run has e
 CLAIM_WINDOW = timedelta(minutes=15)  # within which two queues may not have seen each other
 
 
-def claim_path(repo: Repo, ref: str) -> Path:
+def claim_path(repo: Repo, source: str) -> Path:
     """The file of an issue's claim."""
     import hashlib
-    name = ref.lower() if ref.startswith("github:") else os.path.realpath(ref)
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(issue_path(repo, source))).hexdigest()[:16]
     return repo.root / ".agent-runs" / "queue" / f"{digest}.claim"
 
 
 @contextlib.contextmanager
-def claim_take(claim: Path) -> Iterator[bool]:
-    """Whether an issue is ours until the end of the block: no other queue here may have it."""
+def claim_take(claim: Path) -> Iterator[Path | None]:
+    """The claim, ours until the end of the block; None where another queue here has it."""
     claim.touch()
     with lock_take(claim) as free:
         try:
-            yield free
+            yield claim if free else None
         finally:
             if free and not claim.stat().st_size:  # else the forge still shows it
                 claim.unlink()
 
 
-def claim_forge(forge: Forge, number: int, claim: Path) -> bool:
-    """Claim an issue where others see it; False where another queue was first."""
-    facts = {"forge": forge.name, "number": number, "comment": 0}
+@contextlib.contextmanager
+def claim_shown(forge: Forge, number: int, claim: Path) -> Iterator[bool]:
+    """Whether we are the first to claim an issue where others see it; at the end it is released."""
+    facts = {"forge": forge.name, "number": number, "comment": 0, "label": True}
     claim.write_text(json.dumps(facts))  # first: whatever happens now can be released
-    forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
-    with answers_checked(f"{forge.ref}#{number}"):
-        mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
-        claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
-        # The forge numbers comments: of those who came at the same time the first one has it.
-        rivals = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
-                  if comment["id"] < mine["id"] and comment["body"] == CLAIM
-                  and moment(comment["created_at"]) > moment(mine["created_at"]) - CLAIM_WINDOW
-                  and (login_of({"actor": comment["user"]}) == login_of({"actor": mine["user"]})
-                       or is_writer(forge, comment))]
-    if rivals:
-        claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": "theirs"}))
-    return not rivals
+    try:
+        forge.send("POST", f"issues/{number}/labels", {"labels": [WORKING]})
+        with answers_checked(f"{forge.ref}#{number}"):
+            mine = forge.send("POST", f"issues/{number}/comments", {"body": CLAIM})
+            claim.write_text(json.dumps(facts | {"comment": mine["id"]}))
+            # The forge numbers comments: of those who came at the same time the first one has it.
+            since = moment(mine["created_at"]) - CLAIM_WINDOW
+            earlier = [comment for comment in forge.pages(f"issues/{number}/comments?{PAGE}")
+                       if comment["body"] == CLAIM and comment["id"] < mine["id"]
+                       and moment(comment["created_at"]) > since]
+            own = login_of({"actor": mine["user"]})
+            rivals = [comment for comment in earlier
+                      if login_of({"actor": comment["user"]}) == own or is_writer(forge, comment)]
+        if rivals:  # then the label is theirs
+            claim.write_text(json.dumps(facts | {"comment": mine["id"], "label": False}))
+        yield not rivals
+    finally:
+        claim_release(forge, claim)
 
 
-def claim_release(forge: Forge, number: int, claim: Path) -> None:
+def claim_release(forge: Forge, claim: Path) -> None:
     """Take our claim off the forge; what cannot be done now the next tick does."""
     try:
         facts = claim_read(claim)
     except (OSError, ValueError):
-        raise Stop(EXIT_MISSING, f"the claim of {forge.ref}#{number} was changed while it ran; "
+        raise Stop(EXIT_MISSING, f"the claim {claim.name} on {forge.ref} was changed while it ran; "
                                  f"remove {WORKING} and the queue's comment by hand") from None
-    if facts["comment"]:
-        forge.send("DELETE", f"issues/comments/{facts['comment']}")
-    if "label" not in facts:
+    number, comment = facts["number"], facts["comment"]
+    if comment:
+        forge.send("DELETE", f"issues/comments/{comment}")
+    if facts["label"]:
         forge.send("DELETE", f"issues/{number}/labels/{WORKING}")
     claim.write_text("")
 
@@ -7885,50 +7874,49 @@ def claim_release(forge: Forge, number: int, claim: Path) -> None:
 def claim_read(claim: Path) -> dict[str, Any]:
     """What a claim on a forge says; raises OSError, or ValueError where no queue wrote it."""
     facts = json_read(claim, TEXT_LIMIT, dict)
-    kinds = {"forge": str, "number": int, "comment": int}  # numbers: they become a part of a path
+    kinds = {"forge": str, "number": int, "comment": int,  # they become a part of a path
+             "label": bool}
     if all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         return facts
     raise ValueError("it is no claim")
 
 
-def claims_release(repo: Repo, forge: Forge) -> None:
+def claims_release(queue: Queue, forge: Forge) -> None:
     """Release the claims that queues of this clone left behind when they were killed."""
-    alive = {str(run["issue"]).lower() for run in runs_known(repo) if run["alive"]}
-    for claim in sorted((repo.root / ".agent-runs" / "queue").glob("*.claim")):
+    for claim in sorted((queue.repo.root / ".agent-runs" / "queue").glob("*.claim")):
         with lock_take(claim) as free, contextlib.suppress(OSError, ValueError):
             facts = claim_read(claim)
             ref = f"{forge.ref}#{facts['number']}"
-            if free and facts["forge"].lower() == forge.name.lower() and ref.lower() not in alive:
-                claim_release(forge, facts["number"], claim)
+            is_ours = forge.name.lower() == facts["forge"].lower()
+            if free and is_ours and not queue.alive(ref):
+                claim_release(forge, claim)
                 claim.unlink()
                 CONSOLE.say(f"{ref}: its run was killed; the claim is released")
 
 
-def outcome_publish(forge: Forge, number: int, result: Result) -> None:
+def outcome_publish(repo: Repo, forge: Forge, number: int, result: Result) -> None:
     """Comment how a run ended, then swap the ready label for what comes next."""
     label = PROPOSED if result.outcome == "proposed" else HUMAN
-    forge.send("POST", f"issues/{number}/comments", {"body": outcome_comment(result.facts)})
+    folder = repo.root / ".agent-runs" / result.run_id
+    try:
+        comment = outcome_comment(folder, result.facts)
+    except (KeyError, TypeError, AttributeError):  # an agent may have written it
+        raise record_odd(folder) from None
+    forge.send("POST", f"issues/{number}/comments", {"body": comment})
     forge.send("POST", f"issues/{number}/labels", {"labels": [label]})
     forge.send("DELETE", f"issues/{number}/labels/{READY}")
 
 
-def outcome_comment(facts: Mapping[str, Any]) -> str:
+def outcome_comment(folder: Path, facts: Mapping[str, Any]) -> str:
     """The essentials of a record, as a comment on its issue."""
-    attempts = facts["attempts"]
-    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
-    changed = [f"`{one_line(path).replace('`', '')}`" for path in attempts[-1]["changed"]
-               ] if attempts else []
-    lines = [f"**{facts['outcome']}**: {OUTCOMES[facts['outcome']][1]}", "",
-             f"- exit {facts['exit_code']}, {words_counted(len(attempts), 'attempt')}, "
-             + f"{facts['seconds']} s; the record is `.agent-runs/{facts['run_id']}`",
-             f"- base {facts['base'][:12]}; changed: {words_first(changed, 20) or 'nothing'}"]
+    outcome = facts["outcome"]
+    lines = [f"**{outcome}** (exit {facts['exit_code']}): {OUTCOMES[outcome][1]}.", ""]
     if facts["branch"]:
-        lines += [f"- branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}"]
-    findings = words_clip("\n".join(facts["findings"]), 3000)
-    if findings and not facts["branch"]:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", findings)), default=0))
-        lines += ["", fence, findings, fence]
-    return MASK.text("\n".join(lines))
+        lines = [*lines, f"Branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}", ""]
+    # Paths and findings are the agent's words: as code they name nobody and link to nothing.
+    text = words_clip(run_text(folder, {**facts, "next": []}), 4000)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return MASK.text("\n".join([*lines, fence, text, fence]))
 
 
 # === Chapter 22. Pages and board ============================================
@@ -8008,6 +7996,25 @@ def shaped(value: Any, model: Any) -> Any:
     if isinstance(model, float):  # of seconds; neither infinite nor none at all
         return value if isinstance(value, (int, float)) and 0 <= value < 1e11 else 0.0
     return value if isinstance(value, int) else model
+
+
+def is_record(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what queue and board read: an agent may have written one, too."""
+    try:
+        datetime.fromisoformat(facts["started"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
+    return (all(word is None or isinstance(word, str) for word in words)
+            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and all(is_attempt(attempt) for attempt in facts["attempts"])
+            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
+            and "command" in facts)
+
+
+def is_attempt(value: Any) -> bool:
+    """Whether a value in a summary is an attempt, as far as the queue asks."""
+    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
 
 
 class Markup(str):
@@ -8429,7 +8436,7 @@ def board_cards(repo: Repo, records: list[dict[str, Any]]) -> list[Card]:
     first: dict[str, str] = {}  # of the runs that judge another one's change again
     for facts in records:
         run_id = first[facts["run_id"]] = first.get(facts["rejudged"], facts["run_id"])
-        issue = facts["issue"] and os.path.normpath(repo.root / facts["issue"])
+        issue = facts["issue"] and issue_path(repo, facts["issue"])
         groups.setdefault(issue or run_id, []).append(facts)
     branches = git(repo, "for-each-ref", "--format=%(refname:short)", "refs/heads/agent/").split()
     merged = board_merged(repo, records)
@@ -8449,9 +8456,10 @@ def board_waiting(repo: Repo) -> dict[str, Card]:
     columns = {"ready": "Ready", "blocked": "Blocked", "untrusted": "Needs a human",
                "invalid": "Needs a human"}
     items: list[QueueItem] = []
-    with contextlib.suppress(Stop):  # it leads out of the repository
-        items = queue_items(repo, repo.root / "issues") if (repo.root / "issues").is_dir() else []
-    return {os.path.normpath(repo.root / item.ref):
+    if (folder := repo.root / "issues").is_dir():
+        with contextlib.suppress(Stop):  # it leads out of the repository
+            items = Queue(repo, str(folder)).items()
+    return {issue_path(repo, item.ref):
             Card(columns[item.state], item.state, item.reason, item.title, item.ref)
             for item in items if item.state in columns}
 
@@ -8472,9 +8480,7 @@ def board_place(facts: dict[str, Any], merged: set[str],
                 branches: list[str]) -> tuple[str, str, str]:
     """Where a run stands: column, what came of it in a word, in words."""
     folder, outcome = facts["folder"], facts["outcome"]
-    with lock_take(folder / "running") as free:
-        goes_on = (folder / "running").exists() and not free
-    if goes_on:
+    if is_locked(folder / "running"):
         steps = [step for step in steps_read(facts) if step.result == UNENDED]
         words = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
         return "Running", "running", words
@@ -8699,7 +8705,7 @@ def failure_show(exit_code: int, reason: str, argv: list[str]) -> int:
     return exit_code
 
 
-def json_text(facts: dict[str, Any]) -> str:
+def json_text(facts: dict[str, Any] | list[dict[str, Any]]) -> str:
     """Facts as JSON for stdout, masked; GitHub Actions finds no command in it."""
     text = MASK.text(json.dumps(facts, indent=2))
     return text.replace("##[", "#\\u0023[") if is_in_actions() else text
@@ -9206,6 +9212,8 @@ def job_build(args: argparse.Namespace) -> Job:
     repo = None if simulated else repo_open(Path.cwd())
     if issue and repo:
         issue_check(issue, repo.root)
+        if os.path.isabs(issue.source):
+            issue = issue._replace(source=os.path.relpath(issue.source, repo.root))
     checks = gate_checks(args.check, repo.root if repo else Path.cwd(), in_image)
     if not repo:
         repo = demo_open(args.command)
@@ -9270,7 +9278,7 @@ def issue_wanted(args: argparse.Namespace) -> Issue | None:
     if args.recorded:  # the agent has read its text; its globs are among the options
         return Issue(args.recorded["title"], "", args.recorded["issue"], [], [])
     if not args.simulate:
-        return issue_find(str(args.issue), args)
+        return issue_find(str(args.issue), args.trusted, args.with_comments)
     issue, there = issue_parse(DEMO_ISSUE, "built-in"), os.path.exists(args.issue)
     if there:
         issue_check(issue_read(args.issue), Path.cwd())

@@ -5027,7 +5027,7 @@ def test_a_run_without_a_change_cannot_be_judged_again(scratch):
 
 def task(number: int, **facts: Any) -> Any:
     """An issue of which nothing stands against a run, but for these facts."""
-    return runner_module().Task(**({"number": number, "ref": f"#{number}", "labels": ["ready-for-agent"]} | facts))
+    return runner_module().QueueItem(**({"number": number, "ref": f"#{number}", "labels": ["ready-for-agent"]} | facts))
 
 
 @pytest.mark.parametrize(("facts", "state", "reason"), [
@@ -5040,11 +5040,11 @@ def task(number: int, **facts: Any) -> Any:
     pytest.param({"blockers": [5]}, "invalid", "1 -> 5 -> 1", id="in a circle"),
     pytest.param({"blockers": [6]}, "blocked", "by #6", id="by a circle of others"),
     pytest.param({"blockers": [8]}, "ready", "", id="a circle that is done"),
-    pytest.param({"problem": "is binary"}, "invalid", "is binary", id="unreadable"),
-    pytest.param({"taken": "run x", "blockers": [2]}, "claimed", "run x", id="claimed"),
-    pytest.param({"proposed": "agent/x"}, "proposed", "agent/x", id="proposed"),
-    pytest.param({"human": "run x ended"}, "blocked", "run x ended", id="over to a human"),
-    pytest.param({"distrust": lambda: "by eve"}, "untrusted", "by eve", id="untrusted"),
+    pytest.param({"state": "invalid", "reason": "is binary"}, "invalid", "is binary", id="unreadable"),
+    pytest.param({"state": "claimed", "reason": "run x", "blockers": [2]}, "claimed", "run x", id="claimed"),
+    pytest.param({"state": "proposed", "reason": "agent/x"}, "proposed", "agent/x", id="proposed"),
+    pytest.param({"state": "blocked", "reason": "run x ended"}, "blocked", "run x ended", id="over to a human"),
+    pytest.param({"state": "untrusted", "reason": "by eve"}, "untrusted", "by eve", id="untrusted"),
     pytest.param({"labels": ["agent-stop"]}, "untrusted", "its label is not ready-for-agent", id="another label"),
 ])
 def test_the_state_of_an_issue(facts: dict[str, Any], state: str, reason: str) -> None:
@@ -5129,11 +5129,23 @@ def test_a_pull_request_that_closes_an_issue(text: str, is_closing: bool) -> Non
 
 
 @pytest.mark.parametrize(("source", "is_same"), [
-    ("issues/0002-a.md", True), ("0002-a.md", True), ("../issues/0002-a.md", True), ("/work/repo/issues/0002-a.md", True),
-    ("other/0002-a.md", False), ("issues/0002-b.md", False), ("issues", False), ("", False),
+    ("issues/0002-a.md", True), ("0002-a.md", False), ("../issues/0002-a.md", False), ("/work/repo/issues/0002-a.md", True),
+    ("./issues//0002-A.md", True), ("other/0002-a.md", False), ("issues/0002-b.md", False), ("issues", False), ("", False),
 ])
 def test_the_issue_that_a_record_names(source: str, is_same: bool) -> None:
-    assert runner_module().is_same_issue(source, "issues/0002-a.md") is is_same
+    """Its path in the repository, and nothing that only ends like it."""
+    module, repo = runner_module(), runner_module().Repo(Path("/work/repo"), Path("/work/repo/.git"))
+    assert (module.issue_path(repo, source) == module.issue_path(repo, "issues/0002-a.md")) is is_same
+
+
+@pytest.mark.parametrize(("given", "below"), [("issues/0002-a.md", "."), ("0002-a.md", "issues"), ("../issues/0002-a.md", "src"),
+                                              ("{root}/issues/0002-a.md", "."), ("../link/0002-a.md", "src")])
+def test_however_an_issue_is_named_the_record_has_its_path_in_the_repository(scratch: Scratch, given: str, below: str) -> None:
+    scratch.write({"issues/0002-a.md": "# A\n\nWords.\n", "src/b.py": ""})
+    (scratch.root / "link").symlink_to("issues")
+    scratch.commit()
+    ended = scratch.run("issue-to-pr", given.format(root=scratch.root), "--check", "ok=true", agent=NOTHING, cwd=scratch.root / below)
+    assert (ended.outcome, ended.summary["issue"]) == ("no_change", "issues/0002-a.md"), ended
 
 
 def test_when_the_environment_is_to_blame() -> None:
@@ -5658,8 +5670,8 @@ def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
     """Without a sandbox an agent may write there: what it names must not become a path of the forge."""
     queue = scratch.root / ".agent-runs/queue"
     queue.mkdir(parents=True)
-    for number, wrong in enumerate(({"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]})):
-        facts = {"forge": "ada/app", "number": 1, "comment": 0} | wrong
+    for number, wrong in enumerate(({"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]}, {"label": None})):
+        facts = {"forge": "ada/app", "number": 1, "comment": 0, "label": True} | wrong
         (queue / f"{number:016}.claim").write_text(json.dumps(facts))
     with Forge(scratch, ANY_GH) as forge:
         ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
