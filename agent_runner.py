@@ -7065,6 +7065,8 @@ def cmd_queue(args: argparse.Namespace) -> int:
     if args.export:
         return queue_export(queue, args)
     queue_show(queue.items(), args.json)
+    if others := [item.ref for item in queue.issues if not item.done and not is_labelled(item)]:
+        CONSOLE.say(f"not listed, without the label {READY}: {words_first(others)}")
     return 0
 
 
@@ -7193,14 +7195,19 @@ def state_first(*reasons: tuple[str, Any]) -> tuple[str, str]:
 
 def cycle_of(item: QueueItem, known: Mapping[int, QueueItem]) -> list[int]:
     """The way from an issue along "Blocked by" back to itself; [] where there is none."""
-    ways, passed = [[item]], set()
-    for way in ways:  # it grows
-        for number in way[-1].blockers:
+    before: dict[int, int] = {}  # by which issue each one was reached
+    reached = deque([item])
+    while reached:
+        step = reached.popleft()
+        for number in step.blockers:
             if number == item.number:
-                return [step.number for step in way] + [number]
-            if number in known and number not in passed and not known[number].done:
-                passed.add(number)
-                ways.append([*way, known[number]])
+                way = [number, step.number]
+                while way[-1] != item.number:
+                    way.append(before[way[-1]])
+                return way[::-1]
+            if number in known and number not in before and not known[number].done:
+                before[number] = step.number
+                reached.append(known[number])
     return []
 
 
@@ -7412,6 +7419,7 @@ def file_number(name: str) -> int | None:
 FORGE = r"github:([A-Za-z0-9][\w-]*/[\w.-]+)"
 ISSUE_REF = r"(github:[^/#]+/[^/#]+)?#[0-9]{1,9}"
 PAGE = "per_page=100"
+GH_SECONDS = 120  # for one call, with all its pages
 GH_NEEDS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
 GH_NEVER = ("GH_DEBUG", "GH_FORCE_TTY", "CLICOLOR_FORCE", "DEBUG", "GH_REPO")
 EDITED = ("query($owner: String!, $name: String!, $number: Int!) { repository(owner: $owner, "
@@ -7437,7 +7445,10 @@ class Forge:
         argv, stdin = ["gh", "api", path, *words], b""
         if body is not None:
             argv, stdin = [*argv, "--input", "-"], json.dumps(body).encode()
-        ran = program_call(argv, env=environ, stdin=stdin, seconds=120, heed=heed)
+        ran = program_call(argv, env=environ, stdin=stdin, seconds=GH_SECONDS, heed=heed)
+        if ran.timed_out:
+            raise Stop(EXIT_MISSING, f"gh api {path} did not answer within {GH_SECONDS} s; "
+                                     "try again later")
         if ran.exit == 4 or b"gh auth login" in ran.err:
             raise Stop(EXIT_MISSING, "gh is not signed in; run `gh auth login`, or set GH_TOKEN")
         if ran.exit and re.search(rb"HTTP (404|410)", ran.err):
@@ -7701,8 +7712,11 @@ class Tick:
         try:
             with claim_take(claim_path(self.repo, item.source)) as claim:
                 result = self.look_again(item, claim)
+        except Interrupted:
+            self.stopped = f"{item.ref}: interrupted; `runs` lists its record, with its work"
+            raise
         except BaseException as error:
-            self.stopped = f"{item.ref}: {str(error) or 'interrupted'}"
+            self.stopped = f"{item.ref}: {error}"
             raise
         if result:
             self.results.append(result)

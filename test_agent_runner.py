@@ -5055,6 +5055,15 @@ def test_the_state_of_an_issue(facts: dict[str, Any], state: str, reason: str) -
     assert item.state == state and reason in item.reason and bool(item.reason) == bool(reason), item
 
 
+def test_a_long_way_back_to_an_issue() -> None:
+    """It is found in time that grows with its length: 40 of these would take minutes with a copy of the way at each step."""
+    known = {number: task(number, blockers=[number % 20_000 + 1]) for number in range(1, 20_001)}
+    for number in range(1, 41):
+        way = runner_module().cycle_of(known[number], known)
+        assert way[:2] == [number, number + 1] and way[-1] == number and len(way) == 20_001
+    assert runner_module().cycle_of(task(0, blockers=[5]), known) == []
+
+
 BY_ADA = {"event": "labeled", "label": {"name": "ready-for-agent"}, "created_at": "2026-01-02T10:00:00Z", "actor": {"login": "ada"}}
 
 
@@ -5205,6 +5214,7 @@ def test_a_directory_of_issues(scratch: Scratch) -> None:
     assert not [name for name, start in expected.items() if not facts[name].startswith(start)], facts
     table = scratch.run("queue", "issues")
     assert table.out.splitlines()[1].split()[:3] == ["ready", "1", "issues/0005-do.md"], table
+    assert "not listed, without the label ready-for-agent: issues/0007-do.md\n" in table.err, table
     below = scratch.run("queue", ".", "--json", cwd=scratch.root / "issues")
     assert states(below)["0002-do.md"] == "proposed" and below.out.count("ready\"") == 1, below
     for source in ("nowhere", "/tmp", "github:x", "github:a/b/c"):
@@ -5314,6 +5324,7 @@ def test_an_interrupted_queue_ends_its_runs(scratch: Scratch) -> None:
     ended = scratch.ended(going)
     assert ended.code == 130 and process_gone(int(scratch.said("child"))), ended
     assert [json.loads((folder / "run_summary.json").read_text())["outcome"] for folder in scratch.records()] == ["interrupted"]
+    assert "the queue stopped: issues/0001-do.md: interrupted; `runs` lists its record, with its work\n" in ended.err, ended
     assert states(scratch.run("queue", "--json")) == {"issues/0001-do.md": "ready", "issues/0002-do.md": "ready"}
 
 
