@@ -4648,6 +4648,9 @@ def record_facts(run: Run) -> dict[str, Any]:
         "violations": [violation._asdict() for violation in judgement.violations],
         "look_first": list(judgement.look_first), "places": run.places,
         "next": [command for _, command in run.next],
+        "next_words": [word for word, _ in run.next],
+        "reason": outcome_words(run) if run.outcome else None,
+        "decide": decision_text(run) or None, "new_tests": new_tests(run),
     }
 
 
@@ -4826,7 +4829,7 @@ def handoff_text(run: Run) -> str:
 
 def decision_text(run: Run) -> str:
     """The one decision that a human has to take now."""
-    return DECISIONS["stalled" if is_without_progress(run) else run.outcome]
+    return DECISIONS.get("stalled" if is_without_progress(run) else run.outcome, "")
 
 
 DECISIONS = {  # the one decision that a handoff asks for
@@ -4863,12 +4866,17 @@ def evidence_lines(run: Run) -> list[str]:
             lines.append(f"- {check.name} on the {when}: {way} ({check.reason})")
     if judgement.twin:
         lines.append(f"- blind twin: {judgement.twin}")
-    if run.baseline and judgement.gate:
-        before = {test for check in run.baseline.checks for test in check.tests}
-        passed = {test for check in judgement.gate.checks
-                  for test, way in check.tests.items() if way == "passed"}
-        lines += [f"- new test: `{test}`" for test in sorted(passed - before)[:20]]
-    return lines
+    return [*lines, *(f"- new test: `{test}`" for test in new_tests(run))]
+
+
+def new_tests(run: Run) -> list[str]:
+    """The first tests that passed with the change, and were not there before."""
+    if not run.baseline or not run.judgement.gate:
+        return []
+    before = {test for check in run.baseline.checks for test in check.tests}
+    passed = {test for check in run.judgement.gate.checks
+              for test, way in check.tests.items() if way == "passed"}
+    return sorted(passed - before)[:20]
 
 
 def outcome_words(run: Run) -> str:
@@ -6081,8 +6089,7 @@ class Step:
         self.started, self.ended = time.monotonic(), 0.0
         self.limit = 0.0  # when it will be stopped; 0: there is no limit
         self.log: Path | None = None  # of the program whose output is shown
-        self.output = b""  # the newest of it
-        self.pending = b""  # with -v: the beginning of its next line
+        self.output = b""  # the newest of it; with -v the beginning of its next line
 
     def lines(self, now: float) -> list[str]:
         """The line, its result in a column, and while it runs the program's newest one."""
@@ -6095,7 +6102,8 @@ class Step:
             return [f"{mark} {name}  {result}  {seconds:.1f} s"]
         left = f", {seconds_shown(self.limit - now)} left" if self.limit else ""
         line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {seconds_shown(seconds)}{left}"
-        newest = screen_text(self.output.decode("utf-8", "replace")).strip().splitlines()[-1:]
+        output = screen_text(self.output[-4000:].decode("utf-8", "replace"))
+        newest = output.strip().splitlines()[-1:]
         return [line, *(f"  {one_line(words)}" for words in newest)]
 
 
@@ -6153,7 +6161,9 @@ class Console:
         with self.lock:
             self.steps.append(step)
             self._show("" if self.live else f"{name} ...")
-        self._tick()
+            if self.live and not self.ticking:
+                self.ticking = True
+                threading.Thread(target=self._tick, daemon=True).start()
         try:
             step_report(name, 0, "started")
             yield step.facts
@@ -6161,7 +6171,7 @@ class Console:
             step.facts |= {"result": "stopped", "ok": False}
             raise
         finally:
-            if step.pending:
+            if self.verbose and step.output:
                 self.heard(step.log, b"\n")
             step.ended = time.monotonic()
             with self.lock:
@@ -6181,12 +6191,11 @@ class Console:
         for step in [*self.steps]:
             if not log or step.log != log:
                 continue
-            if not self.verbose:
-                step.output = (step.output + data[-4000:])[-4000:]
-                continue
-            lines, newline, step.pending = (step.pending[-100_000:] + data).rpartition(b"\n")
-            for line in lines.split(b"\n") if newline else []:
-                self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
+            step.output = step.output[-100_000:] + data
+            if self.verbose:
+                *lines, step.output = step.output.split(b"\n")
+                for line in lines:
+                    self.say(f"| {screen_text(line.decode('utf-8', 'replace'))}")
 
     def _show(self, text: str = "", always: bool = False) -> None:
         """Print text for good, above the lines that are not; all of it in one write."""
@@ -6211,18 +6220,12 @@ class Console:
         return [text_cut(console_safe(MASK.text(line)), width) for line in lines[-height:]]
 
     def _tick(self) -> None:
-        """Draw what is running from now on, again and again."""
-        if not self.live or self.ticking:
-            return
-        self.ticking = True
-
-        def beat() -> None:
-            while True:
-                time.sleep(0.2)
-                with self.lock:
-                    if self.steps:
-                        self._show()
-        threading.Thread(target=beat, daemon=True).start()
+        """Draw what is running, again and again."""
+        while True:
+            time.sleep(0.2)
+            with self.lock:
+                if self.steps:
+                    self._show()
 
 
 def is_in_actions() -> bool:
@@ -6997,6 +7000,10 @@ def run_close(folder: Path, place: Path | None) -> None:
         if tree != base:
             patch_write(repo, base, tree, place / "patch", folder / "diff.patch")
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
+            patch, root = folder / "diff.patch", folder.parent.parent
+            facts |= {"next_words": ["look", "use it"],
+                      "next": [shlex.join(["less", str(patch)]),
+                               shlex.join(["git", "-C", str(root), "apply", str(patch)])]}
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0],
               "error": "the runner was killed"}
     summary_write(folder, facts)
@@ -7929,10 +7936,10 @@ def outcome_comment(folder: Path, facts: Mapping[str, Any]) -> str:
 # === Chapter 22. Pages and board ============================================
 # Called by: run_whole, run_close and the command line.
 # Promises: a page is one file that loads and runs nothing; what comes from outside is text in it.
-# At first: read tag, then report_page and board_page.
+# At first: read report_page, tag and board_page.
 #
-# Pages are made from records alone. Every element is made by `tag`, which escapes
-# all that is not an element itself: there is no other way into a page.
+# Pages are made from records alone, which an agent may have written, too. They pass two doors:
+# `record_read` gives each value its kind, and `tag` escapes all that is not an element itself.
 
 
 def report_write(folder: Path) -> None:
@@ -7940,27 +7947,88 @@ def report_write(folder: Path) -> None:
     path = folder / "report.html"
     try:
         file_write(path, report_page(folder))
-    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
         CONSOLE.say(f"{path_shown(path)} cannot be written: {error}")
 
 
 def report_page(folder: Path) -> str:
     """The page of a run."""
-    facts = summary_read(folder)
-    title = facts["title"] or "Heal the red gate"
-    outcome = facts["outcome"] or "unfinished"
-    steps = steps_read(folder, facts)
-    judged = any(step.name == "guardrails" for step in steps) or bool(facts["violations"])
-    parts = [
-        tag("header", tag("p", f"{facts['command']} · run {facts['run_id']}", class_="eyebrow"),
-            tag("h1", title), report_verdict(facts, folder), report_facts(facts)),
-        section("What you can do now", report_commands(facts, folder)),
+    facts = record_read(folder)
+    steps = steps_read(facts)
+    commands = zip(facts["next_words"], (tag("code", command) for command in facts["next"]))
+    findings = words_clip("\n\n".join(facts["findings"]), FINDINGS_LIMIT)
+    return page(f"{facts['outcome']}: {facts['title']}", [
+        tag("header", tag("p", f"{facts['command']} · run {folder.name}", class_="meta"),
+            tag("h1", facts["title"]), report_verdict(facts), report_facts(facts)),
+        section("What you can do now", term_list("commands", commands)),
+        section("Look here first", bullets(facts["look_first"])),
         section("Timeline", timeline(steps)),
-        section("The change", report_diff(folder)),
-        section("Evidence", report_evidence(facts, folder)),
-        section("Guardrails", report_guards(facts, judged)),
-        section("Briefs and logs", report_files(folder))]
-    return page(f"{outcome}: {title}", [part for part in parts if part])
+        section("The change", *report_diff(folder)),
+        section("Findings", tag("pre", findings, tabindex="0") if findings else ""),
+        section("Evidence", *report_evidence(facts)),
+        section("Guardrails", *report_guards(facts, steps)),
+        section("Briefs and logs", *report_files(folder))])
+
+
+def record_read(folder: Path) -> dict[str, Any]:
+    """What pages and queue read of a run, each value as RECORD has it; of none "began" is 0."""
+    facts = shaped(summary_read(folder), RECORD)
+    outcome = facts["outcome"] or "unfinished"
+    meaning = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
+    began = 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        began = datetime.fromisoformat(facts["started"]).timestamp()
+    return facts | {
+        "folder": folder, "run_id": folder.name, "began": shaped(began, 0.0), "outcome": outcome,
+        "title": facts["title"] or "Heal the red gate", "reason": facts["reason"] or meaning}
+
+
+GATE = {"checks": [{"name": "", "ok": False, "reason": "", "seconds": 0.0}]}
+RECORD = {  # what they read of a run_summary.json, and what stands there if it is something else
+    "command": "", "title": "", "issue": "", "outcome": "", "reason": "", "decide": "", "error": "",
+    "started": "", "seconds": 0.0, "simulated": "", "rejudged": "", "agent_cmd": "", "base": "",
+    "head": "", "branch": "", "commit": "", "dry_run": False, "sandbox": {"kind": "", "why": ""},
+    "scope": {"globs": [""], "source": ""}, "options": {"allow": [""]}, "left_out": [""],
+    "attempts": [{"number": 0, "agent_exit": None, "agent_seconds": 0.0, "changed": [""],
+                  "gate": GATE, "result": ""}],
+    "baseline": GATE, "recheck": GATE, "twin": "", "new_tests": [""], "findings": [""],
+    "violations": [{"rule": "", "path": "", "reason": ""}], "look_first": [""],
+    "next": [""], "next_words": [""]}
+RECORD_LIST = 1000  # items of one list in a summary
+
+
+def shaped(value: Any, model: Any) -> Any:
+    """The value in the form of a model: with its keys, and nothing of another kind."""
+    if isinstance(model, dict):
+        value = value if isinstance(value, dict) else {}
+        return {name: shaped(value.get(name), part) for name, part in model.items()}
+    if isinstance(model, list):
+        value = value if isinstance(value, list) else []
+        return [shaped(part, model[0]) for part in value[:RECORD_LIST]]
+    if isinstance(model, str):
+        return words_clip(value, FINDINGS_LIMIT) if isinstance(value, str) else ""
+    if isinstance(model, float):  # of seconds; neither infinite nor none at all
+        return value if isinstance(value, (int, float)) and 0 <= value < 1e11 else 0.0
+    return value if isinstance(value, int) else model
+
+
+def is_record(facts: dict[str, Any]) -> bool:
+    """Whether a summary holds what queue and board read: an agent may have written one, too."""
+    try:
+        datetime.fromisoformat(facts["started"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
+    return (all(word is None or isinstance(word, str) for word in words)
+            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
+            and all(is_attempt(attempt) for attempt in facts["attempts"])
+            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
+            and "command" in facts)
+
+
+def is_attempt(value: Any) -> bool:
+    """Whether a value in a summary is an attempt, as far as the queue asks."""
+    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
 
 
 class Markup(str):
@@ -7981,24 +8049,22 @@ def tag(kind: str, /, *inside: str, **attributes: object) -> Markup:
 
 def escaped(text: str) -> str:
     """The text as it may stand in an element and in a quoted attribute."""
-    return console_safe(text).translate(ESCAPES)
-
-
-ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+    import html
+    return html.escape(console_safe(text))
 
 
 def link(words: str, *path: str) -> Markup:
     """A link to a file below the page's own folder: no name can make an address of it."""
     from urllib.parse import quote  # takes long to import
-    return tag("a", words, href="./" + "/".join(quote(name, safe="") for name in path))
+    parts = [quote(os.fsencode(name), safe="") for name in path]
+    return tag("a", words, href="./" + "/".join(parts))
 
 
 def section(heading: str, *inside: str) -> Markup:
     """A part of a page with a heading; nothing where there is nothing inside."""
     if not any(inside):
         return Markup()
-    name = words_slug(heading)
-    return tag("section", tag("h2", heading, id=name), *inside, aria_labelledby=name)
+    return tag("section", tag("h2", heading), *inside, aria_label=heading)
 
 
 def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
@@ -8006,7 +8072,7 @@ def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
     head = [tag("meta", charset="utf-8"),
             tag("meta", http_equiv="Content-Security-Policy", content=PAGE_POLICY),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("meta", name="color-scheme", content="light dark"), tag("title", title)]
+            tag("title", title)]
     if refresh:
         head.append(tag("meta", http_equiv="refresh", content=str(BOARD_SECONDS)))
     head.append(tag("style", PAGE_STYLE))
@@ -8016,69 +8082,54 @@ def page(title: str, parts: Sequence[str], refresh: bool = False) -> str:
 
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-TONES = {  # what an outcome looks like; all others are red
-    "proposed": "good", "nothing_to_heal": "good", "blocked": "warn", "scope_disagreement": "warn",
-    "flaky": "warn", "merged": "good", "discarded": "calm", "interrupted": "calm",
-    "running": "live", "unfinished": "calm", "ready": "calm", "untrusted": "warn"}
+TONES = {  # what a word looks like; all others are bad
+    "proposed": "good", "nothing_to_heal": "good", "merged": "good", "✗": "bad",
+    "green": "good", "✓": "good", "blocked": "warn", "scope_disagreement": "warn", "flaky": "warn",
+    "untrusted": "warn", "discarded": "calm", "interrupted": "calm", "unfinished": "calm",
+    "ready": "calm", "running": "live"}
 
 
-def pill(outcome: str, words: str = "") -> Markup:
-    """An outcome as a small coloured label."""
-    return tag("span", words or outcome.replace("_", " "),
-               class_=f"pill {TONES.get(outcome, 'bad')}")
+def tone(word: str) -> str:
+    """What an outcome or a state looks like: a class of PAGE_STYLE."""
+    return TONES.get(word, "bad")
 
 
-def report_verdict(facts: dict[str, Any], folder: Path) -> Markup:
+def pill(word: str) -> Markup:
+    """An outcome or a state as a small coloured label."""
+    return tag("span", word.replace("_", " "), class_=f"pill {tone(word)}")
+
+
+def report_verdict(facts: dict[str, Any]) -> Markup:
     """The outcome in a sentence, with the decision that a human has to take."""
-    outcome = facts["outcome"] or "unfinished"
-    handoff, _ = text_part(folder / "handoff.md", FINDINGS_LIMIT * 5)
-    first = handoff.partition("\n")[0].partition(": ")[2]
-    words = first or OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
+    words = facts["reason"]
     if facts["branch"]:
         words = f"the gate is green, and a commit is proposed on {facts['branch']}"
     attempts = words_counted(len(facts["attempts"]), "attempt")
-    took = f", after {attempts} in {duration(facts['seconds'])}."
-    sentence = [pill(outcome), tag("strong", words[:1].upper() + words[1:] + took)]
+    lines = [tag("p", pill(facts["outcome"]), tag("strong", words[:1].upper() + words[1:])),
+             tag("p", f"after {attempts} in {duration(facts['seconds'])}", class_="meta")]
     if facts["error"]:
-        sentence.append(tag("p", facts["error"]))
-    for line in re.findall(r"(?m)^Decide: (.*)", handoff)[-1:]:
-        sentence.append(tag("p", tag("b", "To decide: "), line))
-    return tag("div", *sentence, class_=f"verdict {TONES.get(outcome, 'bad')}")
+        lines.append(tag("p", facts["error"]))
+    if facts["decide"]:
+        lines.append(tag("p", tag("b", "To decide: "), facts["decide"]))
+    return tag("div", *lines, class_=f"verdict {tone(facts['outcome'])}")
 
 
 def report_facts(facts: dict[str, Any]) -> Markup:
-    """What the run started from, as a list of terms."""
+    """What the run started from."""
     sandbox = facts["sandbox"]
-    terms = {"Started": facts["started"][:16].replace("T", " ") + " UTC", "Issue": facts["issue"],
-             "Base": facts["base"][:12], "Commit": (facts["commit"] or "")[:12],
-             "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
-             "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
-             "Left out": ", ".join(facts["left_out"]), "Agent": facts["agent_cmd"]}
-    return term_list([(term, words_clip(str(words), 400)) for term, words in terms.items()
-                      if words], "facts")
+    return term_list("facts", {
+        "Started": facts["started"][:16].replace("T", " ") + " UTC", "Issue": facts["issue"],
+        "Base": facts["base"][:12], "Commit": facts["commit"][:12],
+        "Sandbox": sandbox["kind"] or f"none: {sandbox['why']}",
+        "Simulated": facts["simulated"], "Judged again": facts["rejudged"],
+        "Left out": words_first(facts["left_out"], 20),
+        "Agent": words_clip(facts["agent_cmd"], 400)}.items())
 
 
-def term_list(terms: Iterable[tuple[str, str]], kind: str) -> Markup:
-    """Terms, each with what belongs to it; nothing where there is none."""
-    rows = [tag("div", tag("dt", term), tag("dd", what)) for term, what in terms]
+def term_list(kind: str, terms: Iterable[tuple[str, str]]) -> Markup:
+    """Terms, each with what belongs to it; without those to which nothing does."""
+    rows = [tag("div", tag("dt", term), tag("dd", what)) for term, what in terms if what]
     return tag("dl", *rows, class_=kind) if rows else Markup()
-
-
-def report_commands(facts: dict[str, Any], folder: Path) -> Markup:
-    """The commands for a human, each with a word for it."""
-    commands = facts.get("next") or []
-    if not commands and (folder / "diff.patch").exists():  # it was killed
-        patch, root = shlex.quote(str(folder / "diff.patch")), shlex.quote(str(folder.parents[1]))
-        commands = [f"less {patch}", f"git -C {root} apply {patch}"]
-    words = [next((word for sign, word in NEXT_WORDS.items() if re.search(sign, command)), "look")
-             for command in commands]
-    return term_list(zip(words, (tag("code", command) for command in commands)), "commands")
-
-
-NEXT_WORDS = {  # of a command in the summary's "next"
-    r"gh pr create ": "pull request", r" remote add ": "no remote yet", r" rejudge ": "judge again",
-    r"git (-C .*)?push ": "push", r"git (-C .*)?merge ": "take it over",
-    r"git (-C .*)?branch -D ": "discard", r"git (-C .*)?apply ": "use it"}
 
 
 class Span(NamedTuple):
@@ -8089,100 +8140,89 @@ class Span(NamedTuple):
     seconds: float
     result: str
 
-    def label(self) -> str:
-        """Its name within an attempt: "gate, attempt 2, failures first" is "failures first"."""
-        return re.sub(r", attempt \d+", "", self.name).removeprefix("gate, ")
 
-
-def steps_read(folder: Path, facts: dict[str, Any]) -> list[Span]:
+def steps_read(facts: dict[str, Any]) -> list[Span]:
     """The steps in events.jsonl; one that has not ended lasts until the run's end, or until now."""
-    began = datetime.fromisoformat(facts["started"]).timestamp()
-    end = began + facts["seconds"] if facts["outcome"] else time.time()
-    steps, started = [], {}
-    for name, at, seconds, result in events_read(folder):
-        end = max(end, at + seconds)
-        if result == "started":
-            started[name] = at
-        elif result != PROGRAM:
-            started.pop(name, 0)
-            steps.append(Span(name, at - began, seconds, result))
-    steps += [Span(name, at - began, end - at, UNENDED) for name, at in started.items()]
-    # The start is known to the second only, the events to a thousandth.
-    first = min((step.start for step in steps), default=0)
-    steps = [step._replace(start=step.start - first) for step in steps]
-    return sorted(steps, key=lambda step: step.start)
+    ended, going, events = [], {}, events_read(facts["folder"])
+    for event in events:
+        going.pop(event.name, None)
+        if event.result == "started":
+            going[event.name] = event
+        else:
+            ended.append(event)
+    is_open = facts["outcome"] == "unfinished"
+    last = time.time() if is_open else facts["began"] + facts["seconds"]
+    last = max([last, *(event.start + event.seconds for event in events)])
+    ended += [step._replace(seconds=last - step.start, result=UNENDED) for step in going.values()]
+    first = min([step.start for step in ended], default=0)
+    return sorted((step._replace(start=step.start - first) for step in ended),
+                  key=lambda step: step.start)
 
 
-def events_read(folder: Path) -> Iterator[Span]:
-    """The events of a run, by the clock; a line that is none is passed over."""
+def events_read(folder: Path) -> list[Span]:
+    """What events.jsonl says of steps, by the clock; a line that does not is passed over."""
+    events = []
     for line in text_part(folder / "events.jsonl", LOG_HEAD)[0].splitlines():
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-            event = json.loads(line)
-            at, seconds = float(event["at"]), float(event["seconds"])
-            result = PROGRAM if "argv" in event else str(event["result"])
-            if 0 <= at < 1e11 and 0 <= seconds < 1e9:  # else it is infinite, or no number
-                yield Span(str(event["name"]), at, seconds, result)
+        with contextlib.suppress(ValueError, RecursionError):
+            facts = shaped(json.loads(line), EVENT)
+            if facts["at"] and not facts.pop("argv"):  # else it is a program
+                events.append(Span(*facts.values()))
+    return events
 
 
-UNENDED, PROGRAM = "has not ended", "was a program"
+UNENDED = "has not ended"
+EVENT = {"name": "", "at": 0.0, "seconds": 0.0, "result": "", "argv": [""]}
 
 
-def timeline(steps: Sequence[Span], most: int = 80) -> Markup:
+def timeline(steps: Sequence[Span]) -> Markup:
     """Steps as bars to scale: a lane each, so what ran side by side stands one above the other."""
     if not steps:
         return Markup()
-    steps = steps[-most:]
+    steps = steps[-LANES:]
     whole = max([step.start + step.seconds for step in steps] + [0.1])
-    marks, top, attempt = [], 24, 0
+    marks, top, newest = [], LANE, 0
     for step in steps:
         number = re.search(r"attempt (\d{1,4})", step.name)
-        if number and int(number[1]) > attempt:
-            attempt = int(number[1])
-            marks.append(tag("text", f"Attempt {attempt}", x="0", y=top + 17, class_="group"))
-            marks.append(tag("line", x1="0", x2="100%", y1=top + 2, y2=top + 2))
-            top += 24
+        if number and int(number[1]) > newest:
+            newest = int(number[1])
+            marks += [tag("text", f"Attempt {newest}", x="0", y=top + 17, class_="group"),
+                      tag("line", x1="0", x2="100%", y1=top + 2, y2=top + 2)]
+            top += LANE
         marks.append(timeline_lane(step, whole, top))
-        top += 24
+        top += LANE
     return tag("svg", tag("title", f"Timeline of {duration(whole)}"),
-               tag("desc", ", ".join(step.label() for step in steps)),
-               *timeline_scale(whole, top), *marks,
-               role="img", width="100%", height=top + 4, class_="timeline")
+               tag("desc", ", ".join(step.name.partition(", attempt")[0] for step in steps)),
+               *timeline_scale(whole, top), *marks, role="img", height=top + 4)
 
 
-SCALE_LEFT, SCALE_WIDTH = 22, 77  # per cent of the timeline's width: names stand left of the bars
+LANES, LANE = 80, 24  # the most that are drawn, and the height of one
+
+
+def timeline_x(seconds: float, whole: float) -> float:
+    """Where a moment lies, in per cent of the width: names stand before the bars, results after."""
+    return 22 + 50 * seconds / whole
 
 
 def timeline_lane(step: Span, whole: float, top: int) -> Markup:
-    """A step's name, its bar, and its result where there is room beside the bar."""
-    left = SCALE_LEFT + SCALE_WIDTH * step.start / whole
-    width = max(0.4, SCALE_WIDTH * step.seconds / whole)
-    words = f"{step.result} · {duration(step.seconds)}"
-    room, at = 0.62 * len(words), {"x": f"{left - 0.8:.2f}%", "text_anchor": "end"}
-    if left + width + room < 100:
-        at = {"x": f"{left + width + 0.8:.2f}%"}
-    elif width > room and left - room < SCALE_LEFT:
-        at = {"x": f"{left + 0.8:.2f}%", "fill": "inside"}
-    fill = f"note {at.pop('fill', '')}".strip()
-    return tag("g", tag("title", f"{step.name}: {words}"),
-               tag("text", step.label(), x="0", y=top + 15),
-               tag("rect", x=f"{left:.2f}%", y=top + 3, width=f"{width:.2f}%", height="16", rx="4",
-                   class_=f"k-{step.name.split(',')[0].split()[0]}"),
-               tag("text", tag("tspan", f"{step.result} · ", class_="wordy"),
-                   duration(step.seconds), y=top + 15, class_=fill, **at))
+    """A step's name, its bar, and its result."""
+    left = timeline_x(step.start, whole)
+    right = max(left + 0.4, timeline_x(step.start + step.seconds, whole))
+    return tag("g", tag("title", f"{step.name}: {step.result} · {duration(step.seconds)}"),
+               tag("text", step.name.partition(", attempt")[0], x="0", y=top + 15),
+               tag("rect", x=f"{left:.2f}%", y=top + 3, width=f"{right - left:.2f}%", height="16",
+                   rx="4", class_=f"k-{words_slug(step.name.split()[0])}"),
+               tag("text", duration(step.seconds), tag("tspan", f" · {step.result}"),
+                   x=f"{right + 0.8:.2f}%", y=top + 15, class_="note"))
 
 
-def timeline_scale(whole: float, height: int) -> list[Markup]:
-    """The lines and the words of a time scale with at most six marks."""
+def timeline_scale(whole: float, height: int) -> Iterator[Markup]:
+    """The lines and the words of a time scale with at most four marks."""
     units = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 14400)
-    unit = next((unit for unit in units if whole / unit <= 6), whole)
-    marks = []
+    unit = next((unit for unit in units if whole / unit <= 4), whole)
     for number in range(int(whole / unit) + 1):
-        left = SCALE_LEFT + SCALE_WIDTH * number * unit / whole
-        x, anchor = f"{left:.2f}%", "end" if left > 93 else None
-        marks.append(tag("line", x1=x, x2=x, y1="18", y2=height))
-        words = duration(number * unit) if number else "0"
-        marks.append(tag("text", words, x=x, y="12", text_anchor=anchor, class_="tick"))
-    return marks
+        x = f"{timeline_x(number * unit, whole):.2f}%"
+        yield tag("line", x1=x, x2=x, y1="18", y2=height)
+        yield tag("text", duration(number * unit) if number else "0", x=x, y="12", class_="note")
 
 
 def duration(seconds: float) -> str:
@@ -8196,27 +8236,23 @@ def duration(seconds: float) -> str:
     return f"{int(seconds / size)} {unit}" + (f" {rest} {below}" if rest else "")
 
 
-DIFF_BYTES, DIFF_LINES, DIFF_FILES = 150_000, 1500, 200  # of diff.patch that a page shows
+DIFF_BYTES, DIFF_LINES = 150_000, 1500  # of diff.patch that a page shows
 TEXT_SHOWN = 6000  # bytes of each brief and log that a page shows
 
 
-def report_diff(folder: Path) -> Markup:
+def report_diff(folder: Path) -> Iterator[Markup]:
     """The change, foldable per file; of a large one the beginning."""
     text, more = text_part(folder / "diff.patch", DIFF_BYTES)
-    if not text:
-        return Markup()
-    room, parts = DIFF_LINES, []
-    for path, lines in diff_files(text)[:DIFF_FILES]:
-        shown = lines[:room]
-        room -= len(shown)
-        added, removed = (sum(line[:1] == sign for line in lines) for sign in "+-")
-        counts = tag("span", tag("ins", f"+{added}"), " ", tag("del", f"−{removed}"))
-        rest = len(lines) - len(shown)
-        cut = [tag("p", f"{rest} more lines are in diff.patch")] if rest else []
-        parts.append(tag("details", tag("summary", tag("code", path), " ", counts),
-                         diff_lines(shown), *cut, open="" if len(lines) <= 200 else None))
-    beyond = f", of which {more:,} more bytes are not shown here" if more else ""
-    return tag("div", *parts, tag("p", "The whole: ", link("diff.patch", "diff.patch"), beyond))
+    lines = text.split("\n")
+    more += len("\n".join(lines[DIFF_LINES:]))
+    for path, changes in diff_files("\n".join(lines[:DIFF_LINES])):
+        added, removed = (sum(line[:1] == sign for line in changes) for sign in "+-")
+        yield tag("details", tag("summary", tag("code", path), " ", tag("ins", f"+{added}"), " ",
+                                 tag("del", f"−{removed}")),
+                  diff_lines(changes), open="" if len(changes) <= 200 else None)
+    if text:
+        beyond = f", of which {more:,} more bytes are not shown here" if more else ""
+        yield tag("p", "The whole: ", link("diff.patch", "diff.patch"), beyond)
 
 
 def diff_files(patch: str) -> list[tuple[str, list[str]]]:
@@ -8239,10 +8275,9 @@ def diff_lines(lines: Sequence[str]) -> Markup:
     for line in lines:
         sign, numbers = line[:1], None
         if hunk := re.match(r"@@ -(\d+)(?:,\d+)? \+(\d+)", line):
-            old, new = int(hunk[1]), int(hunk[2])
+            old, new = map(int, hunk.groups())
         elif sign in ("+", "-", " "):
-            before, after = "" if sign == "+" else old, "" if sign == "-" else new
-            numbers = f"{before:>4}{after:>5} "
+            numbers = f"{'' if sign == '+' else old:>4}{'' if sign == '-' else new:>5} "
             old, new = old + (sign != "+"), new + (sign != "-")
         text = line if len(line) <= 400 else f"{line[:400]} [...]"
         kind = {"+": "add", "-": "cut", " ": None}.get(sign, "hunk")
@@ -8250,107 +8285,83 @@ def diff_lines(lines: Sequence[str]) -> Markup:
     return tag("pre", *rows, class_="diff", tabindex="0")
 
 
-def report_evidence(facts: dict[str, Any], folder: Path) -> Markup:
-    """The checks before and after, the attempts, and what stands against the change."""
-    gates = [attempt["gate"] for attempt in facts["attempts"] if attempt["gate"]]
-    results = {"Base": facts["baseline"], "Change": gates[-1] if gates else None,
-               "Change, with the base's gate files": facts["recheck"]}
-    columns = {when: {check["name"]: check for check in result["checks"]}
-               for when, result in results.items() if result}
-    names = [*dict.fromkeys(name for column in columns.values() for name in column)]
-    parts = []
-    if names:
-        rows = [[tag("code", name), *(evidence_cell(column.get(name))
-                                      for column in columns.values())] for name in names]
-        parts.append(table("The checks of the gate", ["Check", *columns], rows))
-    attempts = [[str(attempt["number"]), call_words(attempt),
-                 words_first(attempt["changed"]) or "-", result_pill(attempt["result"])]
-                for attempt in facts["attempts"][-40:]]
-    if attempts:
-        parts.append(table("The attempts", ["Attempt", "Agent", "Changed", "Result"], attempts))
-    proposal, _ = text_part(folder / "proposal.md", FINDINGS_LIMIT * 5)
-    new = re.findall(r"(?m)^- new test: `(.*)`$", proposal)
-    items = [tag("li", "New test: ", tag("code", test)) for test in new]
-    if facts["twin"]:
-        items.insert(0, tag("li", f"Blind twin: {facts['twin']}."))
-    parts += [tag("ul", *items)] if items else []
-    if findings := "\n\n".join(facts["findings"]):
-        parts += [tag("h3", "Findings"), text_block(words_clip(findings, FINDINGS_LIMIT))]
-    return tag("div", *parts) if parts else Markup()
+def report_evidence(facts: dict[str, Any]) -> Iterator[Markup]:
+    """The checks before and after, the attempts, what the blind twin has shown, the new tests."""
+    yield table("The checks of the gate", *checks_rows(facts))
+    attempts = []
+    for attempt in facts["attempts"]:
+        call = f"exit {attempt['agent_exit']}, {duration(attempt['agent_seconds'])}"
+        if attempt["agent_exit"] is None:
+            call = "was stopped" if attempt["agent_seconds"] else "was not called"
+        attempts.append([str(attempt["number"]), call, words_first(attempt["changed"]) or "-",
+                         pill(attempt["result"] or "unfinished")])
+    yield table("The attempts", ["attempt", "agent", "changed", "result"], attempts)
+    twin = [f"Blind twin: {facts['twin']}."] if facts["twin"] else []
+    yield bullets([*twin, *(tag("span", "New test: ", tag("code", test))
+                            for test in facts["new_tests"])])
 
 
-def result_pill(result: str) -> Markup:
-    """What an attempt came to."""
-    tones = {"green": "proposed", "red": "gate_failed", "": "unfinished"}
-    return pill(tones.get(result, result), result.replace("_", " ") or "not finished")
-
-
-def evidence_cell(check: dict[str, Any] | None) -> Markup | str:
-    """What came of one check."""
-    if not check:
-        return "-"
-    sign = pill("proposed", "passed") if check["ok"] else pill("gate_failed", "red")
-    return tag("span", sign, f" {check['reason']} ",
-               tag("small", duration(check["seconds"])))
-
-
-def call_words(attempt: dict[str, Any]) -> str:
-    """How the agent's call ended."""
-    if attempt["agent_exit"] is None:
-        return "was stopped" if attempt["agent_seconds"] else "was not called"
-    return f"exit {attempt['agent_exit']}, {duration(attempt['agent_seconds'])}"
+def checks_rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The checks as a table: on the base, on the change, there with the base's gate files."""
+    gates = [attempt["gate"]["checks"] for attempt in facts["attempts"]]
+    results = {"base": facts["baseline"]["checks"], "change": [[], *filter(None, gates)][-1],
+               "with the base's gate files": facts["recheck"]["checks"]}
+    columns = {when: {check["name"]: f"{'✓' if check['ok'] else '✗'} {check['reason']}"
+                      for check in checks} for when, checks in results.items() if checks}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return (["check", *columns],
+            [[name, *(column.get(name, "") for column in columns.values())] for name in names])
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table whose first column names its rows."""
+    """A table whose first column names its rows; nothing where there are none."""
+    if not rows:
+        return Markup()
     head = tag("tr", *(tag("th", name, scope="col") for name in heads))
-    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in cells))
+    body = [tag("tr", tag("th", first, scope="row"),
+                *(tag("td", cell, class_=TONES.get(cell[:1])) for cell in cells))
             for first, *cells in rows]
     return tag("div", tag("table", tag("caption", caption), tag("thead", head),
                           tag("tbody", *body)), class_="wide", tabindex="0")
 
 
-def report_guards(facts: dict[str, Any], judged: bool) -> Markup:
+def bullets(items: Iterable[str]) -> Markup:
+    """A list; nothing where there are no items."""
+    inside = [tag("li", item) for item in items]
+    return tag("ul", *inside) if inside else Markup()
+
+
+def report_guards(facts: dict[str, Any], steps: Sequence[Span]) -> Iterator[Markup]:
     """What the guardrails looked at, and what they found."""
-    violations = [[tag("code", found["rule"]), tag("code", found["path"]), found["reason"]]
-                  for found in facts["violations"][:100]]
-    parts = [tag("p", "No guardrail stands against this change." if judged else
-                 "The guardrails were not asked: it did not come to that.")]
-    if violations:
-        parts = [table("Violations", ["Rule", "Path", "Reason"], violations)]
-    scope = facts["scope"] or {}
-    changed = facts["attempts"][-1]["changed"] if facts["attempts"] else []
-    allowed = facts["options"].get("allow", [])
-    terms = {"Files that they looked at": changed[:100],
-             f"Scope, from {scope.get('source')}": scope.get("globs"), "Allowed": allowed}
-    if facts["look_first"]:
-        lines = [tag("li", line) for line in facts["look_first"][:100]]
-        parts += [tag("h3", "Look here first"), tag("ul", *lines)]
-    lists = [(term, tag("span", *(tag("code", path) for path in paths)))
-             for term, paths in terms.items() if paths]
-    return tag("div", *parts, term_list(lists, "facts"))
+    violations = [[tag("code", violation["rule"]), tag("code", violation["path"]),
+                   violation["reason"]] for violation in facts["violations"]]
+    judged = bool(violations) or any(step.name == "guardrails" for step in steps)
+    if not judged:
+        yield tag("p", "The guardrails were not asked: it did not come to that.")
+    elif not violations:
+        yield tag("p", "No guardrail stands against this change.")
+    yield table("Violations", ["rule", "path", "reason"], violations)
+    terms = {f"Scope, from {facts['scope']['source']}": facts["scope"]["globs"],
+             "Allowed": facts["options"]["allow"]}
+    if judged and facts["attempts"]:
+        terms["Files that they looked at"] = facts["attempts"][-1]["changed"]
+    yield term_list("facts", [(term, tag("span", *(tag("code", path) for path in paths)))
+                              for term, paths in terms.items() if paths])
 
 
-def report_files(folder: Path) -> Markup:
+def report_files(folder: Path) -> Iterator[Markup]:
     """The briefs and the end of each log, folded; of many the newest."""
     paths = [path for path in folder.iterdir() if path.suffix in (".md", ".log", ".json", ".jsonl")]
     paths.sort(key=lambda path: (path.lstat().st_mtime_ns, path.name))
-    shown = [path for path in paths if path.suffix in (".md", ".log")][-40:]
-    parts = []
-    for path in shown:
+    texts = [path for path in paths if path.suffix in (".md", ".log")][-40:]
+    for path in texts:
         text, more = text_part(path, TEXT_SHOWN, end=path.suffix == ".log")
         note = f"its last {TEXT_SHOWN:,} bytes; {more:,} more come before" if more else ""
         lines = [distill_cut(line, 400) for line in screen_text(text).split("\n")]
-        parts.append(tag("details", tag("summary", tag("code", path.name), " ", tag("small", note)),
-                         tag("p", link("the whole file", path.name)),
-                         text_block("\n".join(lines))))
-    others = [tag("li", link(path.name, path.name)) for path in paths[:200] if path not in shown]
-    return tag("div", *parts, tag("ul", *others, class_="files"))
-
-
-def text_block(text: str) -> Markup:
-    """Text as it was printed."""
-    return tag("pre", text, tabindex="0")
+        yield tag("details", tag("summary", tag("code", path.name), " ", tag("small", note)),
+                  tag("p", link("the whole file", path.name)),
+                  tag("pre", "\n".join(lines), tabindex="0"))
+    yield bullets(link(path.name, path.name) for path in paths[:200] if path not in texts)
 
 
 def text_part(path: Path, limit: int, end: bool = False) -> tuple[str, int]:
@@ -8395,140 +8406,105 @@ def cmd_board(args: argparse.Namespace) -> int:
 def board_write(repo: Repo, refresh: bool = False) -> Path:
     """Write .agent-runs/index.html; its path."""
     path = repo.root / ".agent-runs" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    if not (path.parent / ".gitignore").exists():
-        file_write(path.parent / ".gitignore", "*\n")
-    file_write(path, board_page(repo, refresh))
+    records_make(path.parent)
+    folders = sorted(file.parent for file in path.parent.glob("*/run_summary.json"))
+    records = [record_read(folder) for folder in folders[-BOARD_RUNS:]]
+    file_write(path, board_page(repo, [facts for facts in records if facts["began"]], refresh))
     return path
+
+
+def board_page(repo: Repo, records: list[dict[str, Any]], refresh: bool) -> str:
+    """The board of a repository, made of its records, the oldest first."""
+    now = datetime.now(UTC)
+    state = "kept up to date" if refresh else "as of"
+    cards = board_cards(repo, records)
+    parts = [tag("header", tag("p", f"agent_runner · {state} {now:%Y-%m-%d %H:%M:%S} UTC",
+                               class_="meta"), tag("h1", repo.root.name)),
+             board_story(records, now)]
+    if not cards:
+        parts.append(tag("p", "Nothing has run here, and no issue waits. A first one: ",
+                         tag("code", "python agent_runner.py issue-to-pr issue.md")))
+    columns = []
+    for name in COLUMNS:
+        mine = [card for card in cards if card.column == name]
+        heading = tag("h2", name, " ", tag("small", str(len(mine))))
+        columns.append(tag("section", heading, *map(board_card, mine[:60]), aria_label=name))
+    parts.append(tag("div", *columns, class_="board"))
+    return page(f"Board of {repo.root.name}", parts, refresh)
 
 
 class Card(NamedTuple):
     """An issue, or a self-heal, on the board."""
 
     column: str
+    state: str  # an outcome, or a state in the queue
+    words: str  # of that state
     title: str
-    source: str = ""  # the issue's file
-    outcome: str = ""
-    words: str = ""
-    folder: str = ""  # of the newest run
-    began: float = 0
-    runs: int = 0
-    attempts: int = 0
-    lines: Sequence[str] = ()  # the newest of a running agent's log
+    source: str  # the issue's file
+    runs: Sequence[dict[str, Any]] = ()
 
 
-def board_page(repo: Repo, refresh: bool) -> str:
-    """The board of a repository."""
-    records = board_records(repo)
-    cards = board_cards(repo, records)
-    columns = []
-    for name in COLUMNS:
-        mine = [card for card in cards if card.column == name]
-        heading = tag("h2", name, " ", tag("span", str(len(mine)), class_="count"))
-        items = [tag("li", board_card(card)) for card in mine[:60]]
-        none = [] if items else [tag("p", "none", class_="none")]
-        columns.append(tag("section", heading, *none, tag("ul", *items, class_="cards"),
-                           aria_label=name))
-    now = datetime.now(UTC)
-    state = "kept up to date" if refresh else "as of"
-    head = tag("header", tag("p", f"agent_runner · {state} {now:%Y-%m-%d %H:%M:%S} UTC",
-                             class_="eyebrow"), tag("h1", repo.root.name))
-    story = board_story([facts for _, facts in records], now)
-    return page(f"Board of {repo.root.name}", [head, story, tag("div", *columns, class_="board")],
-                refresh)
-
-
-def board_records(repo: Repo) -> list[tuple[Path, dict[str, Any]]]:
-    """The newest records, oldest first: folder and summary."""
-    paths = sorted((repo.root / ".agent-runs").glob("*/run_summary.json"))[-BOARD_RUNS:]
-    records = [(path.parent, summary_read(path.parent)) for path in paths]
-    return [(folder, facts) for folder, facts in records if is_record(facts)]
-
-
-def is_record(facts: dict[str, Any]) -> bool:
-    """Whether a summary holds what queue and board read: an agent may have written one, too."""
-    try:
-        datetime.fromisoformat(facts["started"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
-    return (all(word is None or isinstance(word, str) for word in words)
-            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
-            and all(is_attempt(attempt) for attempt in facts["attempts"])
-            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
-            and "command" in facts)
-
-
-def is_attempt(value: Any) -> bool:
-    """Whether a value in a summary is an attempt, as far as the queue asks."""
-    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
-
-
-def board_cards(repo: Repo, records: list[tuple[Path, dict[str, Any]]]) -> list[Card]:
-    """The cards, newest first: one for an issue with all its runs, one for each self-heal."""
-    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+def board_cards(repo: Repo, records: list[dict[str, Any]]) -> list[Card]:
+    """The cards: one for an issue with all its runs, one for each self-heal; the newest first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     first: dict[str, str] = {}  # of the runs that judge another one's change again
-    for folder, facts in records:
-        run_id = first.setdefault(facts["run_id"], first.get(facts["rejudged"], facts["run_id"]))
-        groups[facts["issue"] or run_id].append((folder, facts))
-    merged = board_merged(repo, [facts for _, facts in records])
+    for facts in records:
+        run_id = first[facts["run_id"]] = first.get(facts["rejudged"], facts["run_id"])
+        issue = facts["issue"] and issue_path(repo, facts["issue"])
+        groups.setdefault(issue or run_id, []).append(facts)
     branches = git(repo, "for-each-ref", "--format=%(refname:short)", "refs/heads/agent/").split()
+    merged = board_merged(repo, records)
+    waiting = board_waiting(repo)
     cards = []
-    for runs in groups.values():
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # no record
-            cards.append(board_group(runs, merged, branches))
-    cards.sort(key=lambda card: card.began, reverse=True)
-    queued = {issue_path(repo, card.source): card for card in board_issues(repo)}
-    for card in [card for card in cards if card.source]:
-        waiting = queued.get(issue_path(repo, card.source))
-        if waiting and waiting.column == "Ready" and card.column != "Running":
-            cards.remove(card)  # its turn comes again
-        elif waiting:
-            del queued[issue_path(repo, card.source)]
-    return [*queued.values(), *cards]
+    for key, runs in sorted(groups.items(), key=lambda group: -group[1][-1]["began"]):
+        place = board_place(runs[-1], merged, branches)
+        card = Card(*place, runs[-1]["title"], runs[-1]["issue"], runs)
+        if key not in waiting or waiting[key].column != "Ready" or card.column == "Running":
+            cards.append(card)
+            waiting.pop(key, None)  # else its turn comes again
+    return [*waiting.values(), *cards]
 
 
-def board_issues(repo: Repo) -> list[Card]:
-    """The labelled issues of the directory issues/ that wait, in their turn."""
+def board_waiting(repo: Repo) -> dict[str, Card]:
+    """The labelled issues of the directory issues/ that wait, in their turn, by their paths."""
     columns = {"ready": "Ready", "blocked": "Blocked", "untrusted": "Needs a human",
                "invalid": "Needs a human"}
-    if not (folder := repo.root / "issues").is_dir():
-        return []
-    queue = Queue(repo, str(folder))
-    with contextlib.suppress(Stop):  # it leads out of the repository
-        return [Card(columns[item.state], item.title, item.ref, item.state, item.reason)
-                for item in queue.items() if item.state in columns]
-    return []
+    items: list[QueueItem] = []
+    if (folder := repo.root / "issues").is_dir():
+        with contextlib.suppress(Stop):  # it leads out of the repository
+            items = Queue(repo, str(folder)).items()
+    return {issue_path(repo, item.ref):
+            Card(columns[item.state], item.state, item.reason, item.title, item.ref)
+            for item in items if item.state in columns}
 
 
-def board_group(runs: list[tuple[Path, dict[str, Any]]], merged: set[str],
-                branches: list[str]) -> Card:
-    """The card of an issue or a self-heal: its newest run says where it stands."""
-    folder, facts = runs[-1]
-    lines: list[str] = []
-    if is_running(folder):
-        steps = [step for step in steps_read(folder, facts) if step.result == UNENDED]
-        now = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
-        column, outcome, words, lines = "Running", "running", now, board_lines(folder)
-    else:
-        column, outcome, words = board_column(facts, merged, branches)
-        age = time.time() - (folder / "run_summary.json").stat().st_mtime
-        if age > 60 and not (folder / "report.html").exists():  # else the run is at it
-            report_write(folder)
-    return Card(column, facts["title"] or "Heal the red gate", facts["issue"] or "", outcome, words,
-                folder.name, datetime.fromisoformat(facts["started"]).timestamp(), len(runs),
-                sum(len(facts["attempts"]) for _, facts in runs), lines)
+def board_merged(repo: Repo, records: list[dict[str, Any]]) -> set[str]:
+    """The runs whose commit HEAD leads to: itself, or by the trailer of a squashed one."""
+    proposed = [facts for facts in records if facts["commit"]]
+    if not proposed:
+        return set()
+    # No commit of a run is older than it; a day is for clocks that differ.
+    since = datetime.fromtimestamp(proposed[0]["began"] - 86400, UTC)
+    ran = git_ran(repo, "log", f"--since={since.isoformat()}", "--format=%H%n%B", "HEAD")
+    words = set(ran.out.decode("utf-8", "replace").split())
+    return {facts["run_id"] for facts in proposed if words & {facts["commit"], facts["run_id"]}}
 
 
-def board_column(facts: dict[str, Any], merged: set[str],
-                 branches: list[str]) -> tuple[str, str, str]:
-    """Where a run that has ended stands: column, what came of it in a word, in words."""
-    outcome = facts["outcome"] or "unfinished"
+def board_place(facts: dict[str, Any], merged: set[str],
+                branches: list[str]) -> tuple[str, str, str]:
+    """Where a run stands: column, what came of it in a word, in words."""
+    folder, outcome = facts["folder"], facts["outcome"]
+    if is_locked(folder / "running"):
+        steps = [step for step in steps_read(facts) if step.result == UNENDED]
+        words = ", ".join(f"{step.name} · {duration(step.seconds)}" for step in steps[-2:])
+        return "Running", "running", words
+    age = time.time() - (folder / "run_summary.json").stat().st_mtime
+    if age > 60 and not (folder / "report.html").exists():  # else the run is at it
+        report_write(folder)
     if outcome == "nothing_to_heal":
         return "Done", outcome, ""
     if outcome != "proposed":
-        words = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
-        return "Needs a human", outcome, words
+        return "Needs a human", outcome, facts["reason"]
     if facts["run_id"] in merged:
         return "Done", "merged", ""
     if facts["branch"] in branches or facts["dry_run"]:
@@ -8536,231 +8512,155 @@ def board_column(facts: dict[str, Any], merged: set[str],
     return "Done", "discarded", "its branch is gone"
 
 
-def board_merged(repo: Repo, runs: list[dict[str, Any]]) -> set[str]:
-    """The runs whose commit HEAD leads to: itself, or by the trailer of a squashed one."""
-    proposed = [facts for facts in runs if facts["commit"]]
-    if not proposed:
-        return set()
-    # No commit of a run is older than it; a day is for clocks that differ.
-    since = datetime.fromisoformat(proposed[0]["started"]) - timedelta(days=1)
-    ran = git_ran(repo, "log", f"--since={since.isoformat()}", "--format=%H%n%B", "HEAD")
-    words = set(ran.out.decode("utf-8", "replace").split())
-    return {facts["run_id"] for facts in proposed if words & {facts["commit"], facts["run_id"]}}
+def board_card(card: Card) -> Markup:
+    """A card: title, state, what came of it, attempts, age, and where to read on."""
+    title, output, facts = tag("b", card.title), "", []
+    if card.runs:
+        folder = card.runs[-1]["folder"]
+        attempts = sum(len(run["attempts"]) for run in card.runs)
+        facts = [words_counted(len(card.runs), "run")] if card.runs[1:] else []
+        facts += [words_counted(attempts, "attempt")] if attempts else []
+        facts.append(f"{age_shown(folder)} ago")
+        if card.state == "running":
+            output = board_output(folder)
+        else:
+            title = link(card.title, folder.name, "report.html")
+    lines = (Path(card.source).name, " · ".join(facts))
+    return tag("article", tag("h3", title), pill(card.state),
+               tag("p", card.words) if card.words else "",
+               tag("pre", output, tabindex="0") if output else "",
+               *(tag("p", line, class_="meta") for line in lines if line),
+               class_=tone(card.state))
 
 
-def is_running(folder: Path) -> bool:
-    """Whether the run of a record goes on: its lock is taken."""
-    return is_locked(folder / "running")
-
-
-def board_lines(folder: Path) -> list[str]:
+def board_output(folder: Path) -> str:
     """The last lines of the newest agent's log."""
     logs = sorted(folder.glob("agent-*.log"), key=lambda path: path.lstat().st_mtime_ns)
     text = text_part(logs[-1], TEXT_SHOWN, end=True)[0] if logs else ""
     lines = [distill_cut(line, 160) for line in screen_text(text).split("\n") if line.strip()]
-    return lines[-6:]
+    return "\n".join(lines[-6:])
 
 
-def board_card(card: Card) -> Markup:
-    """A card: title, outcome, age, attempts, and where to read on."""
-    title = tag("b", card.title)
-    if card.folder and card.outcome != "running":
-        title = link(card.title, card.folder, "report.html")
-    parts = [tag("h3", title)]
-    if card.outcome:
-        parts.append(pill(card.outcome))
-    if card.words:
-        parts.append(tag("p", card.words))
-    if card.lines:
-        parts.append(text_block("\n".join(card.lines)))
-    facts = [card.source and Path(card.source).name,
-             card.runs > 1 and words_counted(card.runs, "run"),
-             card.attempts and words_counted(card.attempts, "attempt"),
-             card.began and age_words(time.time() - card.began)]
-    parts.append(tag("p", " · ".join(fact for fact in facts if fact), class_="meta"))
-    return tag("article", *parts, class_=TONES.get(card.outcome, "bad") if card.outcome else None)
-
-
-def age_words(seconds: float) -> str:
-    """An age, roughly: "34 s ago", "3 h ago"."""
-    return " ".join(duration(max(10, seconds)).split()[:2]) + " ago"
-
-
-def board_story(runs: list[dict[str, Any]], now: datetime, days: int = 14) -> Markup:
+def board_story(records: list[dict[str, Any]], now: datetime, days: int = 14) -> Markup:
     """What the runs of the last days came to, in four small charts."""
     dates = [f"{now - timedelta(days=back):%Y-%m-%d}" for back in range(days - 1, -1, -1)]
-    by_day = {date: [facts for facts in runs if facts["started"][:10] == date and facts["outcome"]]
-              for date in dates}
-    recent = [facts for day in by_day.values() for facts in day]
-    if not recent:
+    ended = [facts for facts in records
+             if facts["started"][:10] in dates and facts["outcome"] != "unfinished"]
+    if not ended:
         return Markup()
-    tones = [Counter(TONES.get(facts["outcome"], "bad") for facts in day)
-             for day in by_day.values()]
-    span, counts = f"{dates[0]} to {dates[-1]}", sum(tones, Counter())
-    legend = [tag("span", f"{counts[tone]} {word} ", class_=tone)
-              for tone, word in LEGEND.items() if counts[tone]]
-    parts = [tag("figure", tag("figcaption", "Runs ", tag("b", str(len(recent)))),
-                 chart_bars(tones, f"Runs by outcome per day, {span}"), tag("small", *legend))]
-    for name, measure, form in STORY:
-        values = [measure(day) for day in by_day.values()]
-        whole = measure(recent)
-        shown = "-" if whole is None else form(whole)
-        parts.append(tag("figure", tag("figcaption", f"{name} ", tag("b", shown)),
-                         chart_line(values, f"{name} per day, {span}"),
-                         tag("small", f"{dates[0][5:]} to {dates[-1][5:]}")))
-    return tag("section", *parts, class_="story", aria_label="The last two weeks")
+    by_day = [[facts for facts in ended if facts["started"][:10] == date] for date in dates]
+    tones = [Counter(tone(facts["outcome"]) for facts in day) for day in by_day]
+    counts, span = sum(tones, Counter()), f"{dates[0][5:]} to {dates[-1][5:]}"
+    legend = [tag("span", f"{counts[kind]} {word}", class_=kind)
+              for kind, word in LEGEND.items() if counts[kind]]
+    charts = [("Runs", str(len(ended)), tones, legend)]
+    values = [story_values(day) for day in by_day]
+    for whole, column, (name, form) in zip(story_values(ended), zip(*values), STORY.items()):
+        bars = [Counter() if value is None else Counter(live=value) for value in column]
+        charts.append((name, "-" if whole is None else form(whole), bars, [span]))
+    figures = [tag("figure", tag("figcaption", name, " ", tag("b", whole)),
+                   chart(bars, f"{name} per day, {span}"), tag("small", *notes))
+               for name, whole, bars, notes in charts]
+    return tag("div", *figures, class_="story", role="group", aria_label="The last two weeks")
 
 
-def story_minutes(runs: list[dict[str, Any]]) -> float | None:
-    """The median of the runs' minutes."""
+def story_values(runs: list[dict[str, Any]]) -> list[float | None]:
+    """The runs' median seconds, attempts per run, and share of red gates healed."""
     seconds = sorted(facts["seconds"] for facts in runs)
-    return (seconds[len(seconds) // 2] + seconds[~(len(seconds) // 2)]) / 120 if seconds else None
+    middle = seconds[(len(seconds) - 1) // 2:len(seconds) // 2 + 1]
+    attempts = [len(facts["attempts"]) for facts in runs if facts["attempts"]]
+    healed = [facts["outcome"] == "proposed" for facts in runs
+              if facts["command"] == "self-heal" and facts["outcome"] != "nothing_to_heal"]
+    return [sum(numbers) / len(numbers) if numbers else None
+            for numbers in (middle, attempts, healed)]
 
 
-def story_attempts(runs: list[dict[str, Any]]) -> float | None:
-    """How many attempts a run took, of those that called an agent."""
-    numbers = [len(facts["attempts"]) for facts in runs if facts["attempts"]]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def story_healed(runs: list[dict[str, Any]]) -> float | None:
-    """The share of red gates that were healed."""
-    heals = [facts["outcome"] == "proposed" for facts in runs
-             if facts["command"] == "self-heal" and facts["outcome"] != "nothing_to_heal"]
-    return sum(heals) / len(heals) if heals else None
-
-
+STORY: dict[str, Callable[[float], str]] = {  # of story_values
+    "Median time": duration, "Attempts per run": "{:.1f}".format,
+    "Red gates healed": "{:.0%}".format}
 LEGEND = {"good": "proposed", "warn": "refused", "bad": "failed", "calm": "stopped"}  # by tone
-STORY: list[tuple[str, Callable[[list[dict[str, Any]]], float | None], Callable[[float], str]]] = [
-    ("Median time", story_minutes, lambda minutes: duration(minutes * 60)),
-    ("Attempts per run", story_attempts, lambda number: f"{number:.1f}"),
-    ("Red gates healed", story_healed, lambda share: f"{share:.0%}"),
-]
 
 
-def chart_bars(days: Sequence[Mapping[str, int]], title: str) -> Markup:
+def chart(days: Sequence[Mapping[str, float]], title: str) -> Markup:
     """A bar for each day, made of a part for each tone: [{"good": 3, "bad": 1}, {}]."""
-    most = max([sum(day.values()) for day in days] + [1])
+    most = max([sum(day.values()) for day in days]) or 1
     width, parts = 100 / len(days), []
     for number, day in enumerate(days):
         top = 60.0
-        for tone in LEGEND:
-            height = 56 * day.get(tone, 0) / most
+        for kind in sorted(day, key=[*LEGEND, "live"].index):
+            height = max(1.5, 56 * day[kind] / most)  # a zero is no gap
             top -= height
-            if height:
-                parts.append(tag("rect", x=f"{number * width + width * 0.12:.2f}", y=f"{top:.2f}",
-                                 width=f"{width * 0.76:.2f}", height=f"{height:.2f}", class_=tone))
-    return chart(title, *parts)
-
-
-def chart_line(values: Sequence[float | None], title: str) -> Markup:
-    """A line through the days that have a value: [1.0, None, 2.5]."""
-    numbers = [value for value in values if value is not None]
-    most = max([*numbers, 1e-9])
-    width = 100 / len(values)
-    points = [f"{number * width + width / 2:.2f},{58 - 50 * value / most:.2f}"
-              for number, value in enumerate(values) if value is not None]
-    dots = [tag("path", d=f"M{point}h.01") for point in points]
-    return chart(title, tag("polyline", points=" ".join(points)), *dots)
-
-
-def chart(title: str, *parts: Markup) -> Markup:
-    """A small chart, as wide as there is room."""
-    floor = tag("line", x1="0", x2="100", y1="60", y2="60")
-    return tag("svg", tag("title", title), floor, *parts, role="img", viewBox="0 0 100 62",
+            parts.append(tag("rect", x=f"{number * width + width * 0.12:.2f}", y=f"{top:.2f}",
+                             width=f"{width * 0.76:.2f}", height=f"{height:.2f}", class_=kind))
+    return tag("svg", tag("title", title), *parts, role="img", viewBox="0 0 100 60",
                preserveAspectRatio="none", class_="chart")
 
 
+# `--tone` and `--tint` are the colours of what a word, a bar or a line of a diff stands for.
 PAGE_STYLE = Markup("""
-:root{--bg:#f6f7f9;--card:#fff;--ink:#1b2230;--soft:#5a6475;--line:#dfe3ea;--code:#f1f3f6;
---good:#17703a;--good-bg:#e3f4e8;--bad:#b4232c;--bad-bg:#fce9e9;--warn:#8a5300;--warn-bg:#fdf0d8;
---calm:#556072;--calm-bg:#e9ecf1;--live:#1f5fbf;--live-bg:#e2ecfb;--agent:#7a4fc9;--gate:#2f6fd0}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#0f131a;--card:#181d26;--ink:#e4e8ef;
---soft:#9aa5b5;--line:#2b323e;--code:#10151d;--good:#5fcf86;--good-bg:#14301f;
---bad:#ff8e8b;--bad-bg:#3a1a1d;--warn:#f0b85a;--warn-bg:#37270c;
---calm:#a9b3c2;--calm-bg:#262d38;--live:#86b4ff;--live-bg:#182a47;--agent:#b794f6;--gate:#6ea4f5}}
-*{box-sizing:border-box}
+:root{color-scheme:light dark;--bg:light-dark(#f6f7f9,#0f131a);--card:light-dark(#fff,#181d26);
+--ink:light-dark(#1b2230,#e4e8ef);--soft:light-dark(#5a6475,#9aa5b5);
+--line:light-dark(#dfe3ea,#2b323e);--code:light-dark(#f1f3f6,#10151d)}
+*{--tone:light-dark(#556072,#a9b3c2);--tint:light-dark(#e9ecf1,#262d38);box-sizing:border-box}
+.good,.add,ins,.k-recheck,.k-control,.k-blind{--tone:light-dark(#17703a,#5fcf86);
+--tint:light-dark(#e3f4e8,#14301f)}
+.bad,.cut,del{--tone:light-dark(#b4232c,#ff8e8b);--tint:light-dark(#fce9e9,#3a1a1d)}
+.warn{--tone:light-dark(#8a5300,#f0b85a);--tint:light-dark(#fdf0d8,#37270c)}
+.live,.hunk,a,.k-gate,.k-baseline,.k-failures{--tone:light-dark(#1f5fbf,#86b4ff);
+--tint:light-dark(#e2ecfb,#182a47)}
+.k-agent{--tone:light-dark(#7a4fc9,#b794f6)}
+.pill,.hunk,a,ins,del,td[class],small span{color:var(--tone)}
+.pill,.diff [class]{background:var(--tint)} rect{fill:var(--tone)}
 body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 20px 8px}
-main:has(.board){max-width:1680px}
+main{max-width:1120px;margin:0 auto;padding:32px 20px 8px} main:has(.board){max-width:1680px}
 h1{font-size:28px;line-height:1.2;margin:4px 0 16px;letter-spacing:-.015em}
-h2{font-size:16px;margin:0 0 14px} h3{font-size:14px;margin:18px 0 8px}
-p{margin:6px 0} small,.meta,.eyebrow,footer{color:var(--soft);font-size:13px}
-.eyebrow{margin:0} a{color:var(--live)} footer{text-align:center;padding:16px 20px 32px}
+h2{font-size:16px;margin:0 0 14px} h3{font-size:14px;margin:18px 0 8px} p{margin:6px 0}
+small,.meta,footer,dt,caption,thead th,figcaption{color:var(--soft);font-size:13px;
+font-weight:400} footer{text-align:center;padding:16px 20px 32px}
 code,pre{font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{margin:8px 0;padding:12px 14px;background:var(--code);border-radius:8px;overflow:auto;
 max-height:34em;white-space:pre-wrap}
-main>section:not(.story){background:var(--card);border:1px solid var(--line);border-radius:12px;
-padding:18px 20px;margin:16px 0}
+main>section,.verdict,figure,article{background:var(--card);border:1px solid var(--line);
+border-radius:12px;padding:18px 20px;margin:0 0 16px}
 .pill{display:inline-block;padding:1px 10px;border-radius:99px;font-size:12.5px;font-weight:600;
-white-space:nowrap;color:var(--calm);background:var(--calm-bg)}
-.pill.good{color:var(--good);background:var(--good-bg)}
-.pill.bad{color:var(--bad);background:var(--bad-bg)}
-.pill.warn{color:var(--warn);background:var(--warn-bg)}
-.pill.live{color:var(--live);background:var(--live-bg)}
-.verdict{background:var(--card);border:1px solid var(--line);border-left:5px solid var(--calm);
-border-radius:12px;padding:16px 20px;font-size:16px}
-.verdict .pill{margin-right:10px} .verdict p{margin:8px 0 0;font-size:15px;color:var(--soft)}
-.verdict.good{border-left-color:var(--good)} .verdict.bad{border-left-color:var(--bad)}
-.verdict.warn{border-left-color:var(--warn)}
-dl{margin:16px 0 0} dt{color:var(--soft);font-size:13px} dd{margin:0}
+white-space:nowrap;margin-right:10px}
+.verdict{border-left:5px solid var(--tone);font-size:16px} .verdict p{margin:0}
+.verdict p+p{margin-top:6px;font-size:15px}
+dl{margin:16px 0} dd{margin:0} section dl,section ul{margin:6px 0} ul{padding-left:20px}
+section>:last-child{margin-bottom:0}
 .facts{display:flex;flex-wrap:wrap;gap:10px 32px} .facts dd{max-width:64ch}
-.facts dd code{margin-right:12px}
-.commands{margin:0} .commands div{display:flex;gap:16px;padding:6px 0;
-border-top:1px solid var(--line)} .commands div:first-child{border:0} .commands dt{flex:0 0 100px}
-.commands code{user-select:all}
-svg{display:block;max-width:100%} svg text{fill:var(--ink);font-size:12px}
-.timeline line,.chart line{stroke:var(--line)} .timeline .group{font-weight:600}
-.timeline .tick,.timeline .note{fill:var(--soft);font-size:11.5px}
-.timeline .inside{fill:var(--card)} .timeline rect{fill:var(--calm)}
-.timeline .k-agent{fill:var(--agent)} .timeline .k-gate,.timeline .k-baseline{fill:var(--gate)}
-.timeline .k-recheck,.timeline .k-control,.timeline .k-blind{fill:var(--good)}
-details{border-top:1px solid var(--line);padding:8px 0} details:first-child{border:0}
-summary{cursor:pointer} summary:hover{color:var(--live)}
-ins,del{text-decoration:none;font-size:13px} ins{color:var(--good)} del{color:var(--bad)}
-.diff{padding:8px 0;max-height:none;overflow:auto}
+.facts code{margin-right:12px} .commands code{user-select:all}
+.commands div{display:flex;align-items:baseline;gap:16px;padding:6px 0}
+.commands dt{flex:0 0 100px} .commands div+div,details+details{border-top:1px solid var(--line)}
+svg{display:block;width:100%} line{stroke:var(--line)} text{fill:var(--ink);font-size:12px}
+.group{font-weight:600} .note{fill:var(--soft);font-size:11.5px}
+details{padding:8px 0} summary{cursor:pointer} ins,del{text-decoration:none;font-size:13px}
+.diff{padding:8px 0;max-height:none}
 .diff span{display:block;padding:0 12px 0 calc(10ch + 10px)} .diff [data-n]{text-indent:-10ch}
 .diff [data-n]::before{content:attr(data-n);color:var(--soft);user-select:none}
-.diff .add{background:var(--good-bg)} .diff .cut{background:var(--bad-bg)}
-.diff .hunk{color:var(--live);background:var(--live-bg)}
-.wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;
-min-width:460px} th{overflow-wrap:normal}
-tbody th{white-space:nowrap}
-caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:6px}
-th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-top:1px solid var(--line)}
-thead th{font-size:13px;color:var(--soft);font-weight:600;border:0} tbody th{font-weight:400}
-ul{margin:6px 0;padding-left:20px} .files{columns:2} .cards{list-style:none;padding:0;margin:0}
-.board{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
-.board section{flex:1 1 170px;min-width:0} .board section:not(:has(li)){flex:0 0 96px}
-.board h2{font-size:14px;padding:0 4px} .count{color:var(--soft);font-weight:400}
-.none{color:var(--soft);padding:0 4px}
-article{background:var(--card);border:1px solid var(--line);border-top:3px solid var(--line);
-border-radius:10px;padding:12px 14px;margin-bottom:12px;font-size:14px}
-article h3{margin:0 0 6px;font-size:14px;line-height:1.35} article pre{font-size:11px;padding:8px}
-article a{color:inherit;text-decoration-color:var(--line)} article .meta{margin:8px 0 0}
-article.good{border-top-color:var(--good)} article.bad{border-top-color:var(--bad)}
-article.warn{border-top-color:var(--warn)} article.live{border-top-color:var(--live)}
-.story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px;margin:0 0 24px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;
-padding:14px 16px} figcaption{display:flex;justify-content:space-between;gap:8px;
-color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-size:18px;line-height:1.1;
-white-space:nowrap}
-.chart{width:100%;height:64px;margin:10px 0 6px} .chart rect.good{fill:var(--good)}
-.chart rect.bad{fill:var(--bad)} .chart rect.warn{fill:var(--warn)}
-.chart rect.calm{fill:var(--calm)}
-.chart polyline,.chart path,.chart line{fill:none;vector-effect:non-scaling-stroke}
-.chart polyline{stroke:var(--live);stroke-width:1.5} .chart path{stroke:var(--live);
-stroke-width:5;stroke-linecap:round}
-small .good{color:var(--good)} small .bad{color:var(--bad)} small .warn{color:var(--warn)}
+.wide{overflow-x:auto;margin:0 0 14px} table{border-collapse:collapse;width:100%;min-width:460px}
+caption,th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;overflow-wrap:normal}
+td{overflow-wrap:anywhere} tbody tr{border-top:1px solid var(--line)} tbody th{font-weight:400}
+.board{display:flex;flex-wrap:wrap;gap:14px;margin:24px 0}
+.board h2{font-size:14px;white-space:nowrap} .board section{flex:1 1 170px;min-width:0}
+.board:has(article) section:not(:has(article)){flex:0 0 auto}
+article{border-top:3px solid var(--tone);padding:12px 14px;margin:0 0 12px;font-size:14px}
+article h3{margin:0 0 6px;line-height:1.35} article pre{font-size:11px;padding:8px}
+article a{color:inherit;text-decoration-color:var(--line)} article .meta{margin:2px 0 0}
+article .pill{margin-bottom:4px}
+.story{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px}
+figure{margin:0;padding:14px 16px} figcaption{display:flex;justify-content:space-between}
+figcaption b{color:var(--ink);font-size:18px;line-height:1.1;white-space:nowrap}
+.chart{height:60px;margin:10px 0 6px;border-bottom:1px solid var(--line)}
+small span{margin-right:10px;display:inline-block} thead th:first-letter{text-transform:uppercase}
 @media(max-width:1100px){.board section{flex:1 1 30%}}
-@media(max-width:760px){main{padding:20px 12px} h1{font-size:23px}
-.board section,.board section:not(:has(li)){flex:1 1 100%}
+@media(max-width:760px){main{padding:20px 12px} h1{font-size:23px} main>section{padding:14px}
+.board section,.board:has(article) section:not(:has(article)){flex:1 1 100%}
 .story{grid-template-columns:repeat(2,minmax(0,1fr))}
-.commands div{display:block} .wordy{display:none} .timeline text{font-size:10.5px}
-.files{columns:1} main>section:not(.story){padding:14px}}
-@media print{body{background:#fff;print-color-adjust:exact} pre{max-height:none}
-tr,svg,article,.verdict{break-inside:avoid}}
+.commands div{display:block} tspan{display:none} text{font-size:10.5px}}
+@media print{:root{color-scheme:light} body{background:#fff;print-color-adjust:exact}
+pre{max-height:none} tr,svg,article,.verdict{break-inside:avoid}}
 """)
 
 
@@ -8878,20 +8778,7 @@ def run_announce(run: Run) -> None:
 
 def result_show(run: Run, as_json: bool) -> int:
     """Print the result on stdout, or as JSON (the text then goes to stderr); the exit code."""
-    if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
-        output = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
-        CONSOLE.group("the agent's last words", output[-1000:] or "(none)")
-    if run.outcome in ("no_change", "agent_failed"):
-        names = os.environ.keys() - agent_environ(os.environ).keys()
-        withheld = sorted(name for name in names if not name.startswith("GIT_"))
-        if withheld:
-            CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
-    findings = findings_shown(run)
-    if findings and run.outcome not in ("proposed", "nothing_to_heal"):
-        CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
-    if run.outcome == "nothing_to_heal" and run.base.left_out:
-        CONSOLE.say("untracked files were not part of it: where the build is red for you, "
-                    "`git add` what is missing")
+    result_explain(run)
     actions_report(run)
     text, patch = result_text(run), ""
     if run.job.dry_run and run.tree:
@@ -8906,6 +8793,24 @@ def result_show(run: Run, as_json: bool) -> int:
     text = console_paint(text, rf"\A(?:({good})|(\w+))(?=:)", sys.stdout)
     console_print(console_inert(console_safe(MASK.text(patch)) + text), sys.stdout)
     return OUTCOMES[run.outcome][0]
+
+
+def result_explain(run: Run) -> None:
+    """Print what explains the result: the agent's last words, the findings, what was left out."""
+    if run.attempts and run.outcome in ("blocked", "scope_disagreement", "no_change"):
+        output = log_read(run.folder / f"agent-{len(run.attempts)}.log").strip()
+        CONSOLE.group("the agent's last words", output[-1000:] or "(none)")
+    if run.outcome in ("no_change", "agent_failed"):
+        names = os.environ.keys() - agent_environ(os.environ).keys()
+        withheld = sorted(name for name in names if not name.startswith("GIT_"))
+        if withheld:
+            CONSOLE.say(f"withheld from the agent, see AGENT_PASS_ENV: {', '.join(withheld)}")
+    findings = findings_shown(run)
+    if findings and run.outcome not in ("proposed", "nothing_to_heal"):
+        CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
+    if run.outcome == "nothing_to_heal" and run.base.left_out:
+        CONSOLE.say("untracked files were not part of it: where the build is red for you, "
+                    "`git add` what is missing")
 
 
 def commands_wrap(text: str, width: int) -> str:
@@ -8965,22 +8870,15 @@ def actions_place(run: Run, finding: str) -> dict[str, str]:
 
 def actions_summary(run: Run) -> str:
     """The summary of a job, in Markdown: the outcome, a table of the checks, what to do next."""
-    judgement = run.judgement
-    results = {"base": run.baseline, "change": judgement.gate,
-               "with the base's gate files": judgement.recheck}
-    results = {when: result for when, result in results.items() if result}
-    names = dict.fromkeys(check.name for result in results.values() for check in result.checks)
-    rows = [["check", *results], ["---"] * (1 + len(results))]
-    for name in names:
-        cells = [[f"{'✓' if check.ok else '✗'} {check.reason}" for check in result.checks
-                  if check.name == name] for result in results.values()]
-        rows.append([name, *map(" ".join, cells)])
-    table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
-    parts = [f"## {markdown_cell(f'{run.outcome}: {outcome_words(run)}')}", table if names else ""]
+    heads, rows = checks_rows(shaped(record_facts(run), RECORD))
+    table = "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |"
+                      for row in (heads, ["---" for _ in heads], *rows))
+    parts = [f"## {markdown_cell(f'{run.outcome}: {outcome_words(run)}')}"]
+    parts += [table] if rows else []
     for text in ("\n".join(findings_shown(run)), result_text(run)):
         # Indented it is a code block that nothing in it can end.
         parts.append("\n".join(f"    {line}" for line in words_clip(text, 20_000).splitlines()))
-    return "\n\n".join(filter(None, parts)) + "\n\n"
+    return "\n\n".join(parts) + "\n\n"
 
 
 def markdown_cell(text: str) -> str:

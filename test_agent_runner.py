@@ -5937,11 +5937,13 @@ def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
     violation = {"rule": "protected", "path": hostile, "reason": hostile}
     folder = record_made(root, 7, **{
         "title": hostile, "issue": hostile, "agent_cmd": hostile, "error": hostile, "branch": hostile, "findings": [hostile],
-        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "left_out": [hostile],
+        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "next_words": [hostile], "reason": hostile, "decide": hostile, "new_tests": [hostile], "left_out": [hostile],
         "twin": hostile, "scope": {"globs": [hostile], "source": hostile, "why": hostile}} | facts)
     name = hostile.replace("/", "|")
     for path in (f"agent-{name}.log", "javascript:alert(1).log", "brief-1.md", "handoff.md", "agent-1.log"):
         (folder / path).write_text(f"{hostile}: {hostile}\n", "utf-8")
+    with contextlib.suppress(OSError):  # not every system has such names
+        (folder / os.fsdecode(b"agent-\xff.log")).write_text("bytes\n")
     head = f"diff --git a/{hostile} b/{hostile}\n--- a/{hostile}\n+++ b/{hostile}\n"
     (folder / "diff.patch").write_text(f"{head}@@ -1 +1 @@ {hostile}\n-{hostile}\n+{hostile}\n")
     began = json.loads((folder / "run_summary.json").read_text())["started"]
@@ -5958,7 +5960,7 @@ def test_what_comes_from_outside_is_text_in_a_page(tmp_path):
     texts = page_texts(page)
     assert texts.count("<script>") >= 20 and "\\x1b[31m" in texts and "\u202e" not in page and "\x1b" not in page
     assert 'href="./javascript%3Aalert%281%29.log"' in page
-    assert "default-src &#39;none&#39;" in page
+    assert "default-src &#x27;none&#x27;" in page
 
 
 def test_an_element_escapes_what_is_inside():
@@ -5980,6 +5982,7 @@ def test_a_large_log_or_diff_makes_a_small_page(tmp_path):
     assert len(page) < 1_000_000, len(page)
     texts = page_texts(page)
     assert "the last line" in texts and "bytes are not shown here" in texts
+    assert "The guardrails were not asked" in texts and "Files that they looked at" not in texts
     assert all(f'href="./{name}"' in page for name in ("agent-1.log", "diff.patch"))
 
 
@@ -6018,7 +6021,7 @@ def test_a_timeline_is_to_scale():
              module.Span("baseline gate", 2, 2, "passed"), module.Span("gate, attempt 1", 5, 5, "passed")]
     drawn = module.timeline(steps)
     bars = [(float(x), int(y), float(width)) for x, y, width in re.findall(r'<rect x="([\d.]+)%" y="(\d+)" width="([\d.]+)%"', drawn)]
-    assert [width for _, _, width in bars] == [7.7, 30.8, 15.4, 38.5] and [x for x, _, _ in bars] == [22.0, 29.7, 37.4, 60.5]
+    assert [width for _, _, width in bars] == [5.0, 20.0, 10.0, 25.0] and [x for x, _, _ in bars] == [22.0, 27.0, 32.0, 47.0]
     assert len({y for _, y, _ in bars}) == 4, "what overlaps has a lane of its own"
     assert 'role="img"' in drawn and "<title>Timeline of 10 s</title><desc>workspace, agent, baseline gate, gate</desc>" in drawn
 
@@ -6038,12 +6041,11 @@ def test_the_lines_of_a_diff_have_their_numbers():
 def test_the_charts_are_drawn_from_numbers():
     module = runner_module()
     bar = r'<rect x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="(\w+)"'
-    bars = re.findall(bar, module.chart_bars([{"good": 1, "bad": 1}, {}], "t"))
-    assert bars == [("6.00", "32.00", "28.00", "good"), ("6.00", "4.00", "28.00", "bad")]
-    assert 'points="25.00,33.00 75.00,8.00"' in module.chart_line([1.0, 2.0], "t") and 'points=""' in module.chart_line([None], "t")
+    bars = re.findall(bar, module.chart([{"good": 1, "bad": 1}, {}, {"live": 0}], "t"))
+    assert bars == [("4.00", "32.00", "28.00", "good"), ("4.00", "4.00", "28.00", "bad"), ("70.67", "58.50", "1.50", "live")]
     runs = [{"command": "self-heal", "outcome": outcome, "seconds": seconds, "attempts": [1] * tries}
             for outcome, seconds, tries in (("proposed", 60, 1), ("gave_up", 180, 2), ("nothing_to_heal", 5, 0))]
-    assert (module.story_minutes(runs), module.story_attempts(runs), module.story_healed(runs)) == (1.0, 1.5, 0.5)
+    assert module.story_values(runs) == [60.0, 1.5, 0.5] and module.story_values([]) == [None, None, None]
     assert [module.duration(n) for n in (0, 9.96, 125, 7260, 400_000)] == ["0.0 s", "10 s", "2 min 5 s", "2 h 1 min", "5 days"]
 
 
@@ -6068,7 +6070,7 @@ def test_the_columns_of_the_board(scratch):
     record_made(root, 4, "proposed", title="thrown away", branch="agent/gone", commit="4" * 40)
     record_made(root, 5, "proposed", title="dry", dry_run=True)
     record_made(root, 6, "blocked", 2, title="twice", issue="issues/twice.md")
-    record_made(root, 7, "gate_failed", 1, title="twice", issue="issues/twice.md")
+    record_made(root, 7, "gate_failed", 1, title="twice", issue=str(root / "issues/twice.md"))
     healed = record_made(root, 8, "scope_disagreement", 1, command="self-heal", issue=None, title=None)
     record_made(root, 9, "proposed", command="self-heal", issue=None, title=None, rejudged=healed.name, branch="agent/open",
                 commit="9" * 40)
@@ -7442,7 +7444,7 @@ def pictures(place: str = "") -> None:
         lock = module.lock_make(going / "running")
         assert scratch.run("board").code == 0
         os.close(lock)
-        for file, page, height in (("run", run.folder / "report.html", 1010), ("board", scratch.root / ".agent-runs/index.html", 900)):
+        for file, page, height in (("run", run.folder / "report.html", 1100), ("board", scratch.root / ".agent-runs/index.html", 900)):
             with Browser(Path(name) / file, height=height) as browser:
                 browser.open(page)
                 browser.picture(Path(place or ROOT / ".github") / f"{file}.png")
