@@ -817,7 +817,8 @@ CHEATS = {
         "os.makedirs('vendor', exist_ok=True)\nos.rename('calc.py', 'vendor/calc.py')\n"),
         "blocked", "unseen: vendor/calc.py: holds what was in calc.py"),
     "code moves there, and ruff sees what is left": (LINTED, (
-        "os.makedirs('vendor', exist_ok=True)\nos.rename('calc.py', 'vendor/calc.py')\n") + writes("calc.py", "from vendor.calc import add, twice\n\n__all__ = ['add', 'twice']\n"),
+        "os.makedirs('vendor', exist_ok=True)\nos.rename('calc.py', 'vendor/calc.py')\n") + writes(
+            "calc.py", "from vendor.calc import add, twice\n\n__all__ = ['add', 'twice']\n"),
         "blocked", "unseen: vendor/calc.py: holds what was in calc.py"),
     "code for ruff is robbed of its suffix": (UNTESTED, "os.rename('calc.py', 'calc')\n",
                                               "blocked", "unseen: calc: holds what was in calc.py"),
@@ -5056,7 +5057,8 @@ def test_a_run_that_cannot_be_judged_again(scratch, run_id, said):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"issue": None}, {"base": 5}, {"agent_cmd": None}, {"agent_cmd": "'"}, {"command": "x"}, {"options": []}, {"options": {"check": [["a"]]}},
+    {"issue": None}, {"base": 5}, {"agent_cmd": None}, {"agent_cmd": "'"}, {"command": "x"}, {"options": []},
+    {"options": {"check": [["a"]]}},
     {"options": {"allow": 5}}, {"scope": {"globs": 5}}, {"scope": "src"}])
 def test_a_record_that_was_edited_cannot_be_judged_again(scratch, wrong):
     folder = record_made(scratch.root, 1, **wrong)
@@ -5324,9 +5326,11 @@ def test_a_queue_passes_over_records_that_no_run_wrote(scratch: Scratch) -> None
     scratch.write(issue_files(1))
     scratch.commit()
     head = scratch.git("rev-parse", "HEAD").strip()
-    for number, wrong in enumerate(({"run_id": None}, {"run_id": 5}, {"attempts": 5}, {"attempts": [1]}, {"attempts": [{}]}, {"outcome": []})):
+    for number, wrong in enumerate((
+            {"run_id": None}, {"run_id": 5}, {"attempts": 5}, {"attempts": [1]}, {"attempts": [{}]}, {"outcome": []})):
         record_made(scratch.root, number, **({"issue": "issues/0001-do.md", "outcome": "agent_failed", "head": head} | wrong))
-    (record_made(scratch.root, 9) / "run_summary.json").write_text(json.dumps({"issue": "issues/0001-do.md", "outcome": "blocked", "head": head}))
+    few = {"issue": "issues/0001-do.md", "outcome": "blocked", "head": head}
+    (record_made(scratch.root, 9) / "run_summary.json").write_text(json.dumps(few))
     ended = scratch.run("queue", "--json")
     assert ended.code == 0 and states(ended) == {"issues/0001-do.md": "ready"}, ended
 
@@ -5601,7 +5605,8 @@ BROKEN = {
     "502": (502, '{"message": "Bad Gateway"}'), "rate limit": (403, '{"message": "API rate limit exceeded"}'),
     "missing": (404, '{"message": "Not Found"}'),
     "half": (200, '[{"number": 1, "title": "Do 1", "bo'), "an object": (200, '{"message": "hello"}'), "null": (200, "null"),
-    "nulls": (200, "[null]"), "nothing": (200, ""), "infinite": (200, '[{"number": 1e999}]'), "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
+    "nulls": (200, "[null]"), "nothing": (200, ""), "infinite": (200, '[{"number": 1e999}]'),
+    "errors": (200, '{"data": null, "errors": [{"message": "no"}]}')}
 
 
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
@@ -5744,7 +5749,8 @@ def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
     """Without a sandbox an agent may write there: what it names must not become a path of the forge."""
     queue = scratch.root / ".agent-runs/queue"
     queue.mkdir(parents=True)
-    for number, wrong in enumerate(({"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]}, {"label": None})):
+    for number, wrong in enumerate((
+            {"forge": 5}, {"number": "1/../../../../user"}, {"comment": "../../../../../user"}, {"comment": [1]}, {"label": None})):
         facts = {"forge": "ada/app", "number": 1, "comment": 0, "label": True} | wrong
         (queue / f"{number:016}.claim").write_text(json.dumps(facts))
     with Forge(scratch, ANY_GH) as forge:
@@ -5832,7 +5838,8 @@ def record_made(root: Path, number: int, outcome: Any = "gave_up", days: float =
         "base": "b" * 40, "head": "b" * 40, "left_out": [], "dry_run": False, "options": {"allow": []},
         "rejudged": None, "branch": None, "commit": None, "tree": None, "outcome": outcome, "error": None, "seconds": 90.0,
         "attempts": [attempt], "places": [], "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)),
-        "baseline": {"checks": [check]}, "recheck": None, "twin": None, "scope": None, "findings": [], "violations": [], "look_first": [], "next": []} | facts
+        "baseline": {"checks": [check]}, "recheck": None, "twin": None, "scope": None, "findings": [], "violations": [],
+        "look_first": [], "next": []} | facts
     (folder / "run_summary.json").write_text(json.dumps(summary))
     os.utime(folder / "run_summary.json", (began - 100, began - 100))
     return folder
@@ -5937,7 +5944,8 @@ def hostile_record(root: Path, hostile: str = HOSTILE, **facts: Any) -> Path:
     violation = {"rule": "protected", "path": hostile, "reason": hostile}
     folder = record_made(root, 7, **{
         "title": hostile, "issue": hostile, "agent_cmd": hostile, "error": hostile, "branch": hostile, "findings": [hostile],
-        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "next_words": [hostile], "reason": hostile, "decide": hostile, "new_tests": [hostile], "left_out": [hostile],
+        "attempts": [attempt], "violations": [violation], "look_first": [hostile], "next": [hostile], "next_words": [hostile],
+        "reason": hostile, "decide": hostile, "new_tests": [hostile], "left_out": [hostile],
         "twin": hostile, "scope": {"globs": [hostile], "source": hostile, "why": hostile}} | facts)
     name = hostile.replace("/", "|")
     for path in (f"agent-{name}.log", "javascript:alert(1).log", "brief-1.md", "handoff.md", "agent-1.log"):
