@@ -4,7 +4,7 @@
     issue or red build -> workspace -> brief -> agent -> snapshot -> judgement -> proposal
                                          ^                               |
                                          +---- findings, a few times ----+
-    judgement: what may change at all -> gate -> recheck -> what was observed -> blind twin
+    judgement: can it be reviewed -> gate -> recheck -> may it change that -> blind twin
 
 Any headless coding agent does the creative part. The rest is in this file, and the agent cannot
 skip a step of it. It does not push, it does not merge, it does not touch your checkout, and it
@@ -109,7 +109,7 @@ __version__ = "0.1.0"
 #   green, red  nothing stands against it, or something does: a check, a gate, a judgement
 #   gate file   a file that decides what the gate reports: a test, its data, configuration
 #   recheck     the gate once more, with the base's gate files laid over the change
-#   blind twin  the tests once more, each with another expectation: all of them must fail
+#   blind twin  tests once more, an expectation of each altered on disk: each of them must fail
 #   finding     one thing that stands against a change, as the agent reads it in a brief
 #   violation   a finding of a guardrail: rule, path and reason
 #   judgement   what one attempt comes to, with its reasons
@@ -365,8 +365,7 @@ def outcome_of(heals: bool, newest: str) -> str:
 # Promises: a change is green when nothing that was looked for stands against it.
 # At first: read it: what green means.
 #
-# Each thing that is looked for is something that was observed: a file, a report,
-# a test that ran. The order is from cheap to costly.
+# What is looked for was observed: a file, a report, a test that ran. The cheap comes first.
 
 UNREVIEWABLE = ("secret", "size", "link", "compiled")  # rules that are looked at before any run
 
@@ -378,15 +377,16 @@ class Judge:
         job = run.job
         self.run, self.gates = run, gates
         self.allow = job.allow + (job.issue.allow if job.issue else [])
-        # Checks that must be green; the others must not be worse than on the base.
-        self.strict = {check.name for check in job.checks if must_be_green(check, job, run.base)}
+        # The checks that must be green; the others must not be worse than on the base.
+        self.required = {check.name for check in job.checks if must_be_green(check, job, run.base)}
         self.red: list[str] = []  # the checks whose tests failed last: they are run first
         self.tools = tools_state(job, gates.private)
         self.user = user_state(job)
 
     def must_pass(self, check: CheckResult) -> bool:
         """Whether a result must be green; that of --setup, which is no check of the job, must."""
-        return check.name in self.strict or check.name not in {c.name for c in self.run.job.checks}
+        others = {check.name for check in self.run.job.checks} - self.required
+        return check.name not in others
 
     def decide(self, attempt: Attempt) -> Judgement:
         """The judgement on a snapshot: that of the first of these that has one."""
@@ -433,7 +433,7 @@ class Judge:
         if not self.red:
             return None
         first = self.gates.failures_first(attempt, self.red)
-        problems = gate_problems(self.run.baseline, first, self.strict)
+        problems = gate_problems(self.run.baseline, first, self.required)
         return Judgement("red", problems, gate=first) if problems else None
 
     def by_evidence(self, attempt: Attempt, sources: list[Source]) -> Judgement:
@@ -441,9 +441,9 @@ class Judge:
         gate = self.gates.whole(attempt)
         base = self.gates.baseline()
         self.red = [check.name for check in gate.checks if check.failures and not check.broken]
-        failing = gate_problems(base, gate, self.strict)
+        failing = gate_problems(base, gate, self.required)
         recheck = Recheck(self, attempt, sources, self.gates.gate_files(gate))
-        if not failing:  # what fails is red already; then the recheck stays empty
+        if not failing:  # else there is no second question, and it finds nothing
             recheck.run()
         # Where tests wrote to the files that judge, nobody knows what passed: --allow cannot help.
         if rewritten := files_rewritten(base, gate, recheck):
@@ -459,7 +459,7 @@ class Judge:
 
     def conclude(self, found: list[Violation], failing: list[str], lost: dict[str, str],
                  details: list[str]) -> Judgement:
-        """What all of it comes to: refused, red or green. `lost`: {test: what became of it}."""
+        """Refused for what was found; else red where checks fail or tests are lost; else green."""
         refusals = [violation for violation in found if not violation.allowed(self.allow)]
         problems = [*failing, *lost.values()]
         overrule = [] if failing else overrulable(refusals, lost)
@@ -477,7 +477,7 @@ class Judge:
         return concluded._replace(look_first=look_first, twin=twin.line())
 
     def add_outside(self, judgement: Judgement, attempt: Attempt) -> Judgement:
-        """The judgement, or a refusal for what the agent did beside its work."""
+        """The judgement, or a refusal for what the agent did in the user's repository or home."""
         violations, notes = outside_verdict(self.run, self.user, attempt.tree)
         look_first = [*dict.fromkeys([*judgement.look_first, *notes])]
         if not violations:
