@@ -414,7 +414,7 @@ def runner_module(name: str = "runner_under_test") -> ModuleType:
 
 
 class Ahead:
-    """A pytest plugin: most tests wait for other programs, so four of them run in threads, ahead of pytest's own pace.
+    """A pytest plugin: most tests wait for other programs, so five of them run in threads, ahead of pytest's own pace.
 
     Whatever needs no more than what is in MAKES (and parameters) is run there; in its turn its result is
     waited for. So nothing else changes: the names, the order, the reports, and what -k selects.
@@ -427,7 +427,7 @@ class Ahead:
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
         runner_module("runner_as_loaded")
         runner_module()  # now: two threads would load two of it, and what one pickles is not the other's
-        self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
+        self.pools = ThreadPoolExecutor(3), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
         numbers = sorted(range(len(items)), key=lambda number: self.LONG not in items[number].name)
         self.results = {items[number]: self.pool(items[number]).submit(self.call, items[number], base / f"ahead-{number}")
                         for number in numbers if self.takes(items[number])}
