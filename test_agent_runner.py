@@ -414,22 +414,27 @@ def runner_module(name: str = "runner_under_test") -> ModuleType:
 
 
 class Ahead:
-    """A pytest plugin: most tests wait for other programs, so four of them run in threads, ahead of pytest's own pace.
+    """A pytest plugin: most tests wait for other programs, so five of them run in threads, ahead of pytest's own pace.
 
     Whatever needs no more than what is in MAKES (and parameters) is run there; in its turn its result is
     waited for. So nothing else changes: the names, the order, the reports, and what -k selects.
     """
 
-    SLEEPS = "hang"  # in a test's name
+    SLEEPS, LONG = "hang", "workshop"  # in a test's name; a long one is started first, or the others would have to wait for its end
     MAKES: dict[str, Callable[..., Any]] = {
         "tmp_path": Path, "scratch": Scratch, "red": lambda place: Scratch(place, FILES | {"app.py": APP_WRONG})}
 
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
         runner_module("runner_as_loaded")
         runner_module()  # now: two threads would load two of it, and what one pickles is not the other's
-        self.pools = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
-        self.results = {item: self.pools["box" in self.params(item) or self.SLEEPS in item.name].submit(
-            self.call, item, base / f"ahead-{number}") for number, item in enumerate(items) if self.takes(item)}
+        self.pools = ThreadPoolExecutor(3), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
+        numbers = sorted(range(len(items)), key=lambda number: self.LONG not in items[number].name)
+        self.results = {items[number]: self.pool(items[number]).submit(self.call, items[number], base / f"ahead-{number}")
+                        for number in numbers if self.takes(items[number])}
+
+    def pool(self, item: pytest.Item) -> ThreadPoolExecutor:
+        """The pool for a test."""
+        return self.pools["box" in self.params(item) or self.SLEEPS in item.name]
 
     def takes(self, item: pytest.Item) -> bool:
         """Whether a test can run ahead."""
@@ -4882,7 +4887,7 @@ def test_a_demo_can_be_taken_over_and_pushed(scratch):
 
 
 @pytest.mark.parametrize(("command", "variant", "said"), [
-    ("issue-to-pr", "cheat", "weakened: tests/test_greeting.py"), ("self-heal", "rogue", "scope: README.md"),
+    ("self-heal", "cheat", "weakened: tests/test_greeting.py"), ("issue-to-pr", "rogue", "scope: README.md"),
     ("self-heal", "blind", "blind: tests/test_greeting.py: test_greets_by_name passes although it expects something else")])
 def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, variant: str, said: str) -> None:
     """A workshop sees what was tried."""
@@ -5612,7 +5617,7 @@ BROKEN = {
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
 def test_what_cannot_be_read_is_never_ready(scratch: Scratch, where: str) -> None:
     """The queue stops with 69 and one line, or the issue is untrusted."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, ANY_GH if where == "/permission" else "scripted") as forge:  # the scripted one starts sooner
         for number in range(1, 102 if "page" in where else 2):
             forge.issue(number, labels=("ready-for-agent",) if number == 1 else ())
         for how, answer in BROKEN.items():
