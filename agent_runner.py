@@ -8996,6 +8996,15 @@ def parser_build() -> Parser:
     screen_add(parser, {"quiet": False, "verbose": False, "color": "auto"})
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=Parser)
+    agent_commands_add(commands)
+    past_runs_add(commands)
+    queue_add(commands)
+    board_add(commands)
+    return parser
+
+
+def agent_commands_add(commands: Any) -> None:
+    """Add the two commands that call an agent."""
     issue = command_add(
         commands, "issue-to-pr", "an issue file becomes a proposal",
         "Hand an issue to the agent in AGENT_CMD; propose what passes the gate.",
@@ -9016,10 +9025,6 @@ def parser_build() -> Parser:
     for command, attempts in ((issue, 0), (heal, 2)):
         options_add(command, attempts)
         command.set_defaults(handler=cmd_run)
-    past_runs_add(commands)
-    queue_add(commands)
-    board_add(commands)
-    return parser
 
 
 def command_add(commands: Any, name: str, what: str, description: str,

@@ -5204,12 +5204,12 @@ def test_a_pull_request_that_closes_an_issue(text: str, is_closing: bool) -> Non
 
 
 @pytest.mark.parametrize(("source", "is_same"), [
-    ("issues/0002-a.md", True), ("0002-a.md", False), ("../issues/0002-a.md", False), ("/work/repo/issues/0002-a.md", True),
+    ("issues/0002-a.md", True), ("0002-a.md", False), ("../issues/0002-a.md", False), ("/srv/repo/issues/0002-a.md", True),
     ("./issues//0002-A.md", True), ("other/0002-a.md", False), ("issues/0002-b.md", False), ("issues", False), ("", False),
 ])
 def test_the_issue_that_a_record_names(source: str, is_same: bool) -> None:
     """Its path in the repository, and nothing that only ends like it."""
-    module, repo = runner_module(), runner_module().Repo(Path("/work/repo"), Path("/work/repo/.git"))
+    module, repo = runner_module(), runner_module().Repo(Path("/srv/repo"), Path("/srv/repo/.git"))
     assert (module.issue_path(repo, source) == module.issue_path(repo, "issues/0002-a.md")) is is_same
 
 
