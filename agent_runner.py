@@ -747,7 +747,7 @@ def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
     path = git(repo, "rev-parse", "--path-format=absolute", "--git-path", "index")
     user_index = Path(path.removesuffix("\n"))
     if user_index.exists():
-        shutil.copyfile(user_index, index)
+        shutil.copy2(user_index, index)  # with its time: git reads again what is as new as that
     if git(repo, "ls-files", "--unmerged", "-z", index=index) and sweep:
         raise Stop(EXIT_USAGE, "the checkout has unmerged files; "
                                "finish or abort the merge, then run this again")
