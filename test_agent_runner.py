@@ -655,6 +655,22 @@ def test_a_copied_checkout_is_not_changed(scratch):
     assert base.left_out == ["other.py"], base
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_an_edit_that_only_its_bytes_show_is_seen(scratch, sweep):
+    """Of the same size, in the second in which git wrote its index: git reads such a file again, by the index's own time."""
+    second = 1_000_000_000
+    scratch.git("config", "core.trustctime", "false")
+    scratch.git("config", "core.checkStat", "minimal")
+    scratch.write({"other.py": "other = 1\n"})
+    os.utime(scratch.root / "other.py", (second, second))
+    head = scratch.commit()
+    scratch.write({"other.py": "other = 2\n"})
+    for path in ("other.py", ".git/index"):
+        os.utime(scratch.root / path, (second, second))
+    base = runner_module().base_find(runner_module().Repo(scratch.root, scratch.root / ".git"), "HEAD", scratch.place, sweep=sweep)
+    assert (base.commit != head) if sweep else (base.left_out == ["other.py"]), base
+
+
 def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     scratch.write({"other.py": "other = 1\n", "gone.py": "gone = 1\n"})
     head = scratch.commit()
