@@ -6820,10 +6820,9 @@ RUN_KEYS = ("command", "title", "outcome", "exit_code", "branch", "started", "se
 
 def run_row(folder: Path) -> tuple[str, ...]:
     """A record as a row of the table."""
-    facts = summary_read(folder)
-    title = one_line(str(facts.get("title") or "-"))
-    return (folder.name, str(facts.get("command")), str(facts.get("outcome") or "unfinished"),
-            age_shown(folder), text_cut(title, 40), str(facts.get("branch") or "-"))
+    facts = record_read(folder)
+    return (folder.name, facts["command"] or "-", facts["outcome"], age_shown(folder),
+            text_cut(one_line(facts["title"]), 40), facts["branch"] or "-")
 
 
 def age_shown(folder: Path) -> str:
@@ -6859,27 +6858,27 @@ def run_named(repo: Repo, run_id: str) -> Path:
 
 def run_show(folder: Path, as_json: bool) -> int:
     """Print one run: how it ended, on what, the findings, and where to look; the exit code 0."""
-    facts = summary_read(folder)
-    try:
-        text = json_text(facts) if as_json else console_safe(MASK.text(run_text(folder, facts)))
-    except (KeyError, TypeError, AttributeError):
-        raise record_odd(folder) from None
-    console_print(console_inert(text), sys.stdout)
+    facts = record_read(folder)
+    if not facts["began"]:
+        raise record_odd(folder)
+    text = console_safe(MASK.text(run_text(facts)))
+    console_print(json_text(summary_read(folder)) if as_json else console_inert(text), sys.stdout)
     return 0
 
 
-def run_text(folder: Path, facts: dict[str, Any]) -> str:
+def run_text(facts: Mapping[str, Any]) -> str:
     """What a record comes to, for people."""
+    folder = facts["folder"]
     attempts = [f"{attempt['number']} {attempt['result'] or 'unfinished'} "
                 f"({words_first(attempt['changed']) or 'no change'})"
                 for attempt in facts["attempts"]]
-    lines = [f"{facts['outcome'] or 'unfinished'}: {facts['command']}, {facts['title'] or '-'}",
+    lines = [f"{facts['outcome']}: {facts['command']}, {facts['title']}",
              f"run       {folder.name}, {age_shown(folder)} ago, {facts['seconds']} s",
              f"issue     {facts['issue'] or '-'}",
              f"base      {facts['base'][:12]}",
              f"branch    {facts['branch'] or '-'}",
              f"attempts  {'; '.join(attempts) or 'none'}"]
-    parts = {"error": [facts["error"] or ""], "findings": facts["findings"], "next": facts["next"],
+    parts = {"error": [facts["error"]], "findings": facts["findings"], "next": facts["next"],
              "pages": [path_shown(folder / name) for name in RUN_PAGES if (folder / name).exists()]}
     for name, texts in parts.items():
         rows = [f"  {row}" for text in texts for row in text.splitlines()]
@@ -7155,7 +7154,7 @@ class Queue:
     def alive(self, source: str) -> list[str]:
         """The runs on an issue that go on."""
         runs = self.runs.get(issue_path(self.repo, source), [])
-        return [run["run_id"] for run in runs if is_locked(Path(run["folder"]) / "running")]
+        return [run["run_id"] for run in runs if is_locked(run["folder"] / "running")]
 
     def work(self, source: str) -> tuple[str, str]:
         """A state and its reason, where somebody here works on an issue, or it is proposed."""
@@ -7312,25 +7311,23 @@ def hidden_removed(text: str) -> tuple[str, list[str]]:
 # --- What this checkout knows of the work on issues.
 
 def runs_of_issues(repo: Repo) -> dict[str, list[dict[str, Any]]]:
-    """The records of runs on each issue, the newest last; `folder` is where they are."""
+    """The records of runs on each issue, the newest last."""
     runs = defaultdict(list)
     for folder in sorted((repo.root / ".agent-runs").glob("*/")):
-        facts = summary_read(folder)
-        if is_record(facts) and facts["issue"] and not facts.get("simulated"):
-            runs[issue_path(repo, facts["issue"])].append(facts | {"folder": str(folder)})
+        facts = record_read(folder)
+        if facts["began"] and facts["issue"] and not facts["simulated"]:
+            runs[issue_path(repo, facts["issue"])].append(facts)
     return dict(runs)
 
 
 def handed_over(queue: Queue, source: str) -> str:
     """Why a human has to look at an issue first, or "": on the same commit its run failed."""
-    last = queue.runs.get(issue_path(queue.repo, source), [{}])[-1]
-    outcome = last.get("outcome")
-    if outcome in (None, "proposed", "interrupted") or is_at_once(last):
-        return ""  # that says nothing against the issue
-    if last.get("head") != queue.head:
-        return ""
-    return (f"run {last['run_id']} ended {outcome} on this commit; "
-            "a human decides, or a new commit does")
+    for last in queue.runs.get(issue_path(queue.repo, source), [])[-1:]:
+        says_nothing = last["outcome"] in ("unfinished", "proposed", "interrupted")
+        if last["head"] == queue.head and not says_nothing and not is_at_once(last):
+            return (f"run {last['run_id']} ended {last['outcome']} on this commit; "
+                    "a human decides, or a new commit does")
+    return ""
 
 
 def issues_named(repo: Repo, *revs: str) -> dict[str, str]:
@@ -7692,7 +7689,7 @@ class Result(NamedTuple):
     outcome: str
     run_id: str = ""
     note: str = ""  # the branch, or the reason
-    facts: Mapping[str, Any] = {}  # of its record
+    facts: Mapping[str, Any] = {}  # of its record; {} where that has no outcome
 
 
 class Tick:
@@ -7741,8 +7738,8 @@ class Tick:
             if not is_first:
                 return Result(item.ref, None, "claimed", note="another queue was first")
             result = issue_run(self.repo, self.args, item.ref, claim)
-            if result.facts.get("outcome") and not is_environment(result):
-                outcome_publish(self.repo, queue.forge, int(item.number or 0), result)
+            if result.facts and not is_environment(result):
+                outcome_publish(queue.forge, int(item.number or 0), result)
             return result
 
     def show(self) -> None:
@@ -7762,7 +7759,7 @@ AT_ONCE = 5  # seconds: an agent that fails sooner is not set up, whatever the i
 
 def is_at_once(facts: Mapping[str, Any]) -> bool:
     """Whether a run's agent failed so soon that it cannot have worked on the issue."""
-    seconds = [attempt["agent_seconds"] for attempt in facts.get("attempts") or []]
+    seconds = [attempt["agent_seconds"] for attempt in facts.get("attempts", [])]
     return facts.get("outcome") == "agent_failed" and max(seconds, default=0) < AT_ONCE
 
 
@@ -7793,12 +7790,13 @@ def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Re
         run_id = re.search(r"(?m)^run (\d+-\d+-\w+): ", text)
         demo = re.search(r"(?m)^simulated: .*the demo repository is (.*)$", text)
         root = Path(demo[1]) if demo and args.simulate else repo.root
-        facts = summary_read(root / ".agent-runs" / run_id[1]) if run_id else {}
-        facts = facts if is_record(facts) else {}  # an agent may have written it
-        outcome = facts.get("outcome") or "no outcome"
+        facts = record_read(root / ".agent-runs" / run_id[1]) if run_id else {}
+        if facts.get("outcome") not in OUTCOMES:  # it was killed, or an agent wrote this
+            facts = {}
+        outcome = facts.get("outcome", "no outcome")
         step["result"] = f"{outcome}, exit {ran.exit}"
     last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
-    words = OUTCOMES[outcome][1] if outcome in OUTCOMES else last
+    words = OUTCOMES[outcome][1] if facts else last
     note = facts.get("branch") or facts.get("error") or words
     exit_code = OUTCOMES["interrupted"][0] if ran.exit is None else ran.exit
     return Result(ref, exit_code, outcome, run_id[1] if run_id else "", note, facts)
@@ -7908,27 +7906,22 @@ def claims_release(queue: Queue, forge: Forge) -> None:
                 CONSOLE.say(f"{ref}: its run was killed; the claim is released")
 
 
-def outcome_publish(repo: Repo, forge: Forge, number: int, result: Result) -> None:
+def outcome_publish(forge: Forge, number: int, result: Result) -> None:
     """Comment how a run ended, then swap the ready label for what comes next."""
     label = PROPOSED if result.outcome == "proposed" else HUMAN
-    folder = repo.root / ".agent-runs" / result.run_id
-    try:
-        comment = outcome_comment(folder, result.facts)
-    except (KeyError, TypeError, AttributeError):  # an agent may have written it
-        raise record_odd(folder) from None
-    forge.send("POST", f"issues/{number}/comments", {"body": comment})
+    forge.send("POST", f"issues/{number}/comments", {"body": outcome_comment(result.facts)})
     forge.send("POST", f"issues/{number}/labels", {"labels": [label]})
     forge.send("DELETE", f"issues/{number}/labels/{READY}")
 
 
-def outcome_comment(folder: Path, facts: Mapping[str, Any]) -> str:
+def outcome_comment(facts: Mapping[str, Any]) -> str:
     """The essentials of a record, as a comment on its issue."""
-    outcome = facts["outcome"]
-    lines = [f"**{outcome}** (exit {facts['exit_code']}): {OUTCOMES[outcome][1]}.", ""]
+    exit_code, meaning = OUTCOMES[facts["outcome"]]
+    lines = [f"**{facts['outcome']}** (exit {exit_code}): {meaning}.", ""]
     if facts["branch"]:
         lines = [*lines, f"Branch `{facts['branch']}` ({facts['commit'][:12]}). {NOT_PUSHED}", ""]
     # Paths and findings are the agent's words: as code they name nobody and link to nothing.
-    text = words_clip(run_text(folder, {**facts, "next": []}), 4000)
+    text = words_clip(run_text({**facts, "next": []}), 4000)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return MASK.text("\n".join([*lines, fence, text, fence]))
 
@@ -7971,7 +7964,10 @@ def report_page(folder: Path) -> str:
 
 
 def record_read(folder: Path) -> dict[str, Any]:
-    """What pages and queue read of a run, each value as RECORD has it; of none "began" is 0."""
+    """What a run's record says, each value as RECORD has it; where there is none "began" is 0.
+
+    An agent may have written one: whoever reads a record for people, or decides by it, reads this.
+    """
     facts = shaped(summary_read(folder), RECORD)
     outcome = facts["outcome"] or "unfinished"
     meaning = OUTCOMES.get(outcome, (0, "the run did not end by itself"))[1]
@@ -8010,25 +8006,6 @@ def shaped(value: Any, model: Any) -> Any:
     if isinstance(model, float):  # of seconds; neither infinite nor none at all
         return value if isinstance(value, (int, float)) and 0 <= value < 1e11 else 0.0
     return value if isinstance(value, int) else model
-
-
-def is_record(facts: dict[str, Any]) -> bool:
-    """Whether a summary holds what queue and board read: an agent may have written one, too."""
-    try:
-        datetime.fromisoformat(facts["started"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    words = [facts.get(name, 0) for name in ("issue", "title", "rejudged", "outcome", "commit")]
-    return (all(word is None or isinstance(word, str) for word in words)
-            and isinstance(facts.get("attempts"), list) and isinstance(facts.get("run_id"), str)
-            and all(is_attempt(attempt) for attempt in facts["attempts"])
-            and isinstance(facts.get("seconds"), (int, float)) and 0 <= facts["seconds"] < 1e9
-            and "command" in facts)
-
-
-def is_attempt(value: Any) -> bool:
-    """Whether a value in a summary is an attempt, as far as the queue asks."""
-    return isinstance(value, dict) and isinstance(value.get("agent_seconds"), (int, float))
 
 
 class Markup(str):

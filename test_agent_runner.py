@@ -4954,6 +4954,7 @@ def test_one_run_is_shown(scratch: Scratch) -> None:
     (refused.folder / "run_summary.json").write_text('{"schema": 1, "title": 7}')
     broken = scratch.run("runs", run_id)
     assert broken.code == 64 and "is not what a run writes" in broken.err and broken.err.count("\n") == 1, broken
+    assert re.search(rf"(?m)^{run_id}  +-  +unfinished ", scratch.run("runs").out), "it is listed, without a word that it has not"
 
 
 @needs_linux
