@@ -2715,7 +2715,7 @@ class Evidence(NamedTuple):
 
     def ending(self) -> str:
         """How the program ended, in words: "exit 2", or that it was stopped."""
-        stopped = f"stopped after {self.ran.seconds:.1f} s (GATE_TIMEOUT)"
+        stopped = f"stopped after {duration(self.ran.seconds)} (GATE_TIMEOUT)"
         return stopped if self.ran.timed_out else f"exit {self.ran.exit}"
 
     def plain(self, text: str) -> str:
@@ -6099,9 +6099,9 @@ class Step:
             result = self.facts["result"]
             ok = self.facts.get("ok", not re.match(STEP_FAILED, result))
             mark = "•" if ok is None else "✓" if ok else "✗"
-            return [f"{mark} {name}  {result}  {seconds:.1f} s"]
-        left = f", {seconds_shown(self.limit - now)} left" if self.limit else ""
-        line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {seconds_shown(seconds)}{left}"
+            return [f"{mark} {name}  {result}  {duration(seconds)}"]
+        left = f", {clock(self.limit - now)} left" if self.limit else ""
+        line = f"{SPINNER[int(now * 5) % len(SPINNER)]} {name}  {clock(seconds)}{left}"
         output = screen_text(self.output[-4000:].decode("utf-8", "replace"))
         newest = output.strip().splitlines()[-1:]
         return [line, *(f"  {one_line(words)}" for words in newest)]
@@ -6304,10 +6304,21 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
                       ).rstrip() for row in cells]
 
 
-def seconds_shown(seconds: float) -> str:
-    """Seconds for people: "48 s", and from a minute on "29:48"."""
+def clock(seconds: float) -> str:
+    """Seconds that go by, in the little room of a line that is drawn: "48 s", then "29:48"."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it: "0.4 s", "34 s", "2 min 5 s", "3 h 20 min", "4 days"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.0f} days"
+    size, unit, part, below = (60, "min", 1, "s") if seconds < 3600 else (3600, "h", 60, "min")
+    rest = int(seconds % size / part)
+    return f"{int(seconds / size)} {unit}" + (f" {rest} {below}" if rest else "")
 
 
 SCREEN_LIMIT = 200_000  # characters of a log's end whose every move is followed
@@ -6826,11 +6837,8 @@ def run_row(folder: Path) -> tuple[str, ...]:
 
 
 def age_shown(folder: Path) -> str:
-    """How long ago a record was written to: "5 min", "3 h", "12 days"."""
-    minutes = int((time.time() - (folder / "run_summary.json").stat().st_mtime) / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h" if minutes < 2880 else f"{minutes // 1440} days"
+    """How long ago a record was written to."""
+    return duration(time.time() - (folder / "run_summary.json").stat().st_mtime)
 
 
 def runs_prune(folders: list[Path], days: float) -> int:
@@ -6873,7 +6881,7 @@ def run_text(facts: Mapping[str, Any]) -> str:
                 f"({words_first(attempt['changed']) or 'no change'})"
                 for attempt in facts["attempts"]]
     lines = [f"{facts['outcome']}: {facts['command']}, {facts['title']}",
-             f"run       {folder.name}, {age_shown(folder)} ago, {facts['seconds']} s",
+             f"run       {folder.name}, {age_shown(folder)} ago, took {duration(facts['seconds'])}",
              f"issue     {facts['issue'] or '-'}",
              f"base      {facts['base'][:12]}",
              f"branch    {facts['branch'] or '-'}",
@@ -8200,17 +8208,6 @@ def timeline_scale(whole: float, height: int) -> Iterator[Markup]:
         x = f"{timeline_x(number * unit, whole):.2f}%"
         yield tag("line", x1=x, x2=x, y1="18", y2=height)
         yield tag("text", duration(number * unit) if number else "0", x=x, y="12", class_="note")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say it: "0.4 s", "34 s", "2 min 5 s", "3 h 20 min", "4 days"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.0f} days"
-    size, unit, part, below = (60, "min", 1, "s") if seconds < 3600 else (3600, "h", 60, "min")
-    rest = int(seconds % size / part)
-    return f"{int(seconds / size)} {unit}" + (f" {rest} {below}" if rest else "")
 
 
 DIFF_BYTES, DIFF_LINES = 150_000, 1500  # of diff.patch that a page shows

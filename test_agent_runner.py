@@ -4944,8 +4944,8 @@ def test_one_run_is_shown(scratch: Scratch) -> None:
     refused = scratch.propose(EDITS + "\n" + writes("Makefile", "a:\n"))
     run_id = refused.summary["run_id"]
     shown = scratch.run("runs", run_id)
-    first = f"blocked: issue-to-pr, Say double in another way\nrun       {run_id}, 0 min ago"
-    assert shown.code == 0 and shown.out.startswith(first), shown
+    first = rf"blocked: issue-to-pr, Say double in another way\nrun       {run_id}, [\d.]+ s ago, took [\d.]+ s\n"
+    assert shown.code == 0 and re.match(first, shown.out), shown
     facts = (refused.summary["base"][:12], "1 blocked (Makefile, app.py)", "protected: Makefile", "/handoff.md\n")
     for words in (*refused.summary["next"], *facts):
         assert words in shown.out, words
