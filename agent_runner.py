@@ -81,6 +81,7 @@ try:
 except ImportError:  # not on Windows, where main() says so
     fcntl = resource = None  # type: ignore[assignment]
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
+    import doctest
     from concurrent.futures import Future, ThreadPoolExecutor
     from typing import Self  # newer than Python 3.10
 
@@ -1402,11 +1403,12 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
     violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
-    violations += guard_reads(base, gate, recheck.gate_files) + guard_doctests(sources, base)
+    examples, examples_notes = guard_doctests(sources, base, gate)
+    violations += guard_reads(base, gate, recheck.gate_files) + examples
     violations += hidden_lint(base, gate) + unseen
     result = words_counted(len(violations), "violation") if violations else "no violation"
     step_report("guardrails", time.monotonic() - started, result)
-    return violations, [*notes, *unseen_notes, *skipped_tests(base, gate)]
+    return violations, [*notes, *unseen_notes, *examples_notes, *skipped_tests(base, gate)]
 
 
 def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
@@ -1985,32 +1987,55 @@ def tests_opened(result: GateResult, gate_files: GateFiles) -> list[list[str]]:
     return [[at, path] for at, path in pairs if gate_role(path, gate_files) == "test"]
 
 
-def guard_doctests(sources: list[Source], base: GateResult) -> list[Violation]:
-    """The examples in docstrings, run on the base, that expect something else now."""
-    ran = observed(base.checks, "doctests")
-    violations = []
-    for source in sources:
-        path = source.change.path
-        if path not in ran:
-            continue
-        old, new = map(Counter, source.read(doctests_read))
-        now = dict((new - old).keys())
-        violations += [
-            Violation("weakened", path, f"the example `{one_line(example)}` gave "
-                      f"`{one_line(output)}` on the base, and now `{one_line(now[example])}`")
-            for example, output in old - new if example in now]
-    return violations
+def guard_doctests(sources: list[Source], base: GateResult,
+                   gate: GateResult) -> tuple[list[Violation], list[str]]:
+    """What stands against examples in docstrings that ran on the base; a line on rewritten ones."""
+    ran, run = (observed(result.checks, "doctests") for result in (base, gate))
+    pairs = [(source.change.path, *source.read(doctests_read)) for source in sources]
+    everywhere = {example for path, _, after in pairs if path in run
+                  for examples in after.values() for example in examples}
+    violations, rewritten = [], []
+    for path, before, after in (pair for pair in pairs if pair[0] in ran):
+        for name in (name for name in before if name in after):  # of the others the test is lost
+            gone = [example for example in before[name] if example not in everywhere]
+            if reason := example_weakened(gone, before[name], after[name]):
+                violations.append(Violation("weakened", path, reason))
+            elif gone:
+                rewritten.append(f"{path}: {name or 'its head'}")
+    notes = [f"rewrites examples of the base: {words_first(rewritten)}"]
+    return violations, notes if rewritten else []
 
 
-def doctests_read(source: bytes) -> list[tuple[str, str]]:
-    """The examples in a file's docstrings, each with its output; [] where it does not parse."""
+def example_weakened(gone: list[tuple[str, str]], before: list[tuple[str, str]],
+                     after: list[tuple[str, str]]) -> str:
+    """What the examples of one docstring have lost; "" where they only are others."""
+    now = dict(after)
+    for example, output in gone:
+        if example in now:
+            return (f"the example `{one_line(example)}` gave `{one_line(output)}` on the base, "
+                    f"and now `{one_line(now[example])}`")
+    if gone and len(after) < len(before):
+        return (f"a docstring has {words_counted(len(after), 'example')} where the base has "
+                f"{len(before)}: `{one_line(gone[0][0])}` is gone")
+    return ""
+
+
+def doctests_read(source: bytes) -> dict[str, list[tuple[str, str]]]:
+    """The examples in docstrings, by whose they are: {"add": [("add(1, 1)", "2")]}."""
     import doctest
-    examples = []
+    examples = defaultdict(list)
     for node in ast.walk(syntax_read(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
             with contextlib.suppress(ValueError):  # one that doctest cannot read
-                examples += doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
-    return [(example.source.strip(), example.want.strip()) for example in examples]
+                parsed = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+                examples[getattr(node, "name", "")] += map(example_read, parsed)
+    return examples
+
+
+def example_read(example: doctest.Example) -> tuple[str, str]:
+    """An example and what it gives; an option of it (`# doctest: +SKIP`) is part of that."""
+    words, *options = re.split(r"\s*#\s*doctest:\s*", example.source.strip())
+    return words, " ".join([example.want.strip(), *options]).strip()
 
 
 def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str,

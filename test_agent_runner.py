@@ -2246,8 +2246,34 @@ def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
 
 def test_examples_of_docstrings():
     source = '"""One.\n\n>>> a\n1\n"""\nclass A:\n  """\n  >>> if x:\n  ...   y\n  2\n  """\n  def b():\n    """\n    >>>bad\n    """\n'
-    assert runner_module().doctests_read(source.encode()) == [("a", "1"), ("if x:\n  y", "2")]
-    assert runner_module().doctests_read(b"def") == []
+    assert runner_module().doctests_read(source.encode()) == {"": [("a", "1")], "A": [("if x:\n  y", "2")]}
+    assert runner_module().doctests_read(b"def") == {"": []}
+
+
+def test_examples_of_docstrings_that_expect_less():
+    """An option may silence one, and one that is gone is one assertion less; others in their place a reviewer looks at."""
+    def weakened(*files: tuple[str, str]) -> tuple[list[str], list[str]]:
+        read = runner_module().doctests_read
+        sources = [SimpleNamespace(change=SimpleNamespace(path=f"{n}.py"), read=lambda _, pair=pair: tuple(map(read, pair)))
+                   for n, pair in enumerate(tuple(text.encode() for text in pair) for pair in files)]
+        base, gate = (SimpleNamespace(checks=[SimpleNamespace(facts={"doctests": paths})])
+                      for paths in (["0.py", "1.py"], ["0.py", "1.py", "2.py"]))
+        violations, notes = runner_module().guard_doctests(sources, base, gate)
+        return [violation.line() for violation in violations], notes
+
+    head, first, second = 'def f():\n    """\n', "    >>> f(1)\n    2\n", "    >>> f(2)\n    3\n"
+    both, end = head + first + second, '    """\n'
+    silent = both.replace("f(1)", "f(1)  # doctest: +SKIP")
+    assert weakened((both + end, silent + end))[0] == ["weakened: 0.py: the example `f(1)` gave `2` on the base, and now `2 +SKIP`"]
+    assert weakened((both + end, head + first + end))[0] == [
+        "weakened: 0.py: a docstring has 1 example where the base has 2: `f(2)` is gone"]
+    other = both.replace("f(2)", "f(3)").replace("    3", "    4")
+    assert weakened((both + end, other + end)) == ([], ["rewrites examples of the base: 0.py: f"])
+    honest = (both + "    >>> f(0)\n    1\n" + end, head + second + first + "    >>> f(9)\n    10\n    >>> f(0)\n    1\n" + end)
+    assert weakened(honest, (head + second + end, 'def g():\n    """\n' + second + end)) == ([], [])
+    moved = 'def g():\n    """\n' + second + end
+    assert weakened((both + end, head + first + end), ("", ""), ("", moved)) == ([], [])
+    assert weakened((both + end, head + first + end), ("", ""), ("", ""), ("", moved))[0], "where nothing runs them"
 
 
 # === The gate ===============================================================
