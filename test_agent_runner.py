@@ -7086,11 +7086,14 @@ def test_the_workflow_for_a_red_build_runs_at_home(red, agent):
     ({"run_attempt": 2}, False),
     ({"head_repository.full_name": "eve/app"}, False),
     ({"head_branch": "agent/12-77-1"}, False),
+    ({"vars.AGENT_CMD": ""}, False),
+    ({"vars.AGENT_CMD": "", "inputs.agent": "claude -p"}, True),
 ])
 def test_a_red_build_is_healed_once_and_never_an_agents(changes, runs):
     event = {"conclusion": "failure", "run_attempt": 1, "head_repository.full_name": "ada/app", "head_branch": "main"}
     facts = {f"github.event.workflow_run.{key}": value for key, value in (event | changes).items()}
-    assert expression(workflow("self-heal")["jobs"]["heal"]["if"], facts | {"github.repository": "ada/app"}) is runs
+    facts |= {"github.repository": "ada/app", "vars.AGENT_CMD": "aider", "inputs.agent": ""} | changes
+    assert bool(expression(workflow("self-heal")["jobs"]["heal"]["if"], facts)) is runs
 
 
 @pytest.mark.parametrize(("event", "label", "runs"), [
