@@ -7491,9 +7491,9 @@ class Forge:
             raise Stop(EXIT_MISSING, f"gh api {path}: the answer is no whole JSON; "
                                      "try again later") from None
 
-    def get(self, path: str) -> dict[str, Any] | None:
+    def get(self, path: str, heed: bool = True) -> dict[str, Any] | None:
         """One thing of this repository; None where it is not there; raises Stop."""
-        values = self.call(f"repos/{self.name}/{path}")
+        values = self.call(f"repos/{self.name}/{path}", heed=heed)
         return values[0] if values else None
 
     def pages(self, path: str) -> list[dict[str, Any]]:
@@ -7908,9 +7908,11 @@ def claim_release(forge: Forge, claim: Path) -> None:
     except (OSError, ValueError):
         raise Stop(EXIT_MISSING, f"the claim {claim.name} on {forge.ref} was changed while it ran; "
                                  f"remove {WORKING} and the queue's comment by hand") from None
-    number, comment = facts["number"], facts["comment"]
-    if comment:
-        forge.send("DELETE", f"issues/comments/{comment}")
+    number, place = facts["number"], f"issues/comments/{facts['comment']}"
+    with answers_checked(forge.ref):
+        # The file may name another one by now: only the queue's own words go.
+        if facts["comment"] and (forge.get(place, heed=False) or {"body": ""})["body"] == CLAIM:
+            forge.send("DELETE", place)
     if facts["label"]:
         forge.send("DELETE", f"issues/{number}/labels/{WORKING}")
     claim.write_text("")

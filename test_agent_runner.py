@@ -5568,7 +5568,9 @@ class Forge:
             return {"data": {"repository": {"issue": {"lastEditedAt": self.edited.get(body["variables"]["number"])}}}}
         if hit := re.fullmatch(r"collaborators/(.*)/permission", path):
             return {"permission": self.levels[hit[1]]} if hit[1] in self.levels else None
-        if hit := re.fullmatch(r"issues/comments/(\d+)", path):
+        if (hit := re.fullmatch(r"issues/comments/(\d+)", path)) and method == "GET":
+            return next((one for comments in self.comments.values() for one in comments if one["id"] == int(hit[1])), None)
+        if hit:
             for comments in self.comments.values():
                 comments[:] = [comment for comment in comments if comment["id"] != int(hit[1])]
             return {}
@@ -5804,6 +5806,13 @@ def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
     with Forge(scratch, ANY_GH) as forge:
         ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
         assert ended.code == 0 and not forge.writes(), ended
+        # One that looks like a queue's, and names somebody else's comment:
+        forge.issue(1, labels=())
+        forge.comments[1].append(said(7, "Please do not lose this.", "eve", "2026-01-01T00:00:00Z"))
+        facts = {"forge": "ada/app", "number": 1, "comment": 7, "label": False}
+        (queue / f"{9:016}.claim").write_text(json.dumps(facts))
+        ended = scratch.run("queue", REPO, "--run", "--arm", "--check", "ok=true", agent=WORKS, env=forge.env)
+        assert ended.code == 0 and "the claim is released" in ended.err and not forge.writes() and forge.comments[1], ended
 
 
 def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
