@@ -3514,7 +3514,7 @@ class BlindTwin:
     each runs, and in which order, is drawn.
     """
 
-    MOST = 30  # tests, so that a large suite costs no second run
+    MOST = 30  # tests
 
     def __init__(self, judge: Judge, attempt: Attempt, sources: list[Source],
                  gate: GateResult) -> None:
@@ -3529,6 +3529,7 @@ class BlindTwin:
         self.known -= {function_of(test) for test, way in self.before.items() if way in RED_WAYS}
         self.all = self.chosen()
         self.tests = self.all[:self.MOST]
+        self.whole = False  # whether the others in their files are run, too
         self.judged: set[str] = set()
         self.passed = 0  # of those, although they are altered
 
@@ -3552,7 +3553,8 @@ class BlindTwin:
         draw, green, lost = self.compare("")
         self.judged = {test for test, one in draw.altered.items()
                        if one.line >= 0 or test not in green}
-        if lost:  # once more, one by one: two runs at once may have been in each other's way
+        if lost:  # a test may need the others, and two runs at once be in each other's way
+            self.whole = True
             _, more, lost = self.compare("-alone", at_once=False)
             green |= more
         violations = self.blind(green) if green else []
@@ -3599,9 +3601,11 @@ class BlindTwin:
 
     def run(self, trees: Mapping[str, str], draw: Draw,
             at_once: bool = True) -> list[dict[str, str]]:
-        """How the tests of the drawn files end in each tree: {id: way}."""
+        """How the drawn tests end in each tree: {id: way}."""
         from concurrent.futures import ThreadPoolExecutor
         checks = [check.name for check in self.judge.run.job.checks if check.kind == "pytest"]
+        known = dict.fromkeys(map(function_of, [*self.gate, *self.before]))  # in the order they ran
+        tests = draw.files if self.whole else [test for test in known if test in draw.altered]
         if not draw.altered or not checks:
             return [{} for _ in trees]
         gates, number = [self.judge.gates.change, self.judge.gates.base], self.attempt.number
@@ -3617,7 +3621,7 @@ class BlindTwin:
                 folder.mkdir()
             words = name.replace("twin", "blind twin").replace("-", " ")
             return name, tests_all(gate_step(f"{words}, attempt {number}", gate, tree,
-                                             f"{number}-{name}", checks, [*draw.files, "--tb=no"]))
+                                             f"{number}-{name}", checks, [*tests, "--tb=no"]))
 
         with ThreadPoolExecutor(len(runs) if at_once else 1) as pool:
             results = dict(pool.map(start, runs))

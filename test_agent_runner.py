@@ -2946,6 +2946,20 @@ def test_no_pattern_tells_an_altered_value():
     assert {int(text) % 2 for text in inexact} == {0, 1}
 
 
+def test_the_twin_runs_drawn_tests_alone_and_whole_files_where_they_need_more(scratch: Scratch) -> None:
+    """A new test that needs one before it is no false alarm: only where it fails alone is its whole file run."""
+    scratch.write(UNTESTED | {"tests/test_state.py": "from calc import twice\n\nSTATE = []\n\n\ndef test_fill():\n    STATE.append(twice(1))\n"})
+    scratch.commit()
+    more = "with open('tests/test_state.py', 'a') as file:\n    file.write('\\n\\ndef test_use():\\n    assert STATE == [2]\\n')\n"
+    ended = scratch.propose(more, checks=TESTS_ONLY)
+    events = [json.loads(line) for line in ended.text("events.jsonl").splitlines()]
+    results = {event["name"].removesuffix(", attempt 1"): event["result"] for event in events if "pytest" in event["result"]}
+    twins = {name: result for name, result in results.items() if "control" in name or "twin" in name}
+    assert ended.outcome == "proposed" and twins == {
+        "control": "pytest 1 failed", "blind twin": "pytest 1 failed",
+        "control alone": "pytest 2 passed", "blind twin alone": "pytest 1 passed, 1 failed"}, (ended, results)
+
+
 def test_what_the_twin_says_of_itself():
     line = runner_module().BlindTwin.line
     facts = {"all": ["a"] * 60, "tests": ["a"] * 30, "judged": {*range(28)}, "passed": 0}
