@@ -13,6 +13,7 @@ import base64
 import contextlib
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import html.parser
@@ -85,7 +86,7 @@ REAL: tuple[str, ...] = ()  # none named: ruff and pytest
 # Agents. Each is the source of a program; AGENT_PRELUDE stands above it. OUT is a directory outside of
 # everything, where an agent (or a test of the repository) may leave word for us.
 AGENT_PRELUDE = """\
-import json, os, shutil, signal, subprocess, sys, time
+import {modules}
 from pathlib import Path
 OUT = Path({out!r})
 def leave(name, text=''):  # all at once: a test may be waiting for it
@@ -144,6 +145,7 @@ def in_new_process(args: list[str], env: dict[str, str]) -> Callable[[], None]:
             sys.argv, tempfile.tempdir = [str(RUNNER), *args], None
             warnings.simplefilter("ignore")
             module.HOME, module.CONSOLE = Path(os.path.expanduser("~")), module.Console()
+            subprocess.Popen = Forking
             code = module.main()
         except SystemExit as ended:
             code = ended.code
@@ -154,6 +156,29 @@ def in_new_process(args: list[str], env: dict[str, str]) -> Callable[[], None]:
                 sys.stdout.flush()
             os._exit(code or 0)
     return run
+
+
+class Forking(subprocess.Popen):
+    """Starts a supervisor as in_new_process starts the runner: the function, in a fork that closed what it inherited."""
+
+    def __init__(self, argv: list[str], **how: Any) -> None:
+        module = runner_module("runner_as_loaded")
+        if module.SUPERVISED and argv[1:5] == module.supervised([])[1:5]:
+            how["preexec_fn"] = lambda: self.supervise(module.supervisor_main, argv, how["env"])
+        super().__init__(argv, **how)
+
+    @staticmethod
+    def supervise(main: Callable[[int, list[str]], int], argv: list[str], env: dict[str, str]) -> None:
+        """Be the supervisor, and end."""
+        os.closerange(3, 4096)
+        gc.disable()
+        code = 1
+        with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            code = main(int(argv[5]), argv[6:])
+        os._exit(code)
 
 
 @dataclass
@@ -239,7 +264,9 @@ class Scratch:
     def program(self, source: str, name: str = "agent.py") -> str:
         """The command of a Python program that is written outside of the repository."""
         path, part = self.place / name, self.place / f"{name}.part"
-        part.write_text(AGENT_PRELUDE.format(out=str(self.out)) + source + "\n")
+        named = re.findall(r"\b(?:json|shutil|signal|subprocess|time)\b", source)  # to import the others is half of its start
+        modules = ", ".join(["os", "sys", *sorted({*named})])
+        part.write_text(AGENT_PRELUDE.format(out=str(self.out), modules=modules) + source + "\n")
         part.replace(path)  # at once: the agent of another run may be starting from it
         return shlex.join([sys.executable, str(path)])
 
@@ -413,6 +440,17 @@ def runner_module(name: str = "runner_under_test") -> ModuleType:
     return module
 
 
+def warmed(module: ModuleType) -> None:
+    """Do once what each process forked from us would do: compile patterns, import what main() does, and collect garbage."""
+    for pattern in re.findall(r'\bre\.\w+\((r?"[^"\n]*"), ', RUNNER.read_text(encoding="utf-8")):
+        re.compile(ast.literal_eval(pattern))
+    importlib.import_module("ctypes")
+    module.supervisor_source()
+    module.parser_build()
+    gc.collect()
+    gc.freeze()
+
+
 class Ahead:
     """A pytest plugin: most tests wait for other programs, so five of them run in threads, ahead of pytest's own pace.
 
@@ -425,7 +463,7 @@ class Ahead:
         "tmp_path": Path, "scratch": Scratch, "red": lambda place: Scratch(place, FILES | {"app.py": APP_WRONG})}
 
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
-        runner_module("runner_as_loaded")
+        warmed(runner_module("runner_as_loaded"))
         runner_module()  # now: two threads would load two of it, and what one pickles is not the other's
         self.pools = ThreadPoolExecutor(3), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
         numbers = sorted(range(len(items)), key=lambda number: self.LONG not in items[number].name)
