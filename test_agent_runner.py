@@ -177,7 +177,10 @@ class Forking(subprocess.Popen):
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
             os.environ.clear()
             os.environ.update(env)
-            code = main(int(argv[5]), argv[6:])
+            program = argv[6:]
+            if program[:2] == [sys.executable, str(RUNNER)]:  # a run of the queue, the simulated agent
+                program[1:1] = ["-c", LAUNCH]
+            code = main(int(argv[5]), program)
         os._exit(code)
 
 
@@ -264,7 +267,7 @@ class Scratch:
     def program(self, source: str, name: str = "agent.py") -> str:
         """The command of a Python program that is written outside of the repository."""
         path, part = self.place / name, self.place / f"{name}.part"
-        named = re.findall(r"\b(?:json|shutil|signal|subprocess|time)\b", source)  # to import the others is half of its start
+        named = re.findall("json|shutil|signal|subprocess|time", source)  # to import the others would be half of its start
         modules = ", ".join(["os", "sys", *sorted({*named})])
         part.write_text(AGENT_PRELUDE.format(out=str(self.out), modules=modules) + source + "\n")
         part.replace(path)  # at once: the agent of another run may be starting from it
