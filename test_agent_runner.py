@@ -1302,7 +1302,8 @@ SHARED = (
      "tests that start the program in a clean environment",
      "a renamed test, and one that moves with its file", "frames, exits and modules for honest reasons",
      "a traceback, and the source of the caller", "a test that needs another one before it", "a test is rewritten as a loop over a table",
-     "a plugin of pytest as the product"),
+     "a plugin of pytest as the product", "a new test that reads what it has the code write",
+     "a test helper, and a package with the project's own name"),
     ("a stricter ruff rule", "the words of suppressions in prose", "a .gitignore grows", "a version is bumped"),
 )
 
@@ -1403,12 +1404,13 @@ def test_default_rules_of_ruff_are_nobodys_wish(tmp_path):
     """Without a ruff configuration a healing is not about lint: the old findings may stay, a new one may not."""
     files = {name: text for name, text in (FILES | RED_BASE).items() if name != "ruff.toml"}
     scratch = Scratch(tmp_path, files)
+    checks = ("ruff=ruff check .", f'unit={PYTHON} -c "from calc import add; assert add(1, 1) == 2"')
     adds = replaces("calc.py", "a - b", "a + b")
-    ended = scratch.heal(in_turn(adds + writes("more.py", "import re\n"), "Path('more.py').unlink()"), checks=REAL)
+    ended = scratch.heal(in_turn(adds + writes("more.py", "import re\n"), "Path('more.py').unlink()"), checks=checks)
     assert (ended.outcome, ended.results) == ("proposed", ["red", "green"]), ended
     assert "F401" not in ended.text("brief-1.md") and "more.py:1:8: F401" in ended.text("brief-2.md")
     scratch.git("merge", "--quiet", "agent/self-heal")
-    assert scratch.heal(CALLED, checks=REAL).outcome == "nothing_to_heal"
+    assert scratch.heal(CALLED, checks=checks).outcome == "nothing_to_heal"
 
 
 def test_white_space_that_a_human_allows(tmp_path):
@@ -1421,7 +1423,7 @@ def test_white_space_that_a_human_allows(tmp_path):
 
 def test_white_space_that_lint_asks_for(tmp_path):
     scratch = Scratch(tmp_path, FILES | {"app.py": APP.replace("x * 2", "x * 2  "), "ruff.toml": 'lint.select = ["W"]\n'})
-    assert scratch.heal(replaces("app.py", "x * 2  ", "x * 2"), checks=REAL).outcome == "proposed"
+    assert scratch.heal(replaces("app.py", "x * 2  ", "x * 2"), checks=("ruff=ruff check .",)).outcome == "proposed"
 
 
 def test_an_allowed_test_is_still_asked(tmp_path):
@@ -2132,7 +2134,7 @@ MARKED = writes("more.py", "import json  # type: ignore\n\n\ndef f(x):  # pragma
 
 def test_marks_for_tools_outside_the_gate_are_named(scratch):
     """They silence nothing here, and this noqa hides nothing."""
-    ended = scratch.propose(EDITS + "\n" + MARKED, checks=REAL)
+    ended = scratch.propose(EDITS + "\n" + MARKED, checks=("ruff=ruff check .",))
     assert ended.outcome == "proposed", ended
     assert ended.summary["look_first"] == [
         "adds marks for tools outside this gate: type: ignore at more.py:1, pragma: no cover at more.py:4"]
@@ -2157,14 +2159,15 @@ def test_a_moved_file_brings_nothing_new(scratch):
     old = "import sys\nimport os\n\n\ndef caller():\n    return sys._getframe(1)  # type: ignore\n"
     scratch.write({"old.py": old})
     scratch.commit()
-    ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=REAL)
+    ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=("ruff=ruff check .",))
     assert ended.outcome == "proposed" and "none new" in ended.text("proposal.md"), ended
 
 
-@pytest.mark.parametrize("source", [
-    "import atexit\n\natexit.register(print)\n", "import sys\n\n\ndef main():\n    return 0\n\n\nsys.exit(main())\n"])
-def test_what_ends_no_test_is_not_refused(scratch, source):
-    assert scratch.propose(EDITS + "\n" + writes("pkg/__main__.py", source), checks=TESTS_ONLY).outcome == "proposed"
+def test_what_ends_no_test_is_not_refused(scratch):
+    registers = "import atexit\n\natexit.register(print)\n"
+    exits = "import sys\n\n\ndef main():\n    return 0\n\n\nsys.exit(main())\n"
+    agent = EDITS + "\n" + writes("one/__main__.py", registers) + writes("two/__main__.py", exits)
+    assert scratch.propose(agent, checks=TESTS_ONLY).outcome == "proposed"
 
 
 def changed_source(path: str, old: bytes, new: bytes) -> Any:
@@ -4945,21 +4948,16 @@ def test_the_simulator_in_an_empty_directory(tmp_path, command, variant, code, o
     assert os.listdir(empty) == ["agent_runner.py"]
     if issue:
         assert "simulated: the agent plays the built-in issue 'Add a shout to the greeting'; there is no no-such-issue.md\n" in ended.err
+        assert ended.summary["branch"] == (None if code else "agent/add-a-shout-to-the-greeting")
 
 
-@pytest.mark.parametrize(("command", "variant", "code"), [("issue-to-pr", "good", 0), ("self-heal", "good", 0)])
-def test_the_simulator_in_a_red_and_dirty_repository_touches_nothing(red, command, variant, code):
-    red.write({"app.py": "def double(x) return\n", "notes.txt": "mine"})
-    # Settings of the learner's repository must not reach into the demo.
-    red.write({"pytest.ini": "[pytest]\naddopts = --no-such-option\n"})
-    issue = [red.issue()] if command == "issue-to-pr" else []
-    ended = red.run(command, *issue, "--simulate", variant)
-    assert ended.code == code, ended
-    assert "gh pr" not in ended.out and "origin" not in ended.out
-    if issue:  # theirs is read to check it, no more
-        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
-        assert ended.summary["title"] == "Add a shout to the greeting" and ended.summary["branch"] == "agent/add-a-shout-to-the-greeting"
+def played_in_dirt(red: Scratch, *words: str) -> Ended:
+    """A simulated run in a red and dirty repository, which it does not touch, and whose settings do not reach into the demo."""
+    red.write({"app.py": "def double(x) return\n", "notes.txt": "mine", "pytest.ini": "[pytest]\naddopts = --no-such-option\n"})
+    ended = red.run(*words)
+    assert "gh pr" not in ended.out and "origin" not in ended.out, ended
     assert not (red.root / ".agent-runs").exists() and not red.proposals()
+    return ended
 
 
 @pytest.mark.parametrize(("text", "said"),
@@ -4969,9 +4967,11 @@ def test_a_bad_issue_is_pointed_out_by_a_simulated_run_too(scratch, text, said):
     assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1 and ended.out == "", ended
 
 
-def test_a_demo_can_be_taken_over_and_pushed(scratch):
+def test_a_demo_can_be_taken_over_and_pushed(red):
     """There is no remote: so the lines say how to go on without one, and with one."""
-    PLAYED["self-heal good"] = ended = scratch.run("self-heal", "--simulate", "good")
+    scratch, ended = red, played_in_dirt(red, "self-heal", "--simulate", "good")
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    PLAYED["self-heal good"] = ended
     commands = dict(re.findall(r"^  (\w.{12}) (git .*)$", ended.out, re.M))
     assert [word.strip() for word in commands] == ["look", "take it over", "no remote yet", "discard"], ended
     demo = ended.summary["repository"]
@@ -4986,10 +4986,14 @@ def test_a_demo_can_be_taken_over_and_pushed(scratch):
 @pytest.mark.parametrize(("command", "variant", "said"), [
     ("self-heal", "cheat", "weakened: tests/test_greeting.py"), ("issue-to-pr", "rogue", "scope: README.md"),
     ("self-heal", "blind", "blind: tests/test_greeting.py: test_greets_by_name passes although it expects something else")])
-def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, variant: str, said: str) -> None:
+def test_the_simulated_cheats_are_refused(red: Scratch, command: str, variant: str, said: str) -> None:
     """A workshop sees what was tried."""
-    PLAYED[f"{command} {variant}"] = ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
+    issue = [red.issue()] if command == "issue-to-pr" else []
+    PLAYED[f"{command} {variant}"] = ended = played_in_dirt(red, command, *issue, "--simulate", variant)
     assert ended.code == 3 and said in ended.err, ended
+    if issue:  # theirs is read to check it, no more
+        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
+        assert ended.summary["title"] == "Add a shout to the greeting"
     words = {"cheat": "relaxed them", "rogue": "git push origin HEAD:main\nfatal:", "blind": "whatever it expects"}
     assert words[variant] in ended.err
 
@@ -5717,7 +5721,7 @@ BROKEN = {
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
 def test_what_cannot_be_read_is_never_ready(scratch: Scratch, where: str) -> None:
     """The queue stops with 69 and one line, or the issue is untrusted."""
-    with Forge(scratch, ANY_GH if where == "/permission" else "scripted") as forge:  # the scripted one starts sooner
+    with Forge(scratch, ANY_GH if where == "/issues\\?" else "scripted") as forge:  # the scripted one starts sooner
         for number in range(1, 102 if "page" in where else 2):
             forge.issue(number, labels=("ready-for-agent",) if number == 1 else ())
         for how, answer in BROKEN.items():
@@ -5804,7 +5808,7 @@ def test_an_issue_that_is_not_there_or_not_to_be_trusted(scratch: Scratch) -> No
 @pytest.mark.parametrize(("args", "env"), [((), {}), (("--arm",), {"AGENT_QUEUE_ALLOW": ""}), (("--arm",), {"AGENT_QUEUE_ALLOW": "ada/*"}),
                                            ((), {"AGENT_QUEUE_ALLOW": "ada/app"})])
 def test_a_queue_is_disarmed_until_two_acts(scratch: Scratch, args: tuple[str, ...], env: dict[str, str]) -> None:
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         forge.issue(2, by="eve")
         ended = scratch.run("queue", REPO, "--run", *args, "--check", "ok=true", agent=CALLED, env=forge.env | env)
@@ -5837,7 +5841,7 @@ def test_an_armed_queue(scratch: Scratch) -> None:
 @pytest.mark.parametrize("rival", [890, 990])
 def test_two_machines_at_once_on_one_issue(scratch: Scratch, rival: int) -> None:
     """Both saw it free: the first comment has it, and the other queue takes back only what is its own."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         claim = runner_module().CLAIM
@@ -5872,7 +5876,7 @@ def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
 
 def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
     """Anybody may comment: the words of a claim count from those who may write."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         forge.comments[1] = [said(890, runner_module().CLAIM, "eve", now)]
@@ -5881,7 +5885,7 @@ def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
 
 
 def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         for number in (1, 2):
             forge.issue(number)
         waits = WORKS + "while len(list(OUT.iterdir())) < 2:\n    time.sleep(0.01)\n"
@@ -5895,7 +5899,7 @@ def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
 @needs_linux
 def test_a_claim_of_a_dead_queue_is_released_by_the_next(scratch: Scratch) -> None:
     """One that was made elsewhere is not: nobody here knows whether it is alive."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         forge.issue(2, labels=("ready-for-agent", "agent-in-progress"))
         args = ("queue", REPO, "--run", "--arm", "--check", "ok=true")
