@@ -2596,10 +2596,10 @@ def tool_find(tool: str, root: Path) -> list[str]:
         if (folder / tool).exists():
             return tool_in(folder, tool)
     beside = Path(sys.executable).parent / tool
+    if tool != "pytest" and beside.exists():  # ruff as a module would start Python first
+        return [str(beside)]
     if tool in ("pytest", "ruff") and find_spec(tool):
         return [sys.executable, "-m", tool]
-    if beside.exists():
-        return [str(beside)]
     program = shutil.which(tool)
     # A shim on PATH may stand for a tool that is not installed: it has to run.
     if not program or (tool in ("pytest", "ruff") and program_call([program, "--version"]).exit):
