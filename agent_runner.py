@@ -4427,9 +4427,10 @@ def user_state(job: Job) -> dict[str, str]:
     for place in runs_later():
         state |= place_state(place)
     # The directories that it borrows objects from, and those that these borrow from.
-    counted = git(job.repo, "count-objects", "-v")
-    state |= {f"store {place}": place
-              for place in re.findall(r"^alternate: (.*)$", counted, re.MULTILINE)}
+    if (git_common(job.repo) / "objects/info/alternates").exists():
+        counted = git(job.repo, "count-objects", "-v")
+        state |= {f"store {place}": place
+                  for place in re.findall(r"^alternate: (.*)$", counted, re.MULTILINE)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
 
@@ -5854,6 +5855,12 @@ def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
     return [entry for entry in entries if entry[0] != "command"]
 
 
+@functools.cache
+def settings_first(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings as they are when this is first called: for the user's repository, at the start."""
+    return settings_listed(repo)
+
+
 class Frozen:
     """The user's and the system's git configuration at a run's start, with all that it includes.
 
@@ -5870,7 +5877,7 @@ class Frozen:
         place.mkdir()
         self.place = place
         git_treatment(repo)  # now, before any agent runs
-        listed = settings_listed(repo)
+        listed = settings_first(repo)
         entries = [entry for entry in listed if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
         lines = [git_setting(entry) for *_, entry in entries
@@ -5907,7 +5914,7 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
     """What says how git treats files, as it is when this is first called: {name: contents}."""
     elsewhere = (r"include(if)?\.|core\.(worktree|bare)\n"
                  r"|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n")
-    lines = [git_setting(entry) for scope, _, entry in settings_listed(repo)
+    lines = [git_setting(entry) for scope, _, entry in settings_first(repo)
              if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
     files = {"HEAD": b"ref: refs/heads/none\n",
              "config": "".join(lines).encode("utf-8", "surrogateescape")}
