@@ -728,6 +728,18 @@ def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     assert "first commit" in ended.text("proposal.md")
 
 
+def test_unmerged_files_stop_only_a_healing(scratch):
+    """It would start from them; an issue's run starts from HEAD."""
+    for name in ("other", "main"):
+        scratch.git("checkout", "--quiet", "-B", name, "main" if name == "other" else "HEAD~1")
+        scratch.write({"app.py": f"{APP}# {name}\n"})
+        scratch.commit()
+    subprocess.run(["git", "merge", "--quiet", "other"], cwd=scratch.root, env=scratch.env, capture_output=True)
+    ended = scratch.heal(CALLED)
+    assert (ended.code, ended.err.count("\n")) == (64, 1) and "the checkout has unmerged files; finish or abort the merge" in ended.err, ended
+    assert_proposed(scratch, scratch.propose(EDITS))
+
+
 def test_a_flaky_gate_is_not_the_agents_business(scratch):
     """Red the first time, green ever after, on the same files."""
     source = "seen = OUT / 'seen'\nfirst = not seen.exists()\nseen.touch()\nsys.exit(int(first))"
@@ -4505,8 +4517,7 @@ def test_a_repository_with_a_submodule(scratch):
     library = Scratch(scratch.place / "library", {"lib.txt": "library\n"})
     scratch.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library.root), "sub")
     scratch.commit()
-    ended = scratch.propose(EDITS, checks=("sub=cat sub/lib.txt",))
-    assert_proposed(scratch, ended)
+    assert_proposed(scratch, scratch.propose(EDITS, "--strict", checks=("sub=cat sub/lib.txt",)))
 
 
 @pytest.mark.parametrize("trouble", ["failing hooks", "hanging hooks", "signing", "no identity", "fsmonitor"])
