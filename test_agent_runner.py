@@ -2173,6 +2173,7 @@ def test_a_moved_file_brings_nothing_new(scratch):
     scratch.commit()
     ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=("ruff=ruff check .",))
     assert ended.outcome == "proposed" and "none new" in ended.text("proposal.md"), ended
+    assert not any(line.startswith("adds ") for line in ended.summary["look_first"]), ended
 
 
 def test_what_ends_no_test_is_not_refused(scratch):
