@@ -5855,12 +5855,6 @@ def settings_listed(repo: Repo) -> list[tuple[str, str, str]]:
     return [entry for entry in entries if entry[0] != "command"]
 
 
-@functools.cache
-def settings_first(repo: Repo) -> list[tuple[str, str, str]]:
-    """The settings as they are when this is first called: for the user's repository, at the start."""
-    return settings_listed(repo)
-
-
 class Frozen:
     """The user's and the system's git configuration at a run's start, with all that it includes.
 
@@ -5922,6 +5916,12 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
         with contextlib.suppress(OSError):
             files[name] = (git_common(repo) / name).read_bytes()
     return files
+
+
+@functools.cache
+def settings_first(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings as they are when this is first called: for the user's repository, at the start."""
+    return settings_listed(repo)
 
 
 @contextlib.contextmanager
