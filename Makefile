@@ -15,7 +15,7 @@ endif
 SAME := $(shell [ "$$($(VENV)/bin/python -c '$(WHICH)' 2>&1)" = "$$($(PYTHON) -c '$(WHICH)' 2>&1)" ] && echo yes)
 
 # What is set outside must not decide how a run in here ends.
-unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME AGENT_TIMEOUT GATE_TIMEOUT
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE AGENT_TIMEOUT GATE_TIMEOUT
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,7 +24,9 @@ demo: $(READY)  ## An issue becomes a proposal, then a red build is healed (simu
 	$(VENV)/bin/python agent_runner.py issue-to-pr issues/0001-*.md --simulate good
 	$(VENV)/bin/python agent_runner.py self-heal --simulate good
 
+# First their bytecode: a process that compiles them is twice as large, and it is forked thousands of times.
 test: lint  ## ruff, then the tests
+	@$(VENV)/bin/python -m pytest --collect-only --quiet >/dev/null || true
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(READY)  ## ruff alone

@@ -607,10 +607,10 @@ class Checkout:
         if self.index.exists():
             self.git("clean", "-ffdxq")  # twice forced, so also repositories; ignored files, too
         self.git("read-tree", "--reset", "-u", tree)
-        listed = self.git("ls-files", "--stage", "-z")
-        links = re.findall(r"(?:^|\0)160000 (\w+) \d\t([^\0]+)", listed)
-        self.submodules = [path for _, path in links]
-        for number, (commit, path) in enumerate(links):
+        links = {path: commit for path, (mode, commit) in tree_entries(self.repo, tree).items()
+                 if mode == "160000"}
+        self.submodules = [*links]
+        for number, (path, commit) in enumerate(links.items()):
             self._fill(path, commit, number)
         for path in self.carried:
             (self.place / path).parent.mkdir(parents=True, exist_ok=True)
@@ -744,14 +744,14 @@ def base_find(repo: Repo, rev: str, private: Path, sweep: bool) -> Base:
                                "name a branch, a tag or a commit id")
     head = ran.out.decode().strip()
     index = private / "index"
-    path = git(repo, "rev-parse", "--path-format=absolute", "--git-path", "index")
+    tree, _, path = git(repo, "rev-parse", f"{head}^{{tree}}", "--path-format=absolute",
+                        "--git-path", "index").partition("\n")
     user_index = Path(path.removesuffix("\n"))
     if user_index.exists():
         shutil.copy2(user_index, index)  # with its time: git reads again what is as new as that
-    if git(repo, "ls-files", "--unmerged", "-z", index=index) and sweep:
+    if sweep and git(repo, "ls-files", "--unmerged", "-z", index=index):
         raise Stop(EXIT_USAGE, "the checkout has unmerged files; "
                                "finish or abort the merge, then run this again")
-    tree = git(repo, "rev-parse", f"{head}^{{tree}}").strip()
     untracked = untracked_shown(repo, index)
     if not sweep:
         # In a copied clone all times differ, and diff-index alone would name every file.
@@ -773,9 +773,10 @@ def untracked_shown(repo: Repo, index: Path) -> list[str]:
         return git(repo, "ls-files", "--others", "--exclude-standard", "-z", *options,
                    index=index).split("\0")[:-1]
 
-    folders = set(untracked("--directory"))
+    listed = untracked("--directory")
+    folders = {path for path in listed if path.endswith("/")}
     groups: dict[str, list[str]] = defaultdict(list)
-    for path in untracked():
+    for path in untracked() if folders else listed:
         above = [path[:slash.end()] for slash in re.finditer("/", path)]
         unknown = [folder for folder in above if folder in folders]
         groups[(unknown or [path])[0]].append(path)
@@ -897,6 +898,8 @@ def private_end(place: Path) -> None:
     if (place / KEEP).exists():
         return (place / LOCK).unlink(missing_ok=True)
     directory_remove(*(path for path in place.glob("*") if path.name != LOCK))
+    with contextlib.suppress(OSError):
+        (place / LOCK).unlink()
     directory_remove(place)
 
 
@@ -910,10 +913,20 @@ def private_abandoned() -> Iterator[Path]:
 
 def directory_remove(*places: Path) -> None:
     """Remove directories, whatever their depth and permissions; what still resists is left."""
-    remove = ["rm", "-rf", "--", *map(str, places)]
-    if places and program_call(remove, heed=False).exit:
-        program_call(["chmod", "-R", "u+rwx", "--", *map(str, places)], heed=False)
+    left = [str(place) for place in places if not empty_removed(place)]
+    remove = ["rm", "-rf", "--", *left]
+    if left and program_call(remove, heed=False).exit:
+        program_call(["chmod", "-R", "u+rwx", "--", *left], heed=False)
         program_call(remove, heed=False)
+
+
+def empty_removed(place: Path) -> bool:
+    """Whether a place was an empty directory, which is gone now: no program is needed for it."""
+    try:
+        place.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def lock_make(path: Path) -> int:
@@ -2607,10 +2620,10 @@ def tool_find(tool: str, root: Path) -> list[str]:
         if (folder / tool).exists():
             return tool_in(folder, tool)
     beside = Path(sys.executable).parent / tool
+    if tool != "pytest" and beside.exists():  # ruff as a module would start Python first
+        return [str(beside)]
     if tool in ("pytest", "ruff") and find_spec(tool):
         return [sys.executable, "-m", tool]
-    if beside.exists():
-        return [str(beside)]
     program = shutil.which(tool)
     # A shim on PATH may stand for a tool that is not installed: it has to run.
     if not program or (tool in ("pytest", "ruff") and program_call([program, "--version"]).exit):
@@ -4466,9 +4479,10 @@ def user_state(job: Job) -> dict[str, str]:
     for place in runs_later():
         state |= place_state(place)
     # The directories that it borrows objects from, and those that these borrow from.
-    counted = git(job.repo, "count-objects", "-v")
-    state |= {f"store {place}": place
-              for place in re.findall(r"^alternate: (.*)$", counted, re.MULTILINE)}
+    if (git_common(job.repo) / "objects/info/alternates").exists():
+        counted = git(job.repo, "count-objects", "-v")
+        state |= {f"store {place}": place
+                  for place in re.findall(r"^alternate: (.*)$", counted, re.MULTILINE)}
     # In bwrap the repository cannot be written: what changes there is the user's own.
     return state if job.sandbox.kind == "bwrap" else state | repository_state(job.repo)
 
@@ -4491,8 +4505,9 @@ def repository_state(repo: Repo) -> dict[str, str]:
     common = git_common(repo)
     refs = git(repo, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
     state = {f"ref {name}": commit for name, commit in map(str.split, refs) if name != "refs/stash"}
-    stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
-    state |= {f"stash {commit}": commit for commit in stashed}
+    if any(line.startswith("refs/stash ") for line in refs):
+        stashed = git_ran(repo, "rev-list", "--walk-reflogs", "refs/stash").out.decode().split()
+        state |= {f"stash {commit}": commit for commit in stashed}
     head = os.fsdecode((repo.git_dir / "HEAD").read_bytes())
     state["ref HEAD"] = head.strip().removeprefix("ref: ")
     state["index"] = git(repo, "ls-files", "--stage", "-v", "-z")  # -v: with "assume unchanged"
@@ -5840,20 +5855,19 @@ def repo_open(start: Path) -> Repo:
     def parsed(*args: str) -> Ran:
         return program_call(["git", "rev-parse", *args], cwd=start,
                             env=git_environ(os.environ) | {"LC_ALL": "C"})
-    ran = parsed("--is-bare-repository", "--is-inside-work-tree")
+    ran = parsed("--is-bare-repository", "--is-inside-work-tree", "--absolute-git-dir")
     if ran.exit:
         raise Stop(EXIT_MISSING, f"no usable git repository here: {ran.last_line()}; "
                                  "run this inside one, or `git init`")
-    bare, inside = ran.out.split()
+    bare, inside, git_dir = ran.out.removesuffix(b"\n").split(b"\n", 2)
     if bare == b"true" or inside != b"true":
         kind = "a bare repository" if bare == b"true" else "inside a .git directory"
         raise Stop(EXIT_MISSING,
                    f"{start} is {kind}: there are no files to work on; run this in a checkout")
-    root, git_dir = (Path(os.fsdecode(parsed(what).out.removesuffix(b"\n")))
-                     for what in ("--show-toplevel", "--absolute-git-dir"))
+    root = Path(os.fsdecode(parsed("--show-toplevel").out.removesuffix(b"\n")))
     if parsed("--verify", "--quiet", "HEAD^{commit}").exit:
         raise Stop(EXIT_MISSING, f"{root} has no commit yet; make one first (git add, git commit)")
-    return Repo(root, git_dir)
+    return Repo(root, Path(os.fsdecode(git_dir)))
 
 
 def repo_check(repo: Repo) -> None:
@@ -5909,7 +5923,7 @@ class Frozen:
         place.mkdir()
         self.place = place
         git_treatment(repo)  # now, before any agent runs
-        listed = settings_listed(repo)
+        listed = settings_first(repo)
         entries = [entry for entry in listed if entry[0] in ("system", "global")]
         self.origins = {Path(origin.removeprefix("file:")) for _, origin, _ in entries}
         lines = [git_setting(entry) for *_, entry in entries
@@ -5946,7 +5960,7 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
     """What says how git treats files, as it is when this is first called: {name: contents}."""
     elsewhere = (r"include(if)?\.|core\.(worktree|bare)\n"
                  r"|extensions\.(worktreeconfig|relativeworktrees|refstorage)\n")
-    lines = [git_setting(entry) for scope, _, entry in settings_listed(repo)
+    lines = [git_setting(entry) for scope, _, entry in settings_first(repo)
              if scope in ("local", "worktree") and not re.match(elsewhere, entry)]
     files = {"HEAD": b"ref: refs/heads/none\n",
              "config": "".join(lines).encode("utf-8", "surrogateescape")}
@@ -5954,6 +5968,12 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
         with contextlib.suppress(OSError):
             files[name] = (git_common(repo) / name).read_bytes()
     return files
+
+
+@functools.cache
+def settings_first(repo: Repo) -> list[tuple[str, str, str]]:
+    """The settings as they are when this is first called: for the user's repository, at the start."""
+    return settings_listed(repo)
 
 
 @contextlib.contextmanager
@@ -6026,6 +6046,7 @@ class Change(NamedTuple):
         return Change(self.path, self.new_mode, self.old_mode, self.new_blob, self.old_blob)
 
 
+@functools.cache
 def tree_changes(repo: Repo, old: str, new: str) -> list[Change]:
     """The paths that differ between two trees or commits."""
     words = git(repo, "diff-tree", "-r", "-z", "--raw", "--no-renames", "--full-index", old, new,
@@ -6061,22 +6082,28 @@ def tree_patched(repo: Repo, tree: str, patch: Path, index: Path) -> str:
 
 
 @functools.cache
+def tree_entries(repo: Repo, tree: str) -> dict[str, tuple[str, str]]:
+    """The mode and the id of each file of a tree, by its path."""
+    entries = (entry.partition("\t") for entry in git(repo, "ls-tree", "-r", "-z", tree).split("\0"))
+    return {path: (facts.split()[0], facts.split()[2]) for facts, tab, path in entries if tab}
+
+
+@functools.cache
 def tree_paths(repo: Repo, tree: str) -> set[str]:
     """The paths of all files of a tree."""
-    return set(git(repo, "ls-tree", "-r", "--name-only", "-z", tree).split("\0")) - {""}
+    return {*tree_entries(repo, tree)}
 
 
 def tree_files(repo: Repo, tree: str, paths: Collection[str]) -> dict[str, tuple[int, str, bytes]]:
     """Some regular files of a tree, if not too large: {path: (mode, blob, contents)}."""
     wanted = set(paths)
-    listed = git(repo, "ls-tree", "-r", "-z", tree).split("\0") if wanted else []
-    facts = {path: entry.split()[:3] for entry in listed
-             if (path := entry.partition("\t")[2]) in wanted}
-    regular = {blob for mode, _, blob in facts.values() if mode in ("100644", "100755")}
+    facts = {path: entry for path, entry in tree_entries(repo, tree).items()
+             if path in wanted} if wanted else {}
+    regular = {blob for mode, blob in facts.values() if mode in ("100644", "100755")}
     sizes = blob_sizes(repo, regular)
     blobs = blobs_read(repo, [blob for blob, size in sizes.items() if size <= TEXT_LIMIT])
     return {path: (int(mode, 8), blob, blobs[blob])
-            for path, (mode, _, blob) in facts.items() if blob in blobs}
+            for path, (mode, blob) in facts.items() if blob in blobs}
 
 
 def blob_sizes(repo: Repo, blobs: set[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import html.parser
@@ -85,7 +86,7 @@ REAL: tuple[str, ...] = ()  # none named: ruff and pytest
 # Agents. Each is the source of a program; AGENT_PRELUDE stands above it. OUT is a directory outside of
 # everything, where an agent (or a test of the repository) may leave word for us.
 AGENT_PRELUDE = """\
-import json, os, shutil, signal, subprocess, sys, time
+import {modules}
 from pathlib import Path
 OUT = Path({out!r})
 def leave(name, text=''):  # all at once: a test may be waiting for it
@@ -144,6 +145,7 @@ def in_new_process(args: list[str], env: dict[str, str]) -> Callable[[], None]:
             sys.argv, tempfile.tempdir = [str(RUNNER), *args], None
             warnings.simplefilter("ignore")
             module.HOME, module.CONSOLE = Path(os.path.expanduser("~")), module.Console()
+            subprocess.Popen = Forking
             code = module.main()
         except SystemExit as ended:
             code = ended.code
@@ -154,6 +156,32 @@ def in_new_process(args: list[str], env: dict[str, str]) -> Callable[[], None]:
                 sys.stdout.flush()
             os._exit(code or 0)
     return run
+
+
+class Forking(subprocess.Popen):
+    """Starts a supervisor as in_new_process starts the runner: the function, in a fork that closed what it inherited."""
+
+    def __init__(self, argv: list[str], **how: Any) -> None:
+        module = runner_module("runner_as_loaded")
+        if module.SUPERVISED and argv[1:5] == module.supervised([])[1:5]:
+            how["preexec_fn"] = lambda: self.supervise(module.supervisor_main, argv, how["env"])
+        super().__init__(argv, **how)
+
+    @staticmethod
+    def supervise(main: Callable[[int, list[str]], int], argv: list[str], env: dict[str, str]) -> None:
+        """Be the supervisor, and end."""
+        os.closerange(3, 4096)
+        gc.disable()
+        code = 1
+        with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            program = argv[6:]
+            if program[:2] == [sys.executable, str(RUNNER)]:  # a run of the queue, the simulated agent
+                program[1:1] = ["-c", LAUNCH]
+            code = main(int(argv[5]), program)
+        os._exit(code)
 
 
 @dataclass
@@ -239,7 +267,9 @@ class Scratch:
     def program(self, source: str, name: str = "agent.py") -> str:
         """The command of a Python program that is written outside of the repository."""
         path, part = self.place / name, self.place / f"{name}.part"
-        part.write_text(AGENT_PRELUDE.format(out=str(self.out)) + source + "\n")
+        named = re.findall("json|shutil|signal|subprocess|time", source)  # to import the others would be half of its start
+        modules = ", ".join(["os", "sys", *sorted({*named})])
+        part.write_text(AGENT_PRELUDE.format(out=str(self.out), modules=modules) + source + "\n")
         part.replace(path)  # at once: the agent of another run may be starting from it
         return shlex.join([sys.executable, str(path)])
 
@@ -413,6 +443,17 @@ def runner_module(name: str = "runner_under_test") -> ModuleType:
     return module
 
 
+def warmed(module: ModuleType) -> None:
+    """Do once what each process forked from us would do: compile patterns, import what main() does, and collect garbage."""
+    for pattern in re.findall(r'\bre\.\w+\((r?"[^"\n]*"), ', RUNNER.read_text(encoding="utf-8")):
+        re.compile(ast.literal_eval(pattern))
+    importlib.import_module("ctypes")
+    module.supervisor_source()
+    module.parser_build()
+    gc.collect()
+    gc.freeze()
+
+
 class Ahead:
     """A pytest plugin: most tests wait for other programs, so five of them run in threads, ahead of pytest's own pace.
 
@@ -425,7 +466,7 @@ class Ahead:
         "tmp_path": Path, "scratch": Scratch, "red": lambda place: Scratch(place, FILES | {"app.py": APP_WRONG})}
 
     def __init__(self, items: list[pytest.Item], base: Path) -> None:
-        runner_module("runner_as_loaded")
+        warmed(runner_module("runner_as_loaded"))
         runner_module()  # now: two threads would load two of it, and what one pickles is not the other's
         self.pools = ThreadPoolExecutor(3), ThreadPoolExecutor(2)  # the second for those that sleep more than they work
         numbers = sorted(range(len(items)), key=lambda number: self.LONG not in items[number].name)
@@ -685,6 +726,18 @@ def test_uncommitted_changes_are_the_first_commit_of_two(scratch):
     assert scratch.git("show", f"{commit}~1:app.py") == APP_WRONG.rstrip()
     assert "untracked.py" in ended.err and "untracked.py" in ended.summary["left_out"]
     assert "first commit" in ended.text("proposal.md")
+
+
+def test_unmerged_files_stop_only_a_healing(scratch):
+    """It would start from them; an issue's run starts from HEAD."""
+    for name in ("other", "main"):
+        scratch.git("checkout", "--quiet", "-B", name, "main" if name == "other" else "HEAD~1")
+        scratch.write({"app.py": f"{APP}# {name}\n"})
+        scratch.commit()
+    subprocess.run(["git", "merge", "--quiet", "other"], cwd=scratch.root, env=scratch.env, capture_output=True)
+    ended = scratch.heal(CALLED)
+    assert (ended.code, ended.err.count("\n")) == (64, 1) and "the checkout has unmerged files; finish or abort the merge" in ended.err, ended
+    assert_proposed(scratch, scratch.propose(EDITS))
 
 
 def test_a_flaky_gate_is_not_the_agents_business(scratch):
@@ -1261,7 +1314,8 @@ SHARED = (
      "tests that start the program in a clean environment",
      "a renamed test, and one that moves with its file", "frames, exits and modules for honest reasons",
      "a traceback, and the source of the caller", "a test that needs another one before it", "a test is rewritten as a loop over a table",
-     "a plugin of pytest as the product"),
+     "a plugin of pytest as the product", "a new test that reads what it has the code write",
+     "a test helper, and a package with the project's own name"),
     ("a stricter ruff rule", "the words of suppressions in prose", "a .gitignore grows", "a version is bumped"),
 )
 
@@ -1362,12 +1416,13 @@ def test_default_rules_of_ruff_are_nobodys_wish(tmp_path):
     """Without a ruff configuration a healing is not about lint: the old findings may stay, a new one may not."""
     files = {name: text for name, text in (FILES | RED_BASE).items() if name != "ruff.toml"}
     scratch = Scratch(tmp_path, files)
+    checks = ("ruff=ruff check .", f'unit={PYTHON} -c "from calc import add; assert add(1, 1) == 2"')
     adds = replaces("calc.py", "a - b", "a + b")
-    ended = scratch.heal(in_turn(adds + writes("more.py", "import re\n"), "Path('more.py').unlink()"), checks=REAL)
+    ended = scratch.heal(in_turn(adds + writes("more.py", "import re\n"), "Path('more.py').unlink()"), checks=checks)
     assert (ended.outcome, ended.results) == ("proposed", ["red", "green"]), ended
     assert "F401" not in ended.text("brief-1.md") and "more.py:1:8: F401" in ended.text("brief-2.md")
     scratch.git("merge", "--quiet", "agent/self-heal")
-    assert scratch.heal(CALLED, checks=REAL).outcome == "nothing_to_heal"
+    assert scratch.heal(CALLED, checks=checks).outcome == "nothing_to_heal"
 
 
 def test_white_space_that_a_human_allows(tmp_path):
@@ -1380,7 +1435,7 @@ def test_white_space_that_a_human_allows(tmp_path):
 
 def test_white_space_that_lint_asks_for(tmp_path):
     scratch = Scratch(tmp_path, FILES | {"app.py": APP.replace("x * 2", "x * 2  "), "ruff.toml": 'lint.select = ["W"]\n'})
-    assert scratch.heal(replaces("app.py", "x * 2  ", "x * 2"), checks=REAL).outcome == "proposed"
+    assert scratch.heal(replaces("app.py", "x * 2  ", "x * 2"), checks=("ruff=ruff check .",)).outcome == "proposed"
 
 
 def test_an_allowed_test_is_still_asked(tmp_path):
@@ -2091,7 +2146,7 @@ MARKED = writes("more.py", "import json  # type: ignore\n\n\ndef f(x):  # pragma
 
 def test_marks_for_tools_outside_the_gate_are_named(scratch):
     """They silence nothing here, and this noqa hides nothing."""
-    ended = scratch.propose(EDITS + "\n" + MARKED, checks=REAL)
+    ended = scratch.propose(EDITS + "\n" + MARKED, checks=("ruff=ruff check .",))
     assert ended.outcome == "proposed", ended
     assert ended.summary["look_first"] == [
         "adds marks for tools outside this gate: type: ignore at more.py:1, pragma: no cover at more.py:4"]
@@ -2116,14 +2171,16 @@ def test_a_moved_file_brings_nothing_new(scratch):
     old = "import sys\nimport os\n\n\ndef caller():\n    return sys._getframe(1)  # type: ignore\n"
     scratch.write({"old.py": old})
     scratch.commit()
-    ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=REAL)
+    ended = scratch.propose("os.makedirs('pkg')\nos.rename('old.py', 'pkg/new.py')\n", checks=("ruff=ruff check .",))
     assert ended.outcome == "proposed" and "none new" in ended.text("proposal.md"), ended
+    assert not any(line.startswith("adds ") for line in ended.summary["look_first"]), ended
 
 
-@pytest.mark.parametrize("source", [
-    "import atexit\n\natexit.register(print)\n", "import sys\n\n\ndef main():\n    return 0\n\n\nsys.exit(main())\n"])
-def test_what_ends_no_test_is_not_refused(scratch, source):
-    assert scratch.propose(EDITS + "\n" + writes("pkg/__main__.py", source), checks=TESTS_ONLY).outcome == "proposed"
+def test_what_ends_no_test_is_not_refused(scratch):
+    registers = "import atexit\n\natexit.register(print)\n"
+    exits = "import sys\n\n\ndef main():\n    return 0\n\n\nsys.exit(main())\n"
+    agent = EDITS + "\n" + writes("one/__main__.py", registers) + writes("two/__main__.py", exits)
+    assert scratch.propose(agent, checks=TESTS_ONLY).outcome == "proposed"
 
 
 def changed_source(path: str, old: bytes, new: bytes) -> Any:
@@ -2452,28 +2509,21 @@ def test_the_gates_temporary_directory_is_short(scratch):
     assert len(list(scratch.out.iterdir())) >= 4 and max(longer) <= 20, longer
 
 
-def test_a_test_that_binds_a_socket_in_its_temporary_directory(scratch):
-    """The whole path of a socket has some 100 characters."""
-    scratch.write({"tests/test_socket.py": "import socket\n\n\ndef test_binds(tmp_path):\n"
-                   "    with socket.socket(socket.AF_UNIX) as server:\n        server.bind(str(tmp_path / 'socket'))\n"})
-    scratch.commit()
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:
-        ended = scratch.propose(EDITS, checks=TESTS_ONLY, env={"TMPDIR": short})
-    assert_proposed(scratch, ended)
-    assert ended.summary["baseline"]["checks"][0]["tests"] == {"passed": 2}
-
-
 def test_settings_of_the_parent_do_not_reach_the_gate(scratch):
-    """Nor do secrets: what runs there was written by an agent."""
+    """Nor do secrets: what runs there was written by an agent. A temporary path leaves room for a socket's 100 characters."""
     scratch.write({"tests/test_env.py": "import json, os\nfrom pathlib import Path\n\n\ndef test_env():\n"
-                   f"    Path({str(scratch.out)!r}, 'env').write_text(json.dumps(dict(os.environ)))\n"})
+                   f"    Path({str(scratch.out)!r}, 'env').write_text(json.dumps(dict(os.environ)))\n",
+                   "tests/test_socket.py": "import socket\n\n\ndef test_binds(tmp_path):\n"
+                   "    with socket.socket(socket.AF_UNIX) as server:\n        server.bind(str(tmp_path / 'socket'))\n"})
     scratch.commit()
     (scratch.place / "trap").mkdir()
     (scratch.place / "trap" / "app.py").write_text("raise SystemExit('from PYTHONPATH')\n")
     hostile = {"PYTHONPATH": str(scratch.place / "trap"), "PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2",
                "PYTEST_ADDOPTS": "--no-such-option", "PYTEST_PLUGINS": "no_such_plugin", "AGENT_PASS_ENV": "*"}
-    ended = scratch.propose(EDITS, checks=TESTS_ONLY, env=SECRETS | hostile)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        ended = scratch.propose(EDITS, checks=TESTS_ONLY, env=SECRETS | hostile | {"TMPDIR": short})
     assert_proposed(scratch, ended)
+    assert ended.summary["baseline"]["checks"][0]["tests"] == {"passed": 3}
     seen = json.loads(scratch.said("env"))
     assert not {*SECRETS, *hostile, "AGENT_CMD"} & {*seen} - {"PYTHONPATH"}
     assert str(scratch.place / "trap") not in seen.get("PYTHONPATH", "")
@@ -2738,21 +2788,14 @@ def test_two_sessions_are_compared(before, after, worse, lost):
     assert module.tests_lost(before, after) == lost
 
 
-def test_ids_that_change_from_run_to_run(scratch):
-    """A time in a parameter's id: counted per function, with the change and in the recheck."""
+def test_moved_tests_and_ids_that_change_from_run_to_run(scratch):
+    """A body that stands elsewhere and passes is not lost; a time in an id is counted per function, also in the recheck."""
     clock = ("import time\n\nimport pytest\n\n\n@pytest.mark.parametrize('t', [time.time_ns()], ids=str)\ndef test_t(t):\n    assert t\n")
-    scratch.write({"tests/test_clock.py": clock})
+    scratch.write({"tests/test_clock.py": clock, "tests/test_named.py": TESTS})
     scratch.commit()
-    ended = scratch.propose(EDITS + "\n" + replaces("tests/test_clock.py", "assert t", "assert t, 'more'"), checks=TESTS_ONLY)
-    assert ended.outcome == "proposed" and ended.summary["recheck"], ended
-
-
-@pytest.mark.parametrize("act", [
-    "os.rename('tests/test_app.py', 'tests/test_other.py')",
-    replaces("tests/test_app.py", "def test_double", "def test_twice_as_much"),
-])
-def test_a_moved_test_is_not_lost(scratch, act):
-    """Its body stands elsewhere and passes; the base's version still passes, too."""
+    act = ("os.rename('tests/test_app.py', 'tests/test_other.py')\n"
+           + replaces("tests/test_named.py", "def test_double", "def test_twice_as_much")
+           + replaces("tests/test_clock.py", "assert t", "assert t, 'more'"))
     ended = scratch.propose(f"{EDITS}\n{act}", checks=TESTS_ONLY)
     assert ended.outcome == "proposed" and ended.summary["recheck"]["green"], ended
 
@@ -4475,8 +4518,7 @@ def test_a_repository_with_a_submodule(scratch):
     library = Scratch(scratch.place / "library", {"lib.txt": "library\n"})
     scratch.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library.root), "sub")
     scratch.commit()
-    ended = scratch.propose(EDITS, checks=("sub=cat sub/lib.txt",))
-    assert_proposed(scratch, ended)
+    assert_proposed(scratch, scratch.propose(EDITS, "--strict", checks=("sub=cat sub/lib.txt",)))
 
 
 @pytest.mark.parametrize("trouble", ["failing hooks", "hanging hooks", "signing", "no identity", "fsmonitor"])
@@ -4904,21 +4946,16 @@ def test_the_simulator_in_an_empty_directory(tmp_path, command, variant, code, o
     assert os.listdir(empty) == ["agent_runner.py"]
     if issue:
         assert "simulated: the agent plays the built-in issue 'Add a shout to the greeting'; there is no no-such-issue.md\n" in ended.err
+        assert ended.summary["branch"] == (None if code else "agent/add-a-shout-to-the-greeting")
 
 
-@pytest.mark.parametrize(("command", "variant", "code"), [("issue-to-pr", "good", 0), ("self-heal", "good", 0)])
-def test_the_simulator_in_a_red_and_dirty_repository_touches_nothing(red, command, variant, code):
-    red.write({"app.py": "def double(x) return\n", "notes.txt": "mine"})
-    # Settings of the learner's repository must not reach into the demo.
-    red.write({"pytest.ini": "[pytest]\naddopts = --no-such-option\n"})
-    issue = [red.issue()] if command == "issue-to-pr" else []
-    ended = red.run(command, *issue, "--simulate", variant)
-    assert ended.code == code, ended
-    assert "gh pr" not in ended.out and "origin" not in ended.out
-    if issue:  # theirs is read to check it, no more
-        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
-        assert ended.summary["title"] == "Add a shout to the greeting" and ended.summary["branch"] == "agent/add-a-shout-to-the-greeting"
+def played_in_dirt(red: Scratch, *words: str) -> Ended:
+    """A simulated run in a red and dirty repository, which it does not touch, and whose settings do not reach into the demo."""
+    red.write({"app.py": "def double(x) return\n", "notes.txt": "mine", "pytest.ini": "[pytest]\naddopts = --no-such-option\n"})
+    ended = red.run(*words)
+    assert "gh pr" not in ended.out and "origin" not in ended.out, ended
     assert not (red.root / ".agent-runs").exists() and not red.proposals()
+    return ended
 
 
 @pytest.mark.parametrize(("text", "said"),
@@ -4928,9 +4965,11 @@ def test_a_bad_issue_is_pointed_out_by_a_simulated_run_too(scratch, text, said):
     assert ended.code == 64 and said in ended.err and ended.err.count("\n") == 1 and ended.out == "", ended
 
 
-def test_a_demo_can_be_taken_over_and_pushed(scratch):
+def test_a_demo_can_be_taken_over_and_pushed(red):
     """There is no remote: so the lines say how to go on without one, and with one."""
-    PLAYED["self-heal good"] = ended = scratch.run("self-heal", "--simulate", "good")
+    scratch, ended = red, played_in_dirt(red, "self-heal", "--simulate", "good")
+    assert (ended.code, ended.outcome) == (0, "proposed"), ended
+    PLAYED["self-heal good"] = ended
     commands = dict(re.findall(r"^  (\w.{12}) (git .*)$", ended.out, re.M))
     assert [word.strip() for word in commands] == ["look", "take it over", "no remote yet", "discard"], ended
     demo = ended.summary["repository"]
@@ -4945,10 +4984,14 @@ def test_a_demo_can_be_taken_over_and_pushed(scratch):
 @pytest.mark.parametrize(("command", "variant", "said"), [
     ("self-heal", "cheat", "weakened: tests/test_greeting.py"), ("issue-to-pr", "rogue", "scope: README.md"),
     ("self-heal", "blind", "blind: tests/test_greeting.py: test_greets_by_name passes although it expects something else")])
-def test_the_simulated_cheats_are_refused(scratch: Scratch, command: str, variant: str, said: str) -> None:
+def test_the_simulated_cheats_are_refused(red: Scratch, command: str, variant: str, said: str) -> None:
     """A workshop sees what was tried."""
-    PLAYED[f"{command} {variant}"] = ended = scratch.run(command, *["none.md"] * (command == "issue-to-pr"), "--simulate", variant)
+    issue = [red.issue()] if command == "issue-to-pr" else []
+    PLAYED[f"{command} {variant}"] = ended = played_in_dirt(red, command, *issue, "--simulate", variant)
     assert ended.code == 3 and said in ended.err, ended
+    if issue:  # theirs is read to check it, no more
+        assert f"simulated: the agent plays the built-in issue 'Add a shout to the greeting'; {issue[0]} was only checked\n" in ended.err
+        assert ended.summary["title"] == "Add a shout to the greeting"
     words = {"cheat": "relaxed them", "rogue": "git push origin HEAD:main\nfatal:", "blind": "whatever it expects"}
     assert words[variant] in ended.err
 
@@ -5676,7 +5719,7 @@ BROKEN = {
 @pytest.mark.parametrize("where", ["/issues\\?", "/pulls", "/timeline", "/permission", "/graphql", "/issues\\?.*page=2"])
 def test_what_cannot_be_read_is_never_ready(scratch: Scratch, where: str) -> None:
     """The queue stops with 69 and one line, or the issue is untrusted."""
-    with Forge(scratch, ANY_GH if where == "/permission" else "scripted") as forge:  # the scripted one starts sooner
+    with Forge(scratch, ANY_GH if where == "/issues\\?" else "scripted") as forge:  # the scripted one starts sooner
         for number in range(1, 102 if "page" in where else 2):
             forge.issue(number, labels=("ready-for-agent",) if number == 1 else ())
         for how, answer in BROKEN.items():
@@ -5763,7 +5806,7 @@ def test_an_issue_that_is_not_there_or_not_to_be_trusted(scratch: Scratch) -> No
 @pytest.mark.parametrize(("args", "env"), [((), {}), (("--arm",), {"AGENT_QUEUE_ALLOW": ""}), (("--arm",), {"AGENT_QUEUE_ALLOW": "ada/*"}),
                                            ((), {"AGENT_QUEUE_ALLOW": "ada/app"})])
 def test_a_queue_is_disarmed_until_two_acts(scratch: Scratch, args: tuple[str, ...], env: dict[str, str]) -> None:
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         forge.issue(2, by="eve")
         ended = scratch.run("queue", REPO, "--run", *args, "--check", "ok=true", agent=CALLED, env=forge.env | env)
@@ -5796,7 +5839,7 @@ def test_an_armed_queue(scratch: Scratch) -> None:
 @pytest.mark.parametrize("rival", [890, 990])
 def test_two_machines_at_once_on_one_issue(scratch: Scratch, rival: int) -> None:
     """Both saw it free: the first comment has it, and the other queue takes back only what is its own."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         claim = runner_module().CLAIM
@@ -5831,7 +5874,7 @@ def test_a_claim_that_no_queue_wrote_changes_nothing(scratch: Scratch) -> None:
 
 def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
     """Anybody may comment: the words of a claim count from those who may write."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         forge.comments[1] = [said(890, runner_module().CLAIM, "eve", now)]
@@ -5840,7 +5883,7 @@ def test_a_stranger_cannot_claim_an_issue(scratch: Scratch) -> None:
 
 
 def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         for number in (1, 2):
             forge.issue(number)
         waits = WORKS + "while len(list(OUT.iterdir())) < 2:\n    time.sleep(0.01)\n"
@@ -5854,7 +5897,7 @@ def test_two_queues_at_once_on_one_forge(scratch: Scratch) -> None:
 @needs_linux
 def test_a_claim_of_a_dead_queue_is_released_by_the_next(scratch: Scratch) -> None:
     """One that was made elsewhere is not: nobody here knows whether it is alive."""
-    with Forge(scratch, ANY_GH) as forge:
+    with Forge(scratch, "scripted") as forge:
         forge.issue(1)
         forge.issue(2, labels=("ready-for-agent", "agent-in-progress"))
         args = ("queue", REPO, "--run", "--arm", "--check", "ok=true")
@@ -6430,15 +6473,17 @@ def test_json_answers_in_every_case(scratch: Scratch, args: list[str], code: int
 
 def completed(shell: str, folder: Path, *words: str) -> list[str]:
     """What a shell offers for the last of some words, from a script that it has really read."""
-    script = folder / shell
-    script.write_text(scratch_free("--completion", shell).stdout)
+    script, then = folder / shell, ""
+    if not script.exists():
+        script.write_text(scratch_free("--completion", shell).stdout)
+        then = "\nagent_runner -V"
     *before, last = ("agent_runner", *words)
     line = f"COMP_WORDS=({shlex.join([*before, last])}); _agent_runner agent_runner {shlex.quote(last)} {before[-1]}"
-    source = f"source {shlex.quote(str(script))}\n{line}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\nagent_runner -V"
+    source = f"source {shlex.quote(str(script))}\n{line}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"{then}"
     ended = ran(shell, *(["--norc"] if shell == "bash" else ["-f"]), "-c", source)
     assert ended.returncode == 0 and not ended.stderr, ended
-    *offered, version = ended.stdout.split("\n")[:-1]
-    assert version.startswith("agent_runner "), "the script makes a command that works"
+    offered = ended.stdout.split("\n")[:-1]
+    assert not then or offered.pop().startswith("agent_runner "), "the script makes a command that works"
     return [word for word in offered if word and word.startswith(last)]  # zsh leaves that to what calls the function
 
 
