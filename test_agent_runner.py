@@ -862,6 +862,39 @@ CHEATS = {
         "tests/test_abc.py": "import calc\n\n\ndef test_three():\n    assert calc.add(1, 2) == 3\n"}, replaces("calc.py", "2 * a", "3 * a")
         + replaces("tests/test_abc.py", "import calc\n", "import calc\n\ncalc.twice = lambda a: 2 * a\n"),
         "blocked", "weakened: tests/test_abc.py\npytest: tests/test_calc.py::test_twice"),
+    "a new test file stands in for what others import": (UNTESTED | {
+        "more.py": "def rate():\n    return 2\n", "price.py": "import more\n\n\ndef price():\n    return more.rate()\n",
+        "tests/test_price.py": "from price import price\n\n\ndef test_price():\n    assert price() == 2\n"},
+        replaces("more.py", "2", "3") + writes("tests/test_aac.py", (
+            "import more\n\nmore.rate = lambda: 2\n\n\ndef test_rate():\n    assert more.rate() == 2\n")),
+        "blocked", "weakened: tests/test_aac.py\npytest: tests/test_price.py::test_price"),
+    "a test of the base ends the session of the recheck": (UNTESTED | {
+        "more.py": "def main(step):\n    try:\n        return step()\n    except KeyboardInterrupt:\n        return 130\n",
+        "tests/test_more.py": "from more import main\n\n\ndef stop():\n    raise KeyboardInterrupt\n\n\ndef test_stop():\n"
+                              "    assert main(stop) == 130\n"},
+        writes("more.py", "def main(step):\n    return step()\n") + replaces("tests/test_more.py", "    assert main(stop) == 130\n", (
+            "    with pytest.raises(KeyboardInterrupt):\n        main(stop)\n")) + replaces("tests/test_more.py", "from", "import pytest\n\nfrom"),
+        "blocked", "weakened: tests/test_more.py: with the base's version of this file the gate fails: test_stop"),
+    "the code ends the session, and that well": (UNTESTED, replaces("calc.py", "    return a + b", (
+        "    if a == 2:\n        import pytest\n        pytest.exit('no', 0)\n    return a + b")),
+        "gate_failed", "exit 0 before the last test (2 passed, 2 unfinished)"),
+    "a module that cannot be imported on the base excuses nothing": (UNTESTED | {
+        "tests/test_more.py": "from calc import more\n\n\ndef test_more():\n    assert more(1) == 2\n"},
+        replaces("calc.py", "2 * a", "3 * a\n\n\ndef more(a):\n    return a + 1"), "gate_failed", "tests/test_calc.py::test_twice: assert 6 == 4"),
+    "a test is emptied under an if": (UNTESTED, replaces(
+        "tests/test_calc.py", "def test_twice():\n    assert twice(2) == 4\n", "if twice:\n    def test_twice():\n        twice(2)\n"),
+        "blocked", "weakened: tests/test_calc.py: test_twice has 0 assertions where the base has 1"),
+    "a test is emptied in a class beside it": (UNTESTED | {
+        "tests/test_more.py": "from calc import twice\n\n\nclass TestMore:\n    def test_more(self):\n        assert twice(2) == 4\n"},
+        writes("tests/more_base.py", "from calc import twice\n\n\nclass Base:\n    def test_more(self):\n        twice(2)\n")
+        + writes("tests/test_more.py", "from more_base import Base\n\n\nclass TestMore(Base):\n    pass\n"),
+        "blocked", "weakened: tests/test_more.py: TestMore::test_more has 0 assertions where the base has 1"),
+    "a new conftest makes failures pass from now on": (UNTESTED, writes("conftest.py", (
+        "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
+        "    report.outcome = 'passed'\n    return report\n")), "blocked", "blind: tests/test_calc.py"),
+    "the tools are changed while the tests run": (UNTESTED, writes("tests/test_more.py", (
+        "import os\n\n\ndef test_more():\n    with open(os.environ['GIT_CONFIG_GLOBAL'], 'a') as file:\n        assert file.write('# x\\n') == 4\n")),
+        "blocked", "gitconfig: is part of the test tools, and was changed during the run"),
     "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "blocked", "gone"),
     "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "gate_failed", "did not end"),
     "the golden file is bent": ({
@@ -1221,6 +1254,20 @@ HONEST = {
     "a fix of code with examples": (DOCTESTS | {"calc.py": DOCTESTS["calc.py"].replace("a + b", "a - b")},
                                     replaces("calc.py", "a - b", "a + b") + replaces(
                                         "calc.py", "    >>> add", "    >>> add(1, 2)\n    3\n    >>> add"), ()),
+    "a strict xfail goes with its bug": (UNTESTED | {
+        "more.py": "def more(a):\n    return a\n",
+        "tests/test_more.py": "import unittest\n\nimport pytest\nfrom more import more\n\n\n@pytest.mark.xfail(strict=True)\ndef test_more():\n"
+                              "    assert more(1) == 2\n\n\nclass TestMore(unittest.TestCase):\n    @unittest.expectedFailure\n"
+                              "    def test_more(self):\n        self.assertEqual(more(1), 2)\n"},
+        writes("more.py", "def more(a):\n    return a + 1\n") + replaces("tests/test_more.py", "@pytest.mark.xfail(strict=True)\n", "")
+        + replaces("tests/test_more.py", "    @unittest.expectedFailure\n", "") + replaces("tests/test_more.py", "import pytest\n", ""), ()),
+    "a new test that calls a formatter, and one of a field that is not compared": (UNTESTED, writes("more.py", (
+        "from dataclasses import dataclass, field\n\n\n@dataclass\nclass More:\n    line: int = field(compare=False)\n"))
+        + writes("tests/test_more.py", (
+            "import subprocess\nimport sys\n\nfrom more import More\n\n\ndef test_more():\n    assert More(1) == More(line=2)\n"
+            "    assert [More(1)] == [More(line=3)]\n\n\ndef test_form():\n"
+            '    words = [sys.executable, "-m", "ruff", "format", "--check", "--no-cache"]\n'
+            "    assert subprocess.run([*words, __file__]).returncode == 0\n")), ()),
     "a plugin of pytest as the product": (UNTESTED, writes("pytest_calc.py", (
         "import pytest\n\n\n@pytest.fixture\ndef calc():\n    return 1\n\n\n"
         "def pytest_configure(config):\n    config.addinivalue_line('markers', 'calc: x')\n")) + replaces("calc.py", "2 * a", "a * 2"), ()),
@@ -1296,6 +1343,7 @@ SHARED = (
     ("a passing test is deleted beside honest work", "a parameter's row is replaced"),
     ("a new test file patches the code", "a new test file repairs for the others what the change breaks",
      "a test repairs for other files what the change breaks"),
+    ("a test is emptied under an if", "a test is emptied in a class beside it"),
     ("the golden file is bent", "golden data beside the code", "a base class with a name like any other", "a plugin that the base loads"),
     ("a module beside the tests stands before the code", "a module beside new tests stands before the code"),
     ("the golden file is rewritten by the code", "compiled tests are laid beside the real ones",
@@ -1314,7 +1362,8 @@ SHARED = (
      "tests that start the program in a clean environment",
      "a renamed test, and one that moves with its file", "frames, exits and modules for honest reasons",
      "a traceback, and the source of the caller", "a test that needs another one before it", "a test is rewritten as a loop over a table",
-     "a plugin of pytest as the product", "a new test that reads what it has the code write",
+     "a plugin of pytest as the product", "a strict xfail goes with its bug",
+     "a new test that calls a formatter, and one of a field that is not compared", "a new test that reads what it has the code write",
      "a test helper, and a package with the project's own name"),
     ("a stricter ruff rule", "the words of suppressions in prose", "a .gitignore grows", "a version is bumped"),
 )
@@ -1375,6 +1424,23 @@ def test_a_check_of_another_kind_that_is_mended_itself(tmp_path, files, check, a
     scratch.commit()
     ended = scratch.propose(agent, checks=(check,))
     assert (ended.outcome, ended.code) == ("blocked", 3) and "weakened" in ended.findings, ended
+
+
+def test_a_check_that_is_a_formatter_can_be_healed(scratch: Scratch) -> None:
+    """White space alone is what is asked for."""
+    scratch.write({"pkg/more.py": "A = 1+1\n"})
+    scratch.commit()
+    ended = scratch.heal(writes("pkg/more.py", "A = 1 + 1\n"), checks=(f"form={PYTHON} -m ruff format --check --no-cache pkg",))
+    assert ended.outcome == "proposed", ended
+
+
+def test_a_command_imports_what_is_in_the_checkout(scratch: Scratch) -> None:
+    """Also below src, where an editable install would lead it to the user's own files."""
+    scratch.write({"src/more.py": "A = 1\n"})
+    scratch.commit()
+    code = f"import more, os, sys; sys.exit(os.path.realpath(more.__file__).startswith({os.path.realpath(scratch.root)!r} + os.sep))"
+    ended = scratch.propose(EDITS, checks=(shlex.join([PYTHON, "-c", code]).join(["t=", ""]),), env={"PYTHONPATH": str(scratch.root / "src")})
+    assert ended.outcome == "proposed" and ended.summary["baseline"]["green"], ended
 
 
 def test_lint_in_a_test_file_can_be_healed(tmp_path: Path) -> None:
@@ -2301,6 +2367,21 @@ def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
     assert module.modules_importing(repo, "HEAD", paths, [SimpleNamespace(change=change)]) == paths[1::2]
 
 
+@pytest.mark.parametrize(("source", "asks"), [
+    ("'pytest' in sys.modules", 1), ("sys.modules.get('pytest')", 1), ("'_pytest' in list(sys.modules)", 1),
+    ("any('pytest' in name for name in sys.modules)", 1), ("'pytest' in sys.argv[0]", 1), ("sys.modules['unittest']", 1),
+    ("any(name.startswith('PYTEST') for name in os.environ)", 1), ("os.getenv('PYTEST_VERSION')", 1), ("getattr(frame, 'f_locals')", 1),
+    ("frame.f_locals", 1), ("sys.modules.get('json')", 0), ("run(['pytest', *args])", 0), ("EXTRAS = {'test': ['pytest']}", 0),
+    ("'test' in sys.argv", 0)])
+def test_code_that_asks_whether_it_is_tested(source, asks):
+    assert len(runner_module().test_detection(source.encode())) == asks
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the statement is newer than this Python")
+def test_a_type_statement_is_read():
+    assert runner_module().source_read(b"", b"type X = int\n")
+
+
 def test_examples_of_docstrings():
     source = '"""One.\n\n>>> a\n1\n"""\nclass A:\n  """\n  >>> if x:\n  ...   y\n  2\n  """\n  def b():\n    """\n    >>>bad\n    """\n'
     assert runner_module().doctests_read(source.encode()) == {"": [("a", "1")], "A": [("if x:\n  y", "2")]}
@@ -2788,6 +2869,64 @@ def test_two_sessions_are_compared(before, after, worse, lost):
     assert module.tests_lost(before, after) == lost
 
 
+def test_a_test_that_did_not_run_on_the_base() -> None:
+    """It may have been green there: to fail now is worse; to be skipped now is no loss."""
+    module = runner_module()
+    before, after = {"t.py::a": "unfinished", "t.py::b": "unfinished"}, {"t.py::a": "failed", "t.py::b": "unfinished"}
+    assert module.tests_worse(before, after) == ["t.py::a"]
+    assert module.tests_lost(before, {"t.py::a": "skipped"}) == {"t.py::b": "is gone"}
+
+
+def test_a_renamed_test_keeps_its_rows() -> None:
+    before, moved = {f"t.py::a[{n}]": "passed" for n in range(3)}, {"t.py::a": {"t.py::b"}}
+    rows = {f"t.py::b[{n}]": "passed" for n in range(3)}
+    assert runner_module().tests_lost(before, rows, moved) == {}
+    del rows["t.py::b[1]"]
+    assert list(runner_module().tests_lost(before, rows, moved)) == ["t.py::a[2]"]
+
+
+def gate_of(broken: bool = False, findings: tuple[str, ...] = (), **tests: str) -> Any:
+    """A gate's result of one check, with tests of one file."""
+    module, ways = runner_module(), {f"t.py::{name}": way for name, way in tests.items()}
+    facts = {"only_exit": False}
+    ok = not findings and not broken
+    return module.GateResult("tree", [module.CheckResult("pytest", ok, "", 0, [*findings], ways, facts=facts, broken=broken)])
+
+
+def test_what_only_the_recheck_could_run_must_still_be_there() -> None:
+    """The base's conftest could not be imported: so what its tests are only the recheck shows."""
+    lost = runner_module().gate_losses
+    again = SimpleNamespace(result=gate_of(a="passed", b="passed", c="failed"))
+    assert lost(gate_of(broken=True), gate_of(a="passed"), again, [], []) == {
+        "t.py::b": "pytest: t.py::b is gone; before the change it passed, and it must still be there and pass"}
+    assert lost(gate_of(broken=True), gate_of(a="passed", b="passed"), again, [], []) == {}
+
+
+def test_where_no_test_runs_nothing_was_checked() -> None:
+    problems = runner_module().gate_problems
+    broken, none = gate_of(broken=True, findings=("exit 4",)), gate_of(findings=("no tests were run",))
+    assert problems(broken, broken, []) == ["pytest: exit 4"]
+    failed = runner_module().Failure("t.py", "collect", "", "E   ImportError", "")
+    cannot = gate_of(findings=("t.py: ImportError",))
+    cannot.checks[0].tests, cannot.checks[0].failures = {"t.py": "failed"}, [failed]
+    assert problems(cannot, cannot, []) == ["pytest: t.py: ImportError"]
+    assert problems(none, none, []) == [], "there are none: that is no worse than it was"
+    assert problems(gate_of(findings=("a",), a="failed"), gate_of(findings=("a",), a="failed"), []) == []
+
+
+def test_new_findings_of_lint_are_named_where_they_are() -> None:
+    """Numbers in a text may differ, files may move; and the file that has one more is the one."""
+    def new(before: list[tuple[str, int, str]], after: list[tuple[str, int, str]]) -> list[tuple[str, int]]:
+        old, now = ([module.Lint(path, row, 1, "C901", text) for path, row, text in rows] for rows in (before, after))
+        return [(finding.path, finding.row) for finding in module.lint_new(old, now)]
+
+    module, two = runner_module(), [("a.py", 3, "too complex (12 > 10)"), ("z.py", 7, "too complex (11 > 10)")]
+    assert new(two, [("a.py", 4, "too complex (11 > 10)"), two[1]]) == []
+    assert new(two, [two[0], ("a.py", 9, "too complex (20 > 10)"), two[1]]) == [("a.py", 9)]
+    assert new(two, [two[0], ("b.py", 7, "too complex (11 > 10)")]) == [], "it moved"
+    assert new(two, [*two, ("z.py", 9, "unused")]) == [("z.py", 9)]
+
+
 def test_moved_tests_and_ids_that_change_from_run_to_run(scratch):
     """A body that stands elsewhere and passes is not lost; a time in an id is counted per function, also in the recheck."""
     clock = ("import time\n\nimport pytest\n\n\n@pytest.mark.parametrize('t', [time.time_ns()], ids=str)\ndef test_t(t):\n    assert t\n")
@@ -2823,7 +2962,8 @@ TWIN_ALTERED = {
     "assert f() == (a, b)": {"assert f() == ('~', a, b)"},
     "assert f() == 0x10, 'm 1'": {"assert f() == #, 'm 1'"},
     "assert f() == approx(2, 5)": {"assert f() == approx(#, 5)"},
-    "assert f() == Point('a')": {"assert f() == Point('a~')"},
+    "assert f() == Point('a')": {"assert f() == (Point('a'), '~')[1]"},
+    "assert f() == [Point('a')]": {"assert f() == ['~', Point('a')]"},
     # equality: no literal of its own
     "assert f() == g()": {"assert f() == (g(), '~')[1]"},
     "assert f() == 1e300": {"assert f() == (1e300, '~')[1]"},
