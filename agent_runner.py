@@ -3285,9 +3285,9 @@ def gate_losses(base: GateResult, gate: GateResult, recheck: Recheck, sources: l
     for check in base.checks:
         now, rechecked = after.get(check.name), again.get(check.name, {})
         # What could not run on the base may run in the recheck.
-        passed = {test: way for test, way in rechecked.items() if way == "passed"}
-        before = passed | {test: way for test, way in check.tests.items()
-                           if way != "unfinished" or test not in passed}
+        known = {function_of(test) for test, way in check.tests.items() if way != "unfinished"}
+        before = check.tests | {test: way for test, way in rechecked.items()
+                                if way == "passed" and function_of(test) not in known}
         if now and now.tests:  # no report at all is red enough
             for test, what in tests_lost(before, now.tests, moved, rechecked).items():
                 if not glob_match(file_of(test), allow):
