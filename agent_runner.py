@@ -1981,9 +1981,12 @@ def asks_for_tests(node: ast.AST) -> bool:
     """Whether an expression looks for a test runner among what is loaded, called or set."""
     if not isinstance(node, (ast.Compare, ast.Call, ast.Subscript)):
         return False
-    parts = list(ast.walk(node))
-    words = [part.value for part in parts if isinstance(part, ast.Constant)]
-    names = {getattr(part, "attr", getattr(part, "id", "")) for part in parts}
+    looked_at: list[ast.AST] = [node]
+    if isinstance(node, ast.Call):  # not what is handed over: run(["pytest"], env=os.environ)
+        looks = (ast.GeneratorExp, ast.ListComp, ast.SetComp)
+        looked_at = [node.func, *(part for part in node.args if isinstance(part, looks))]
+    names = {twin_name(part) for one in looked_at for part in ast.walk(one)}
+    words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
     return (not names.isdisjoint(("modules", "argv", "environ"))
             and any(re.match(r"(?i)_?(pytest|unittest)", str(word)) for word in words))
 

@@ -2371,7 +2371,8 @@ def test_a_module_that_is_too_deep_costs_only_itself(scratch: Scratch) -> None:
     ("'pytest' in sys.modules", 1), ("sys.modules.get('pytest')", 1), ("'_pytest' in list(sys.modules)", 1),
     ("any('pytest' in name for name in sys.modules)", 1), ("'pytest' in sys.argv[0]", 1), ("sys.modules['unittest']", 1),
     ("any(name.startswith('PYTEST') for name in os.environ)", 1), ("os.getenv('PYTEST_VERSION')", 1), ("getattr(frame, 'f_locals')", 1),
-    ("frame.f_locals", 1), ("sys.modules.get('json')", 0), ("run(['pytest', *args])", 0), ("EXTRAS = {'test': ['pytest']}", 0),
+    ("frame.f_locals", 1), ("sys.modules.get('json')", 0), ("run(['pytest', *args])", 0),
+    ("run([sys.executable, '-m', 'pytest', *sys.argv[1:]], env={**os.environ, 'A': 'b'})", 0), ("EXTRAS = {'test': ['pytest']}", 0),
     ("'test' in sys.argv", 0)])
 def test_code_that_asks_whether_it_is_tested(source, asks):
     assert len(runner_module().test_detection(source.encode())) == asks
