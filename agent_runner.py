@@ -120,7 +120,7 @@ __version__ = "0.1.0"
 #   record      the folder of a run in .agent-runs: summary, events, briefs, logs, patch
 
 OUTCOMES = {
-    "proposed": (0, "the gate is green and a commit is proposed"),
+    "proposed": (0, "the change passes the gate, and a commit is proposed"),
     "nothing_to_heal": (0, "the gate is green already"),
     "gate_failed": (1, "the change does not pass the gate; nothing is proposed"),
     "no_change": (1, "the agent changed nothing"),
@@ -461,7 +461,7 @@ class Judge:
                  details: list[str]) -> Judgement:
         """Refused for what was found; else red where checks fail or tests are lost; else green."""
         refusals = [violation for violation in found if not violation.allowed(self.allow)]
-        problems = [*failing, *lost.values()]
+        problems = [*failing, *dict.fromkeys(lost.values())]
         overrule = [] if failing else overrulable(refusals, lost)
         if refusals:
             return refused(refusals, [*problems, *details], overrule)
@@ -3245,7 +3245,8 @@ def check_problems(before: CheckResult | None, after: CheckResult, strict: bool)
         return everything
     worse = tests_worse(before.tests, after.tests)
     failures = distill_tests([failure for failure in after.failures if failure.test in worse])
-    return failures or [f"{test} did not end" for test in worse]
+    ended = tests_counted({test: f"{test} did not end" for test in worse})
+    return failures or [*dict.fromkeys(ended.values())]
 
 
 def base_red_lines(base: GateResult, gate: GateResult) -> list[str]:
@@ -3296,7 +3297,17 @@ def gate_losses(base: GateResult, gate: GateResult, recheck: Recheck, sources: l
                 if not glob_match(file_of(test), allow):
                     lost[test] = (f"{check.name}: {test} {what}; before the change it "
                                   f"{before[test]}, and it must still be there and pass")
-    return lost
+    return tests_counted(lost)
+
+
+def tests_counted(lines: dict[str, str]) -> dict[str, str]:
+    """A line for each test; from the eleventh on they share one, with their count by file."""
+    rest = [*lines][10:]
+    if len(rest) < 2:
+        return lines
+    files = distill_counts(Counter(map(file_of, rest)), 12)
+    shared = f"and {len(rest)} more tests did not run to their end: {files}"
+    return lines | dict.fromkeys(rest, shared)
 
 
 def tests_worse(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -4988,6 +4999,8 @@ def outcome_words(run: Run) -> str:
         return f"the agent made no progress: attempt {last.number} {what}"
     if last and run.outcome in ("agent_failed", "agent_timed_out") and last.agent_exit != 0:
         return call_reason(run.job, last.agent_exit, last.agent_seconds)
+    if run.outcome == "proposed" and run.job.dry_run:
+        return "the change passes the gate"
     return OUTCOMES[run.outcome][1]
 
 
@@ -7829,7 +7842,9 @@ class Tick:
             with claim_take(claim_path(self.repo, item.source)) as claim:
                 result = self.look_again(item, claim)
         except Interrupted:
-            self.stopped = f"{item.ref}: interrupted; `runs` lists its record, with its work"
+            self.stopped, note = "interrupted", "`runs` lists its record, with its work"
+            exit_code = OUTCOMES["interrupted"][0]
+            self.results.append(Result(item.ref, exit_code, "interrupted", note=note))
             raise
         except BaseException as error:
             self.stopped = f"{item.ref}: {error}"
@@ -7915,7 +7930,7 @@ def issue_run(repo: Repo, args: argparse.Namespace, ref: str, claim: Path) -> Re
         outcome = facts.get("outcome", "no outcome")
         step["result"] = f"{outcome}, exit {ran.exit}"
     last = one_line(MASK.text(text.strip().rpartition("\n")[2])).removeprefix("agent_runner: ")
-    words = OUTCOMES[outcome][1] if facts else last
+    words = facts.get("reason") or last
     note = facts.get("branch") or facts.get("error") or words
     exit_code = OUTCOMES["interrupted"][0] if ran.exit is None else ran.exit
     return Result(ref, exit_code, outcome, run_id[1] if run_id else "", note, facts)
@@ -8201,7 +8216,7 @@ def report_verdict(facts: dict[str, Any]) -> Markup:
     """The outcome in a sentence, with the decision that a human has to take."""
     words = facts["reason"]
     if facts["branch"]:
-        words = f"the gate is green, and a commit is proposed on {facts['branch']}"
+        words = f"the change passes the gate, and a commit is proposed on {facts['branch']}"
     attempts = words_counted(len(facts["attempts"]), "attempt")
     lines = [tag("p", pill(facts["outcome"]), tag("strong", words[:1].upper() + words[1:])),
              tag("p", f"after {attempts} in {duration(facts['seconds'])}", class_="meta")]
@@ -8895,6 +8910,10 @@ def result_explain(run: Run) -> None:
     findings = findings_shown(run)
     if findings and run.outcome not in ("proposed", "nothing_to_heal"):
         CONSOLE.group("findings", words_clip("\n".join(findings), 3000))
+    if run.outcome == "nothing_to_heal" and run.baseline and not run.baseline.green:
+        CONSOLE.say("what ruff finds may stay: this repository configures no ruff, so its default "
+                    "rules are nobody's wish; commit a ruff.toml (an empty one will do) to have "
+                    "it healed")
     if run.outcome == "nothing_to_heal" and run.base.left_out:
         CONSOLE.say("untracked files were not part of it: where the build is red for you, "
                     "`git add` what is missing")

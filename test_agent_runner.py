@@ -669,7 +669,7 @@ def test_a_green_gate_is_nothing_to_heal(scratch):
     scratch.write({"forgotten.py": "x = 1\n"})
     ended = scratch.heal(CALLED)
     assert (ended.code, ended.outcome) == (0, "nothing_to_heal"), ended
-    assert "forgotten.py" in ended.err and "untracked" in ended.err and "git add" in ended.err
+    assert "forgotten.py" in ended.err and "untracked" in ended.err and "git add" in ended.err and "ruff" not in ended.err
     assert not (scratch.out / "called").exists() and not scratch.proposals()
     assert not ended.has("handoff.md") and not ended.has("proposal.md")
 
@@ -1488,7 +1488,8 @@ def test_default_rules_of_ruff_are_nobodys_wish(tmp_path):
     assert (ended.outcome, ended.results) == ("proposed", ["red", "green"]), ended
     assert "F401" not in ended.text("brief-1.md") and "more.py:1:8: F401" in ended.text("brief-2.md")
     scratch.git("merge", "--quiet", "agent/self-heal")
-    assert scratch.heal(CALLED, checks=checks).outcome == "nothing_to_heal"
+    ended = scratch.heal(CALLED, checks=checks)
+    assert ended.outcome == "nothing_to_heal" and "this repository configures no ruff" in ended.err, ended
 
 
 def test_white_space_that_a_human_allows(tmp_path):
@@ -2870,6 +2871,28 @@ def test_two_sessions_are_compared(before, after, worse, lost):
     assert module.tests_lost(before, after) == lost
 
 
+def test_what_is_lost_at_once_drowns_no_cause():
+    """One import error, and 927 tests are gone: ten have a line, the others one; each file can still be overruled."""
+    module = runner_module()
+    before = {f"tests/test_{name}.py::test_{number}": "passed" for name in "abc" for number in range(309)}
+    after = {"tests/test_c.py::test_0": "passed"} | {f"tests/test_{name}.py": "failed" for name in "ab"}
+    error = module.Failure("tests/test_a.py", "collect", "", "E   ModuleNotFoundError: No module named 'nowhere'", "")
+    base, gate = (module.GateResult("", [module.CheckResult("pytest", not failures, "", 0, tests=tests, failures=failures)])
+                  for tests, failures in ((before, []), (after, [error])))
+    lost = module.gate_losses(base, gate, SimpleNamespace(result=None), [], [])
+    assert lost.keys() == before.keys() - after.keys()
+    concluded = module.Judge.conclude(SimpleNamespace(allow=[]), [], [], lost, [])
+    assert [line.split(" ")[1] for line in concluded.findings[:10]] == [*before][:10]
+    assert concluded.findings[10:] == ["and 916 more tests did not run to their end: "
+                                       "tests/test_b.py 309, tests/test_c.py 308, tests/test_a.py 299"]
+    assert concluded.overrule == [f"tests/test_{name}.py" for name in "abc"]
+    ended, red = (module.CheckResult("pytest", False, "", 0, tests=tests) for tests in (
+        dict.fromkeys(before, "unfinished") | {"tests/test_d.py::test_new": "passed"}, before | {"tests/test_a.py::test_0": "failed"}))
+    problems = module.check_problems(red, ended, strict=False)
+    assert (problems[0], problems[10:]) == ("tests/test_a.py::test_1 did not end", [
+        "and 916 more tests did not run to their end: tests/test_b.py 309, tests/test_c.py 309, tests/test_a.py 298"])
+
+
 def test_a_test_that_did_not_run_on_the_base() -> None:
     """It may have been green there: to fail now is worse; to be skipped now is no loss."""
     module = runner_module()
@@ -3778,6 +3801,7 @@ def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
     assert "+    return x + x" in ended.out and "-    return x * 2" in ended.out
     assert ended.summary["dry_run"] is True and ended.summary["branch"] is ended.summary["commit"] is None
     assert not scratch.proposals() and "git push" not in ended.out
+    assert "\nproposed: the change passes the gate; dry run, so no branch was made\n" in ended.out, ended
     assert_patch_applies(scratch, ended)
 
 
@@ -5626,16 +5650,21 @@ def test_what_stops_a_queue(scratch: Scratch, files: dict[str, str], env: dict[s
 
 
 def test_an_interrupted_queue_ends_its_runs(scratch: Scratch) -> None:
-    scratch.write(issue_files(1, 2))
+    scratch.write(issue_files(1, 2, 3))
     scratch.commit()
-    going = scratch.start("queue", "--run", "--check", "ok=true", agent=WAITS_AGENT)
-    wait_for((scratch.out / "ready").exists, "the agent")
+    waits = WORKS + BACKGROUND.replace("'child'", "f'child-{number}'") + SLEEPS
+    going = scratch.start("queue", "--run", "--jobs", "2", "--check", "ok=true", agent=waits)
+    children = [scratch.out / f"child-{number}" for number in (1, 2)]
+    wait_for(lambda: all(child.exists() for child in children), "the agents")
     going.child.terminate()
     ended = scratch.ended(going)
-    assert ended.code == 130 and process_gone(int(scratch.said("child"))), ended
-    assert [json.loads((folder / "run_summary.json").read_text())["outcome"] for folder in scratch.records()] == ["interrupted"]
-    assert "the queue stopped: issues/0001-do.md: interrupted; `runs` lists its record, with its work\n" in ended.err, ended
-    assert states(scratch.run("queue", "--json")) == {"issues/0001-do.md": "ready", "issues/0002-do.md": "ready"}
+    assert ended.code == 130 and all(process_gone(int(child.read_text())) for child in children), ended
+    assert [json.loads((folder / "run_summary.json").read_text())["outcome"] for folder in scratch.records()] == ["interrupted"] * 2
+    assert "the queue stopped: interrupted\n" in ended.err, ended
+    rows = sorted(" ".join(row.split()) for row in ended.out.splitlines()[1:])
+    assert rows == [f"130 interrupted issues/000{n}-do.md - `runs` lists its record, with its work" for n in (1, 2)], ended
+    expected = dict.fromkeys((f"issues/000{n}-do.md" for n in (1, 2, 3)), "ready")
+    assert states(scratch.run("queue", "--json")) == expected and not (scratch.out / "child-3").exists()
 
 
 # --- The queue on a forge: an imitation of its REST API, behind the real `gh` or a scripted one.
@@ -6269,7 +6298,7 @@ def test_the_page_of_a_run(shared):
     _, ended = shared
     page = ended.text("report.html")
     texts = page_texts(page)
-    for words in ("The gate is green, and a commit is proposed on agent/", "after 1 attempt in", "baseline gate: ",
+    for words in ("The change passes the gate, and a commit is proposed on agent/", "after 1 attempt in", "baseline gate: ",
                   "guardrails: no violation", "+def triple(x):", "New test: ", "Blind twin: ",
                   "No guardrail stands against this change.", "git branch -D"):
         assert words in texts, words
