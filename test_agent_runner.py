@@ -1426,6 +1426,15 @@ def test_a_check_of_another_kind_that_is_mended_itself(tmp_path, files, check, a
     assert (ended.outcome, ended.code) == ("blocked", 3) and "weakened" in ended.findings, ended
 
 
+def test_a_threshold_that_all_tests_meet_is_healed(scratch: Scratch) -> None:
+    """What failed is run first, alone, and cannot meet it."""
+    threshold = "def pytest_sessionfinish(session):\n    session.exitstatus = session.exitstatus or int(session.testscollected < 4)\n"
+    scratch.write(CALC | {"conftest.py": threshold})
+    scratch.commit()
+    ended = scratch.heal(MENDS, checks=TESTS_ONLY)
+    assert ended.outcome == "proposed" and "exit 1, though no test failed" in ended.text("gate-1-first.log"), ended
+
+
 def test_a_check_that_is_a_formatter_can_be_healed(scratch: Scratch) -> None:
     """White space alone is what is asked for."""
     scratch.write({"pkg/more.py": "A = 1+1\n"})
