@@ -2674,11 +2674,18 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
     paths = []
     for path in ignored_files(repo) if modules else []:
         dotted_path = re.sub(r"(/__init__)?\.[^/]*(py|so|pyd)$", "", path).replace("/", ".")
-        if any(f".{dotted_path}".endswith(f".{module}") for module in modules):
+        named = any(f".{dotted_path}".endswith(f".{module}") for module in modules)
+        if named and not in_environment(repo.root, path):
             paths.append(f"--carry {shlex.quote(path)}")
     if paths:
         CONSOLE.say("tests of the base fail for a module that git ignores, so that it is not in "
                     f"the gate's checkout; add {' '.join(paths[:5])}")
+
+
+def in_environment(root: Path, path: str) -> bool:
+    """Whether a file lies in an environment: what is installed there is nobody's to carry."""
+    folders = Path(path).parents[:-1]
+    return "-packages/" in path or any((root / folder / "pyvenv.cfg").exists() for folder in folders)
 
 
 # Python's message for a missing module.
@@ -6501,8 +6508,10 @@ def console_print(text: str, stream: TextIO | None, end: str = "\n") -> None:
 CONSOLE = Console()
 SECRET_NAME = (
     r"(?i)TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY"
-    r"|_KEY$|_PAT$|_DSN$|_AUTH$|^SSH_AUTH_SOCK$")
-SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
+    r"|_KEY$|_PAT(_|$)|_DSN$|_AUTH$|^SSH_AUTH_SOCK$|_PASS$|_PWD$|AUTH_CONFIG|CONNECTION_STRING"
+    r"|WEBHOOK")
+# NAME:SECRET@, or a token alone before the @; that of ssh is a name.
+SECRET_URL = r"://(?:[^/\s:@]*:|(?<!ssh://)(?=[^/\s:@]{16}))([^/\s@]+?):?@"
 
 
 def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:

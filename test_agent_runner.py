@@ -1664,8 +1664,9 @@ def test_a_generated_module_is_carried(tmp_path):
     """The message names the file; carried it is in each checkout, and in no change, also where it is ignored no longer."""
     scratch = Scratch(tmp_path, FILES | GENERATED)
     scratch.write({"pkg/_version.py": "VERSION = '1'\n", ".env.test": "A=1\n"})
+    scratch.write({f"{place}/pkg/_version.py": "" for place in ("env/src", "lib/site-packages")} | {"env/pyvenv.cfg": ""})
     missing = scratch.propose(EDITS, checks=TESTS_ONLY)
-    assert "add --carry pkg/_version.py" in missing.err, missing
+    assert "add --carry pkg/_version.py\n" in missing.err, missing  # what is installed somewhere is not named
     agent = EDITS + "\nassert Path('pkg/_version.py').exists() and Path('.env.test').exists()\nPath('.gitignore').unlink()\n"
     ended = scratch.propose(agent, "--carry", "**/_version.py", "--carry", ".env.test", checks=TESTS_ONLY)
     assert ended.outcome == "proposed" and "2 passed" in ended.err, ended
@@ -4782,6 +4783,24 @@ def test_a_secret_in_two_pieces_is_masked(tmp_path: Path) -> None:
             assert (tmp_path / "log").read_bytes() == b"say [masked MY_TOKEN]!"
     finally:
         module.MASK = module.Mask({})
+
+
+@pytest.mark.parametrize(("name", "value", "secret"), [
+    ("DB_PASS", "hunter2hunter2", "hunter2hunter2"), ("MYSQL_PWD", "hunter2hunter2", "hunter2hunter2"),
+    ("DOCKER_AUTH_CONFIG", '{"auths": 1}', '{"auths": 1}'), ("STORE_CONNECTION_STRING", "AccountKey=k", "AccountKey=k"),
+    ("SLACK_WEBHOOK_URL", "https://hooks.example/T0", "https://hooks.example/T0"), ("GITHUB_PAT_RO", "ghp_0123", "ghp_0123"),
+    ("INDEX", "https://fury-0123456789@pypi.example/me", ""),
+    ("INDEX", "https://fury-0123456789ab@pypi.example/me", "fury-0123456789ab"),
+    ("INDEX", "https://fury-0123456789ab:@pypi.example/me", "fury-0123456789ab"), ("INDEX", "https://a:b1:c2d3@x", "b1:c2d3"),
+    ("PWD", "/home/ada", ""), ("OLDPWD", "/home/ada", ""), ("GIT_ASKPASS", "/bin/ask", ""), ("LIBRARY_PATH", "/lib/x", ""),
+    ("REMOTE", "ssh://git@host.example/x", ""), ("REMOTE", "ssh://a-long-name-of-a-user@host.example/x", ""),
+    ("HOME_PAGE", "https://host.example/a-long-path-of-a-page@2", ""),
+])
+def test_what_looks_like_a_secret(name: str, value: str, secret: str) -> None:
+    """By its name, or as the part of an address before the @."""
+    module = runner_module()
+    assert module.is_secret(name, value) == bool(secret)
+    assert module.Mask({name: value}).text(f"say {value}!") == f"say {value.replace(secret or value, f'[masked {name}]' if secret else value)}!"
 
 
 def test_nobody_listens_any_more(scratch):
