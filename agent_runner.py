@@ -1374,29 +1374,40 @@ PROTECTED = {  # what only a human should change, or --allow
         "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** "
         "cloudbuild.yaml .ci/** .forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** "
         ".teamcity/** .builds/** .build.yml buildspec.y*ml .pre-commit-config.yaml .husky/** "
-        ".githooks/**"),
+        ".githooks/** .pre-commit-hooks.yaml prek.toml lefthook*.y*ml lefthook*.toml "
+        "lefthook*.json .lefthook* .config/lefthook* .overcommit.y*ml .huskyrc* .lintstagedrc* "
+        ".simple-git-hooks.* hk.pkl"),
     "it holds the commands that CI and people run": (
         "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py "
-        "**/Taskfile.y*ml **/Taskfile.dist.y*ml"),
+        "**/Taskfile.y*ml **/Taskfile.dist.y*ml **/Rakefile **/*.rake **/dodo.py **/fabfile.py "
+        "**/duties.py **/poe_tasks.* **/Earthfile **/SConstruct **/SConscript **/build.ninja "
+        "**/Gruntfile.* **/gulpfile.* **/mise.toml **/.mise.toml **/mise.*.toml **/.mise.*.toml "
+        ".mise/** .config/mise*"),
     "it can run programs when somebody opens the tree": (
         "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace "
         "**/.devcontainer/** **/.devcontainer.json **/.idea/** **/.zed/tasks.json "
         "**/.zed/settings.json **/.mcp.json **/.envrc "
-        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el"),
+        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el **/.Rprofile **/.pdbrc **/.gdbinit "
+        "**/.lldbinit **/.irbrc **/.npmrc **/.yarnrc.yml **/.pnpmfile.cjs"),
     "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
         ".github/copilot-instructions.md .github/instructions/** .github/prompts/** "
         ".github/agents/** **/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md "
         "**/agent-config.md .agent/** .agents/** .claude/** .codex/** .cursor/** .cursorrules "
         ".gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
-        ".aider*"),
+        ".aider* **/AGENTS.override.md AGENT.md **/WARP.md CRUSH.md **/.goosehints .junie/** "
+        ".roo/** .roorules* .roomodes .kiro/** .windsurf/** .augment/** .augment-guidelines "
+        ".amazonq/** .openhands/** .continue/** .continuerules .kilocode/** .kilocodemodes "
+        ".trae/** .factory/** .aiassistant/** .rules opencode.json* .github/chatmodes/**"),
     "it registers plugins, as an installed package does": (
         "**/*.dist-info/** **/*.egg-info/** **/entry_points.txt"),
-    "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
+    "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap .lfsconfig",
     "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
 }
 COMPILED_MAGIC = (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe")  # ELF, PE, Mach-O
-COMPILED = r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)"
+COMPILED = (
+    r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm"
+    r"|whl|egg|pyzw?)")
 
 
 def guard_size(sources: list[Source], allow: list[str]) -> list[Violation]:
@@ -1454,15 +1465,12 @@ NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets no
 def guard_file(source: Source) -> list[Violation]:
     """What stands against one changed file, whatever the rest is."""
     change, path = source.change, source.change.path
-    reasons = [("protected", why) for why, globs in PROTECTED.items()
-               if glob_match(path, globs.split())]
+    is_link = change.new_mode == LINK
+    reasons = [("protected", why) for why in protected_reasons(path, is_link)]
     if 0o160000 in (change.new_mode, change.old_mode):
         reasons.append(("link", "is a repository inside the repository (a submodule)"))
-    if change.new_mode == 0o120000:
-        target = os.fsdecode(source.new)
-        leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if os.path.isabs(target) or leads_to.split(os.sep)[0] in ("..", ".git"):
-            reasons.append(("link", f"is a link that leaves the tree, to {one_line(target)}"))
+    if is_link and link_leaves(path, target := os.fsdecode(source.new)):
+        reasons.append(("link", f"is a link that leaves the tree, to {one_line(target)}"))
     if source.size > SIZE_LIMIT:
         reasons.append(("size", f"is larger than {SIZE_LIMIT} bytes"))
     is_compiled = change.new_mode and re.fullmatch(COMPILED, path)
@@ -1472,6 +1480,31 @@ def guard_file(source: Source) -> list[Violation]:
     for secret in secrets - set(MASK.raw.findall(source.old)):
         reasons.append(("secret", f"contains the value of {MASK.name(secret)}"))
     return [Violation(rule, path, reason) for rule, reason in reasons]
+
+
+LINK = 0o120000  # git's mode of a symbolic link
+
+
+def protected_reasons(path: str, is_link: bool) -> list[str]:
+    """Why only a human should change a path; a link may stand for a protected folder."""
+    above = os.path.dirname(path)
+    reasons = []
+    for why, globs in PROTECTED.items():
+        folders = [glob.rpartition("/")[0] for glob in globs.split()] if is_link else []
+        # "**" and "docs" are no places of their own, and what else lies in one is free.
+        is_folder = any("." in folder and glob_match(path, [folder])
+                        and not glob_match(above, [folder]) for folder in folders)
+        if is_folder or glob_match(path, globs.split()):
+            reasons.append(why)
+    return reasons
+
+
+def link_leaves(path: str, target: str) -> bool:
+    """Whether a link leads out of the tree, or might: another link may stand before a ".."."""
+    leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target)).split("/")
+    ups = os.path.normpath(target).split("/").count("..")
+    return (os.path.isabs(target) or leads_to[0] in ("..", ".git")
+            or ups < target.split("/").count(".."))
 
 
 class Violation(NamedTuple):

@@ -2160,17 +2160,41 @@ def test_what_of_the_environment_reaches_the_agent(scratch, passed, seen):
     ("src/CODEOWNERS", ""),
     *((path, "it decides what CI runs") for path in (
         ".forgejo/workflows/ci.yml", ".gitea/workflows/ci.yml", ".cirrus.yml", ".cirrus.star", ".semaphore/semaphore.yml",
-        ".teamcity/settings.kts", ".builds/linux.yml", "buildspec.yml")),
+        ".teamcity/settings.kts", ".builds/linux.yml", "buildspec.yml", "lefthook.yml", ".lefthook.toml", "lefthook-local.yaml",
+        ".lefthook/pre-commit/a.sh", ".config/lefthook.yml", "prek.toml", ".lintstagedrc.json", ".pre-commit-hooks.yaml")),
     *((path, "it holds the commands that CI and people run") for path in (
-        "Makefile", "justfile", "Justfile", "sub/.justfile", "noxfile.py", "Taskfile.yml", "taskfile.dist.yaml")),
+        "Makefile", "justfile", "Justfile", "sub/.justfile", "noxfile.py", "Taskfile.yml", "taskfile.dist.yaml",
+        "Rakefile", "lib/tasks/a.rake", "dodo.py", "Earthfile", "mise.toml", ".mise.local.toml", ".config/mise/config.toml", "SConstruct")),
     *((path, "it can run programs when somebody opens the tree") for path in (
         ".vscode/tasks.json", "sub/.vscode/settings.json", "shop.code-workspace", ".devcontainer/devcontainer.json", ".devcontainer.json",
-        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc")),
+        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc", ".Rprofile", ".pdbrc", "web/.npmrc", ".yarnrc.yml")),
+    *((path, "it instructs coding agents") for path in (
+        ".junie/guidelines.md", ".goosehints", ".roo/rules/a.md", ".roorules-code", ".kiro/steering/a.md", "web/WARP.md",
+        ".augment/rules/a.md", "web/AGENTS.override.md", ".github/chatmodes/a.md", ".amazonq/rules/a.md", ".openhands/microagents/repo.md",
+        ".continue/rules/a.md", ".rules", ".kilocode/rules/a.md", ".windsurf/rules/a.md", ".trae/rules/a.md", "opencode.jsonc")),
+    (".lfsconfig", "it decides how git treats files"), ("tasks.py", ""), ("docs/agent.md", ""), (".config/app.toml", ""),
+    ("lefthook.md", ""), ("setup.py", ""),
     ("tox.ini", ""), (".vscode/extensions.json", ""), ("docs/justfile.md", ""), ("builds/a.py", ""), (".env", ""),
 ])
 def test_what_is_protected_and_what_is_not(path: str, reason: str) -> None:
     runner = runner_module()
     assert [why for why, globs in runner.PROTECTED.items() if runner.glob_match(path, globs.split())] == [reason] * bool(reason)
+
+
+@pytest.mark.parametrize(("path", "target", "reason"), [
+    (".vscode", "vscode", "it can run programs when somebody opens the tree"), ("web/.vscode", "..", "it can run programs when"),
+    (".claude", "a", "it instructs coding agents"), (".github", "a", "it decides what CI runs"), ("docs", "documents", ""),
+    (".github/README.md", "../README.md", ""), ("vscode", ".vscode", ""), ("a/b", "../c/./d", ""), ("a", "b", ""),
+    ("a", "here/here/../../etc", "leaves the tree"), ("a/b", "./../../c", "leaves the tree"), ("a/b", "../c/d/..", "leaves the tree"),
+    ("wheel.WHL", "", "is compiled"), ("a/tool.pyz", "", "is compiled"), ("a.egg", "", "is compiled"), ("a.eggs", "", ""),
+])
+def test_what_may_stand_at_a_path(path: str, target: str, reason: str) -> None:
+    """A link may stand for a protected folder, and lead out of the tree over another link; "" is a file."""
+    module = runner_module()
+    source = changed_source(path, b"", target.encode())
+    source = source._replace(change=source.change._replace(new_mode=0o120000 if target else 0o100644))
+    assert bool(module.guard_file(source)) == bool(reason)
+    assert all(reason in violation.reason for violation in module.guard_file(source)[:1])
 
 
 @pytest.mark.parametrize(("path", "role"), [
