@@ -1423,6 +1423,7 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     """What stands against a change, and what a reviewer should know of it."""
     started, base, globs = time.monotonic(), run.baseline, run.scope.get("globs", [])
     violations, notes = guard_source(sources, recheck.gate_files, globs, run.job.checks)
+    violations += guard_led_to(run, [source.change.path for source in sources])
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
     violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
@@ -1449,6 +1450,52 @@ def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
     suppressions, notes = guard_suppressions(python, checks)
     tests = [source for source in python if gate_role(source.change.path, gate_files) == "test"]
     return violations + suppressions + guard_assertions(tests), notes
+
+
+def guard_led_to(run: Run, paths: list[str]) -> list[Violation]:
+    """The violations of what links of the base, AGENT_CONFIG and core.hooksPath protect."""
+    places = places_led_to(run.job, tree_links(run.job.repo, run.base.tree))
+    return [Violation("protected", path, why)
+            for path in paths if not protected_reasons(path, is_link=True)
+            for place, why in places.items()
+            if f"{path}/".casefold().startswith(f"{place}/".casefold())]
+
+
+def places_led_to(job: Job, links: dict[str, str]) -> dict[str, str]:
+    """The files and folders that something protected names: {path: why}."""
+    named = {link: f"{why} (the link {link} leads there)"
+             for link in links for why in protected_reasons(link, is_link=True)}
+    for way in (os.path.abspath, os.path.realpath) if job.conventions else ():
+        path = os.path.relpath(way(job.conventions), job.repo.root)
+        named[path] = "it instructs coding agents (AGENT_CONFIG)"
+    # As the settings were before an agent could change them.
+    config = git_treatment(job.repo)["config"]
+    for folder in re.findall(rb'\[core\]\n\thookspath = "(.+)"', config):
+        path = os.path.join(job.repo.root, os.path.expanduser(os.fsdecode(folder)))
+        named[os.path.relpath(path, job.repo.root)] = "git runs it as a hook (core.hooksPath)"
+    return {path: why for name, why in named.items() for path in paths_over(name, links)}
+
+
+def paths_over(path: str, links: dict[str, str]) -> list[str]:
+    """A path and what it leads to over links: ["a/b", "c/b"] where a is a link to c."""
+    paths = [path]
+    while len(paths) < 40:  # they may go round
+        words = paths[-1].split("/")
+        fronts = ["/".join(words[:end]) for end in range(1, len(words) + 1)]
+        link = next((front for front in fronts if front in links), "")
+        if not link:
+            break
+        rest = paths[-1][len(link) + 1:]
+        paths.append(os.path.normpath(os.path.join(os.path.dirname(link), links[link], rest)))
+    return paths
+
+
+def tree_links(repo: Repo, tree: str) -> dict[str, str]:
+    """The symbolic links of a tree: {path: where each leads}."""
+    entries = [entry.partition("\t") for entry in git(repo, "ls-tree", "-rz", tree).split("\0")]
+    blobs = {path: facts.split()[2] for facts, _, path in entries if facts.startswith(f"{LINK:o}")}
+    contents = blobs_read(repo, [*blobs.values()])
+    return {path: os.fsdecode(contents[blob]) for path, blob in blobs.items()}
 
 
 def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:

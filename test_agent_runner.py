@@ -2197,6 +2197,30 @@ def test_what_may_stand_at_a_path(path: str, target: str, reason: str) -> None:
     assert all(reason in violation.reason for violation in module.guard_file(source)[:1])
 
 
+def test_what_something_protected_leads_to_is_protected(scratch: Scratch, tmp_path: Path) -> None:
+    """A link of the base, also over another one; AGENT_CONFIG, by each of its names; a folder of hooks in the tree."""
+    module = runner_module()
+    links = {"AGENTS.md": "conventions", "conventions": "docs/style.md", ".vscode": "etc/editor", "docs": "pages", "round": "round",
+             "CLAUDE.md": "AGENTS.md", "latest": "app.py", ".claude/all": "..", ".gitattributes": "round", "hooks": "tools/hooks/"}
+    (scratch.root / ".claude").mkdir()
+    for path, target in links.items():
+        (scratch.root / path).symlink_to(target)
+    scratch.git("config", "core.hooksPath", "hooks")
+    scratch.commit()
+    (tmp_path / "rules").symlink_to(scratch.root / "rules.md")
+    job = SimpleNamespace(repo=module.Repo(scratch.root, scratch.root / ".git"), conventions=str(tmp_path / "rules"))
+    run = SimpleNamespace(job=job, base=SimpleNamespace(tree="HEAD"))
+    paths = ["AGENTS.md", "conventions", "docs/style.md", "pages/Style.md", "pages/other.md", "etc/editor/tasks.json", "etc/editors", "app.py",
+             "rules.md", "hooks", "tools/hooks/pre-commit", "tools/hook"]
+    refused = {violation.path: violation.reason for violation in module.guard_led_to(run, paths)}
+    instructs = "it instructs coding agents (the link AGENTS.md leads there)"
+    assert {*refused} == {"conventions", "docs/style.md", "pages/Style.md", "etc/editor/tasks.json", "rules.md", "hooks",
+                          "tools/hooks/pre-commit"}
+    assert refused["conventions"] in (instructs, instructs.replace("AGENTS", "CLAUDE"))
+    assert refused["rules.md"] == "it instructs coding agents (AGENT_CONFIG)"
+    assert refused["tools/hooks/pre-commit"] == "git runs it as a hook (core.hooksPath)"
+
+
 @pytest.mark.parametrize(("path", "role"), [
     ("tests/test_a.py", "test"), ("pkg/test_a.py", "test"), ("pkg/a_test.py", "test"), ("tests/data/x.json", "test"),
     ("a/conftest.py", "test"),
