@@ -1426,7 +1426,10 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     violations += guard_led_to(run, [source.change.path for source in sources])
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
-    violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    shadows = guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    there = tree_paths(run.job.repo, run.base.tree)
+    shadows += guard_packages([source.change for source in sources], there)
+    violations += dict.fromkeys(shadows)
     examples, examples_notes = guard_doctests(sources, base, gate)
     violations += guard_reads(base, gate, recheck.gate_files) + examples
     violations += hidden_lint(base, gate) + unseen
@@ -1631,7 +1634,23 @@ def named_files(job: Job, paths: Collection[str]) -> set[str]:
             if word == "-m":
                 module = words[number].replace(".", "/")
                 named |= {f"{module}.py", f"{module}/__main__.py"}
+        if {"unittest", "-munittest"} & {*words}:
+            named |= unittest_files(words, paths)
     return named & {*paths}
+
+
+def unittest_files(words: list[str], paths: Iterable[str]) -> set[str]:
+    """What `python -m unittest WORDS` goes by and what no usual name shows: test.py, pkg/checks.py.
+
+    The files that it discovers, and the modules in "pkg.checks.TestAll".
+    """
+    globs = ("test*.py", *(word for word in words if "*" in word and word.endswith(".py")))
+    named = {path for path in paths for glob in globs if fnmatchcase(os.path.basename(path), glob)}
+    for word in words:
+        module = word.replace(".", "/")
+        named |= {f"{module}/__init__.py", f"{module}.py"}
+        named |= {f"{folder}.py" for folder in Path(module).parents}
+    return {path for path in named if not gate_role(path, GateFiles())}
 
 
 SCRIPT = (r".*\.(py|sh|bash|zsh|fish|[mc]?[jt]s|rb|pl|php|lua|awk|jq|mk|toml|ini|cfg|json|ya?ml)"
@@ -2112,10 +2131,16 @@ def guard_doctests(sources: list[Source], base: GateResult,
             gone = [example for example in before[name] if example not in everywhere]
             if reason := example_weakened(gone, before[name], after[name]):
                 violations.append(Violation("weakened", path, reason))
-            elif gone:
+            elif gone or is_interrupted(before[name], after[name]):
                 rewritten.append(f"{path}: {name or 'its head'}")
     notes = [f"rewrites examples of the base: {words_first(rewritten)}"]
     return violations, notes if rewritten else []
+
+
+def is_interrupted(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> bool:
+    """Whether something stands before or between examples that are all still there."""
+    first = after[:len(before)]
+    return {*before} <= {*after} and {*first} != {*before}
 
 
 def example_weakened(gone: list[tuple[str, str]], before: list[tuple[str, str]],
@@ -2166,6 +2191,22 @@ def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str
             shadowed[path] = f"the module {name!r}"
     return [Violation("shadow", path, f"would be imported in place of {other}")
             for path, other in shadowed.items()]
+
+
+def guard_packages(changes: list[Change], base_paths: set[str]) -> list[Violation]:
+    """The new packages that would be imported in place of the base's module beside them."""
+    still = base_paths - {change.path for change in changes if not change.new_mode}
+    violations = []
+    for change in changes:
+        folder, _, name = change.path.rpartition("/")
+        if not name.startswith("__init__.") or change.old_mode:
+            continue
+        root = folder[:folder.rfind("/") + 1]
+        modules = [path for path in still if path.startswith(f"{folder}.")
+                   and import_name(path, root) == import_name(change.path, root)]
+        violations += [Violation("shadow", change.path, f"would be imported in place of {path}")
+                       for path in sorted(modules)[:1]]
+    return violations
 
 
 # One name that cannot be looked for ("__main__") must not hide the others.

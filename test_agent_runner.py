@@ -2370,6 +2370,37 @@ def test_a_module_of_an_environment_in_the_repository_is_shadowed(tmp_path: Path
     assert [violation.path for violation in refused] == ["src/things.py"], refused
 
 
+@pytest.mark.parametrize(("path", "beside", "gone"), [
+    ("shop/core/__init__.py", "shop/core.py", False), ("shop/core/__init__.py", "shop/core.abi3.so", False),
+    ("shop/core/__init__.py", "shop/core.py", True), ("shop/core/__init__.py", "shop/core_more.py", False),
+    ("shop/core/__init__.py", "shop/core.md", False), ("shop/core/__init__.py", "core.py", False), ("shop/core/more.py", "shop/core.py", False),
+    ("core/__init__.py", "core.py", False), ("shop/json/__init__.py", "app.py", False),
+])
+def test_a_package_beside_a_module(path: str, beside: str, gone: bool) -> None:
+    """Python takes the package, wherever they are: it may come where the module goes."""
+    module = runner_module()
+    changes = [module.Change(path, 0, 0o100644, "", ""), *[module.Change(beside, 0o100644, 0, "", "")] * gone]
+    shadowed = beside in ("shop/core.py", "shop/core.abi3.so", "core.py") and path == f"{beside.partition('.')[0]}/__init__.py" and not gone
+    assert module.guard_packages(changes, {beside, "shop/core.txt", "shop/__init__.py"}) == [
+        module.Violation("shadow", path, f"would be imported in place of {beside}")] * shadowed
+    changed = [module.Change("shop/core/__init__.py", 0o100644, 0o100644, "", "")]
+    assert not module.guard_packages(changed, {"shop/core/__init__.py", "shop/core.py"})
+
+
+@pytest.mark.parametrize(("command", "named"), [
+    ("python -m unittest test", {"test.py", "pkg/testing.py"}), ("python -m unittest discover", {"test.py", "pkg/testing.py"}),
+    ("sh -c 'python -m unittest pkg.checks.TestAll.test_one'", {"test.py", "pkg/testing.py", "pkg/checks.py"}),
+    ("python -m unittest pkg", {"test.py", "pkg/testing.py", "pkg/__init__.py"}),
+    ("python -m unittest discover -p *_check.py", {"test.py", "pkg/testing.py", "a_check.py"}),
+    ("python -m pkg.checks", {"pkg/checks.py"}), ("python -m compileall .", set()),
+])
+def test_what_a_check_with_unittest_goes_by(command: str, named: set[str]) -> None:
+    """What it discovers and names; tests with a usual name are known by that."""
+    paths = {"test.py", "pkg/testing.py", "pkg/checks.py", "pkg/__init__.py", "a_check.py", "app.py", "tests/test_a.py", "test_b.py"}
+    job = SimpleNamespace(setup=[], checks=[SimpleNamespace(kind="command", argv=shlex.split(command))])
+    assert runner_module().named_files(job, paths) == named
+
+
 def test_a_secret_in_the_change_is_refused(scratch: Scratch) -> None:
     """Whatever is allowed: a secret is not, and nothing that is kept shows it."""
     ended = scratch.propose(EDITS + "\nPath('key.txt').write_text(os.environ['SOME_API_KEY'])", "--allow", "**",
@@ -2456,7 +2487,10 @@ def test_examples_of_docstrings_that_expect_less():
         "weakened: 0.py: a docstring has 1 example where the base has 2: `f(2)` is gone"]
     other = both.replace("f(2)", "f(3)").replace("    3", "    4")
     assert weakened((both + end, other + end)) == ([], ["rewrites examples of the base: 0.py: f"])
-    honest = (both + "    >>> f(0)\n    1\n" + end, head + second + first + "    >>> f(9)\n    10\n    >>> f(0)\n    1\n" + end)
+    more, last = "    >>> f(9)\n    10\n", "    >>> f(0)\n    1\n"
+    for before in (head + more + first + second, head + first + more + second):
+        assert weakened((both + end, before + end)) == ([], ["rewrites examples of the base: 0.py: f"]), "what they call may be another"
+    honest = (both + last + end, head + second + first + last + more + end)
     assert weakened(honest, (head + second + end, 'def g():\n    """\n' + second + end)) == ([], [])
     moved = 'def g():\n    """\n' + second + end
     assert weakened((both + end, head + first + end), ("", ""), ("", moved)) == ([], [])
