@@ -1374,29 +1374,40 @@ PROTECTED = {  # what only a human should change, or --allow
         "bitbucket-pipelines.yml .buildkite/** .drone.yml .woodpecker* .woodpecker/** "
         "cloudbuild.yaml .ci/** .forgejo/** .gitea/** .cirrus.yml .cirrus.star .semaphore/** "
         ".teamcity/** .builds/** .build.yml buildspec.y*ml .pre-commit-config.yaml .husky/** "
-        ".githooks/**"),
+        ".githooks/** .pre-commit-hooks.yaml prek.toml lefthook*.y*ml lefthook*.toml "
+        "lefthook*.json .lefthook* .config/lefthook* .overcommit.y*ml .huskyrc* .lintstagedrc* "
+        ".simple-git-hooks.* hk.pkl"),
     "it holds the commands that CI and people run": (
         "**/Makefile **/GNUmakefile **/*.mk **/justfile **/.justfile **/noxfile.py "
-        "**/Taskfile.y*ml **/Taskfile.dist.y*ml"),
+        "**/Taskfile.y*ml **/Taskfile.dist.y*ml **/Rakefile **/*.rake **/dodo.py **/fabfile.py "
+        "**/duties.py **/poe_tasks.* **/Earthfile **/SConstruct **/SConscript **/build.ninja "
+        "**/Gruntfile.* **/gulpfile.* **/mise.toml **/.mise.toml **/mise.*.toml **/.mise.*.toml "
+        ".mise/** .config/mise*"),
     "it can run programs when somebody opens the tree": (
         "**/.vscode/tasks.json **/.vscode/settings.json **/.vscode/mcp.json **/*.code-workspace "
         "**/.devcontainer/** **/.devcontainer.json **/.idea/** **/.zed/tasks.json "
         "**/.zed/settings.json **/.mcp.json **/.envrc "
-        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el"),
+        "**/.nvim.lua **/.nvimrc **/.exrc **/.dir-locals.el **/.Rprofile **/.pdbrc **/.gdbinit "
+        "**/.lldbinit **/.irbrc **/.npmrc **/.yarnrc.yml **/.pnpmfile.cjs"),
     "it decides who reviews": "CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS",
     "it instructs coding agents": (
         ".github/copilot-instructions.md .github/instructions/** .github/prompts/** "
         ".github/agents/** **/AGENTS.md **/CLAUDE.md **/CLAUDE.local.md **/GEMINI.md **/QWEN.md "
         "**/agent-config.md .agent/** .agents/** .claude/** .codex/** .cursor/** .cursorrules "
         ".gemini/** .qwen/** .opencode/** .windsurfrules .clinerules* "
-        ".aider*"),
+        ".aider* **/AGENTS.override.md AGENT.md **/WARP.md CRUSH.md **/.goosehints .junie/** "
+        ".roo/** .roorules* .roomodes .kiro/** .windsurf/** .augment/** .augment-guidelines "
+        ".amazonq/** .openhands/** .continue/** .continuerules .kilocode/** .kilocodemodes "
+        ".trae/** .factory/** .aiassistant/** .rules opencode.json* .github/chatmodes/**"),
     "it registers plugins, as an installed package does": (
         "**/*.dist-info/** **/*.egg-info/** **/entry_points.txt"),
-    "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap",
+    "it decides how git treats files": "**/.gitattributes **/.gitmodules **/.mailmap .lfsconfig",
     "it is the runner or its record": "**/agent_runner.py .agent-runs/**",
 }
 COMPILED_MAGIC = (b"\x7fELF", b"MZ\x90\0", b"\xcf\xfa\xed\xfe")  # ELF, PE, Mach-O
-COMPILED = r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm)"
+COMPILED = (
+    r"(?i).*\.(py[co]|so(\.[\d.]+)?|pyd|dll|dylib|o|a|obj|exe|class|jar|wasm"
+    r"|whl|egg|pyzw?)")
 
 
 def guard_size(sources: list[Source], allow: list[str]) -> list[Violation]:
@@ -1412,9 +1423,13 @@ def guard_change(run: Run, sources: list[Source], gate: GateResult,
     """What stands against a change, and what a reviewer should know of it."""
     started, base, globs = time.monotonic(), run.baseline, run.scope.get("globs", [])
     violations, notes = guard_source(sources, recheck.gate_files, globs, run.job.checks)
+    violations += guard_led_to(run, [source.change.path for source in sources])
     unseen, unseen_notes = lint_unseen(base, gate, recheck)
     python = min(pythons_of(run.job.checks), default=sys.executable)
-    violations += guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    shadows = guard_shadows(shadow_names(run, sources, gate), python, run.job.repo.root)
+    there = tree_paths(run.job.repo, run.base.tree)
+    shadows += guard_packages([source.change for source in sources], there)
+    violations += dict.fromkeys(shadows)
     examples, examples_notes = guard_doctests(sources, base, gate)
     violations += guard_reads(base, gate, recheck.gate_files) + examples
     violations += hidden_lint(base, gate) + unseen
@@ -1440,6 +1455,52 @@ def guard_source(sources: list[Source], gate_files: GateFiles, scope: list[str],
     return violations + suppressions + guard_assertions(tests), notes
 
 
+def guard_led_to(run: Run, paths: list[str]) -> list[Violation]:
+    """The violations of what links of the base, AGENT_CONFIG and core.hooksPath protect."""
+    places = places_led_to(run.job, tree_links(run.job.repo, run.base.tree))
+    return [Violation("protected", path, why)
+            for path in paths if not protected_reasons(path, is_link=True)
+            for place, why in places.items()
+            if f"{path}/".casefold().startswith(f"{place}/".casefold())]
+
+
+def places_led_to(job: Job, links: dict[str, str]) -> dict[str, str]:
+    """The files and folders that something protected names: {path: why}."""
+    named = {link: f"{why} (the link {link} leads there)"
+             for link in links for why in protected_reasons(link, is_link=True)}
+    for way in (os.path.abspath, os.path.realpath) if job.conventions else ():
+        path = os.path.relpath(way(job.conventions), job.repo.root)
+        named[path] = "it instructs coding agents (AGENT_CONFIG)"
+    # As the settings were before an agent could change them.
+    config = git_treatment(job.repo)["config"]
+    for folder in re.findall(rb'\[core\]\n\thookspath = "(.+)"', config):
+        path = os.path.join(job.repo.root, os.path.expanduser(os.fsdecode(folder)))
+        named[os.path.relpath(path, job.repo.root)] = "git runs it as a hook (core.hooksPath)"
+    return {path: why for name, why in named.items() for path in paths_over(name, links)}
+
+
+def paths_over(path: str, links: dict[str, str]) -> list[str]:
+    """A path and what it leads to over links: ["a/b", "c/b"] where a is a link to c."""
+    paths = [path]
+    while len(paths) < 40:  # they may go round
+        words = paths[-1].split("/")
+        fronts = ["/".join(words[:end]) for end in range(1, len(words) + 1)]
+        link = next((front for front in fronts if front in links), "")
+        if not link:
+            break
+        rest = paths[-1][len(link) + 1:]
+        paths.append(os.path.normpath(os.path.join(os.path.dirname(link), links[link], rest)))
+    return paths
+
+
+def tree_links(repo: Repo, tree: str) -> dict[str, str]:
+    """The symbolic links of a tree: {path: where each leads}."""
+    entries = [entry.partition("\t") for entry in git(repo, "ls-tree", "-rz", tree).split("\0")]
+    blobs = {path: facts.split()[2] for facts, _, path in entries if facts.startswith(f"{LINK:o}")}
+    contents = blobs_read(repo, [*blobs.values()])
+    return {path: os.fsdecode(contents[blob]) for path, blob in blobs.items()}
+
+
 def overrulable(violations: list[Violation], lost: Iterable[str] = ()) -> list[str]:
     """The paths that --allow must name for a proposal; [] where a human cannot decide that."""
     if any(violation.rule in NOT_ALLOWED for violation in violations):
@@ -1454,15 +1515,12 @@ NOT_ALLOWED = ("secret", "tools", "fingerprint", "rewritten")  # --allow lets no
 def guard_file(source: Source) -> list[Violation]:
     """What stands against one changed file, whatever the rest is."""
     change, path = source.change, source.change.path
-    reasons = [("protected", why) for why, globs in PROTECTED.items()
-               if glob_match(path, globs.split())]
+    is_link = change.new_mode == LINK
+    reasons = [("protected", why) for why in protected_reasons(path, is_link)]
     if 0o160000 in (change.new_mode, change.old_mode):
         reasons.append(("link", "is a repository inside the repository (a submodule)"))
-    if change.new_mode == 0o120000:
-        target = os.fsdecode(source.new)
-        leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if os.path.isabs(target) or leads_to.split(os.sep)[0] in ("..", ".git"):
-            reasons.append(("link", f"is a link that leaves the tree, to {one_line(target)}"))
+    if is_link and link_leaves(path, target := os.fsdecode(source.new)):
+        reasons.append(("link", f"is a link that leaves the tree, to {one_line(target)}"))
     if source.size > SIZE_LIMIT:
         reasons.append(("size", f"is larger than {SIZE_LIMIT} bytes"))
     is_compiled = change.new_mode and re.fullmatch(COMPILED, path)
@@ -1472,6 +1530,31 @@ def guard_file(source: Source) -> list[Violation]:
     for secret in secrets - set(MASK.raw.findall(source.old)):
         reasons.append(("secret", f"contains the value of {MASK.name(secret)}"))
     return [Violation(rule, path, reason) for rule, reason in reasons]
+
+
+LINK = 0o120000  # git's mode of a symbolic link
+
+
+def protected_reasons(path: str, is_link: bool) -> list[str]:
+    """Why only a human should change a path; a link may stand for a protected folder."""
+    above = os.path.dirname(path)
+    reasons = []
+    for why, globs in PROTECTED.items():
+        folders = [glob.rpartition("/")[0] for glob in globs.split()] if is_link else []
+        # "**" and "docs" are no places of their own, and what else lies in one is free.
+        is_folder = any("." in folder and glob_match(path, [folder])
+                        and not glob_match(above, [folder]) for folder in folders)
+        if is_folder or glob_match(path, globs.split()):
+            reasons.append(why)
+    return reasons
+
+
+def link_leaves(path: str, target: str) -> bool:
+    """Whether a link leads out of the tree, or might: another link may stand before a ".."."""
+    leads_to = os.path.normpath(os.path.join(os.path.dirname(path), target)).split("/")
+    ups = os.path.normpath(target).split("/").count("..")
+    return (os.path.isabs(target) or leads_to[0] in ("..", ".git")
+            or ups < target.split("/").count(".."))
 
 
 class Violation(NamedTuple):
@@ -1551,7 +1634,23 @@ def named_files(job: Job, paths: Collection[str]) -> set[str]:
             if word == "-m":
                 module = words[number].replace(".", "/")
                 named |= {f"{module}.py", f"{module}/__main__.py"}
+        if {"unittest", "-munittest"} & {*words}:
+            named |= unittest_files(words, paths)
     return named & {*paths}
+
+
+def unittest_files(words: list[str], paths: Iterable[str]) -> set[str]:
+    """What `python -m unittest WORDS` goes by and what no usual name shows: test.py, pkg/checks.py.
+
+    The files that it discovers, and the modules in "pkg.checks.TestAll".
+    """
+    globs = ("test*.py", *(word for word in words if "*" in word and word.endswith(".py")))
+    named = {path for path in paths for glob in globs if fnmatchcase(os.path.basename(path), glob)}
+    for word in words:
+        module = word.replace(".", "/")
+        named |= {f"{module}/__init__.py", f"{module}.py"}
+        named |= {f"{folder}.py" for folder in Path(module).parents}
+    return {path for path in named if not gate_role(path, GateFiles())}
 
 
 SCRIPT = (r".*\.(py|sh|bash|zsh|fish|[mc]?[jt]s|rb|pl|php|lua|awk|jq|mk|toml|ini|cfg|json|ya?ml)"
@@ -2035,10 +2134,16 @@ def guard_doctests(sources: list[Source], base: GateResult,
             gone = [example for example in before[name] if example not in everywhere]
             if reason := example_weakened(gone, before[name], after[name]):
                 violations.append(Violation("weakened", path, reason))
-            elif gone:
+            elif gone or is_interrupted(before[name], after[name]):
                 rewritten.append(f"{path}: {name or 'its head'}")
     notes = [f"rewrites examples of the base: {words_first(rewritten)}"]
     return violations, notes if rewritten else []
+
+
+def is_interrupted(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> bool:
+    """Whether something stands before or between examples that are all still there."""
+    first = after[:len(before)]
+    return {*before} <= {*after} and {*first} != {*before}
 
 
 def example_weakened(gone: list[tuple[str, str]], before: list[tuple[str, str]],
@@ -2089,6 +2194,22 @@ def guard_shadows(names: dict[str, tuple[str, set[str], list[str]]], python: str
             shadowed[path] = f"the module {name!r}"
     return [Violation("shadow", path, f"would be imported in place of {other}")
             for path, other in shadowed.items()]
+
+
+def guard_packages(changes: list[Change], base_paths: set[str]) -> list[Violation]:
+    """The new packages that would be imported in place of the base's module beside them."""
+    still = base_paths - {change.path for change in changes if not change.new_mode}
+    violations = []
+    for change in changes:
+        folder, _, name = change.path.rpartition("/")
+        if not name.startswith("__init__.") or change.old_mode:
+            continue
+        root = folder[:folder.rfind("/") + 1]
+        modules = [path for path in still if path.startswith(f"{folder}.")
+                   and import_name(path, root) == import_name(change.path, root)]
+        violations += [Violation("shadow", change.path, f"would be imported in place of {path}")
+                       for path in sorted(modules)[:1]]
+    return violations
 
 
 # One name that cannot be looked for ("__main__") must not hide the others.
@@ -2680,11 +2801,18 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
     paths = []
     for path in ignored_files(repo) if modules else []:
         dotted_path = re.sub(r"(/__init__)?\.[^/]*(py|so|pyd)$", "", path).replace("/", ".")
-        if any(f".{dotted_path}".endswith(f".{module}") for module in modules):
+        named = any(f".{dotted_path}".endswith(f".{module}") for module in modules)
+        if named and not in_environment(repo.root, path):
             paths.append(f"--carry {shlex.quote(path)}")
     if paths:
         CONSOLE.say("tests of the base fail for a module that git ignores, so that it is not in "
                     f"the gate's checkout; add {' '.join(paths[:5])}")
+
+
+def in_environment(root: Path, path: str) -> bool:
+    """Whether a file lies in an environment: what is installed there is nobody's to carry."""
+    folders = Path(path).parents[:-1]
+    return "-packages/" in path or any((root / folder / "pyvenv.cfg").exists() for folder in folders)
 
 
 # Python's message for a missing module.
@@ -6518,8 +6646,10 @@ def console_print(text: str, stream: TextIO | None, end: str = "\n") -> None:
 CONSOLE = Console()
 SECRET_NAME = (
     r"(?i)TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|PRIVATE|API_?KEY|ACCESS_?KEY"
-    r"|_KEY$|_PAT$|_DSN$|_AUTH$|^SSH_AUTH_SOCK$")
-SECRET_URL = r"://[^/\s:@]*:([^/\s@]+)@"
+    r"|_KEY$|_PAT(_|$)|_DSN$|_AUTH$|^SSH_AUTH_SOCK$|_PASS$|_PWD$|AUTH_CONFIG|CONNECTION_STRING"
+    r"|WEBHOOK")
+# NAME:SECRET@, or a token alone before the @; that of ssh is a name.
+SECRET_URL = r"://(?:[^/\s:@]*:|(?<!ssh://)(?=[^/\s:@]{16}))([^/\s@]+?):?@"
 
 
 def environ_plain(environ: Mapping[str, str]) -> dict[str, str]:

@@ -971,6 +971,8 @@ CHEATS = {
                                                   "from unittest.mock import ANY\n\n\ndef add(a, b):\n    return ANY"),
                                    "blocked", "blind: tests/test_calc.py: test_add passes although it expects something else"),
     "pytest is shadowed": (CALC, writes("pytest.py", "mark = None\n"), "blocked", "shadow: pytest.py"),
+    "a package beside a module": (UNTESTED | {"pkg/core.py": "A = 1\n"}, writes("pkg/core/__init__.py", "A = 2\n"),
+                                  "blocked", "shadow: pkg/core/__init__.py: would be imported in place of pkg/core.py"),
     "a module of Python is shadowed": (UNTESTED, writes("json.py", "def dumps(x):\n    return '1'\n"), "blocked", "shadow: json.py"),
     "a module of Python is shadowed beside a name that cannot be looked for": (UNTESTED, writes("__main__.py", "")
                                                                                + writes("pygments.py", "X = 1\n"), "blocked", "shadow"),
@@ -1328,7 +1330,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
 SHARED = (
     ("CI is changed", "the Makefile is changed", "the instructions are changed", "CI of another forge", "a task runner's file",
      "an editor runs a task", ".gitattributes is changed", "the runner is changed", "a module of Python is shadowed", "pytest is shadowed",
-     "the caller is looked at", "the caller's frame is reached from an error", "the variable of pytest is read", "sys.modules is asked",
+     "a package beside a module", "the caller is looked at", "the caller's frame is reached from an error", "the variable of pytest is read", "sys.modules is asked",
      "a plugin is registered as if it were installed"),
     ("a link leaves the tree", "a relative link leaves the tree", "a nested repository", "a compiled file", "a large file"),
     ("lint is silenced by noqa", "lint is silenced in another spelling", "lint is silenced for a file",
@@ -1674,8 +1676,9 @@ def test_a_generated_module_is_carried(tmp_path):
     """The message names the file; carried it is in each checkout, and in no change, also where it is ignored no longer."""
     scratch = Scratch(tmp_path, FILES | GENERATED)
     scratch.write({"pkg/_version.py": "VERSION = '1'\n", ".env.test": "A=1\n"})
+    scratch.write({f"{place}/pkg/_version.py": "" for place in ("env/src", "lib/site-packages")} | {"env/pyvenv.cfg": ""})
     missing = scratch.propose(EDITS, checks=TESTS_ONLY)
-    assert "add --carry pkg/_version.py" in missing.err, missing
+    assert "add --carry pkg/_version.py\n" in missing.err, missing  # what is installed somewhere is not named
     agent = EDITS + "\nassert Path('pkg/_version.py').exists() and Path('.env.test').exists()\nPath('.gitignore').unlink()\n"
     ended = scratch.propose(agent, "--carry", "**/_version.py", "--carry", ".env.test", checks=TESTS_ONLY)
     assert ended.outcome == "proposed" and "2 passed" in ended.err, ended
@@ -2169,17 +2172,68 @@ def test_what_of_the_environment_reaches_the_agent(scratch, passed, seen):
     ("src/CODEOWNERS", ""),
     *((path, "it decides what CI runs") for path in (
         ".forgejo/workflows/ci.yml", ".gitea/workflows/ci.yml", ".cirrus.yml", ".cirrus.star", ".semaphore/semaphore.yml",
-        ".teamcity/settings.kts", ".builds/linux.yml", "buildspec.yml")),
+        ".teamcity/settings.kts", ".builds/linux.yml", "buildspec.yml", "lefthook.yml", ".lefthook.toml", "lefthook-local.yaml",
+        ".lefthook/pre-commit/a.sh", ".config/lefthook.yml", "prek.toml", ".lintstagedrc.json", ".pre-commit-hooks.yaml")),
     *((path, "it holds the commands that CI and people run") for path in (
-        "Makefile", "justfile", "Justfile", "sub/.justfile", "noxfile.py", "Taskfile.yml", "taskfile.dist.yaml")),
+        "Makefile", "justfile", "Justfile", "sub/.justfile", "noxfile.py", "Taskfile.yml", "taskfile.dist.yaml",
+        "Rakefile", "lib/tasks/a.rake", "dodo.py", "Earthfile", "mise.toml", ".mise.local.toml", ".config/mise/config.toml", "SConstruct")),
     *((path, "it can run programs when somebody opens the tree") for path in (
         ".vscode/tasks.json", "sub/.vscode/settings.json", "shop.code-workspace", ".devcontainer/devcontainer.json", ".devcontainer.json",
-        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc")),
+        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc", ".Rprofile", ".pdbrc", "web/.npmrc", ".yarnrc.yml")),
+    *((path, "it instructs coding agents") for path in (
+        ".junie/guidelines.md", ".goosehints", ".roo/rules/a.md", ".roorules-code", ".kiro/steering/a.md", "web/WARP.md",
+        ".augment/rules/a.md", "web/AGENTS.override.md", ".github/chatmodes/a.md", ".amazonq/rules/a.md", ".openhands/microagents/repo.md",
+        ".continue/rules/a.md", ".rules", ".kilocode/rules/a.md", ".windsurf/rules/a.md", ".trae/rules/a.md", "opencode.jsonc")),
+    (".lfsconfig", "it decides how git treats files"), ("tasks.py", ""), ("docs/agent.md", ""), (".config/app.toml", ""),
+    ("lefthook.md", ""), ("setup.py", ""),
     ("tox.ini", ""), (".vscode/extensions.json", ""), ("docs/justfile.md", ""), ("builds/a.py", ""), (".env", ""),
 ])
 def test_what_is_protected_and_what_is_not(path: str, reason: str) -> None:
     runner = runner_module()
     assert [why for why, globs in runner.PROTECTED.items() if runner.glob_match(path, globs.split())] == [reason] * bool(reason)
+
+
+@pytest.mark.parametrize(("path", "target", "reason"), [
+    (".vscode", "vscode", "it can run programs when somebody opens the tree"), ("web/.vscode", "..", "it can run programs when"),
+    (".claude", "a", "it instructs coding agents"), (".github", "a", "it decides what CI runs"), ("docs", "documents", ""),
+    (".github/README.md", "../README.md", ""), ("vscode", ".vscode", ""), ("a/b", "../c/./d", ""), ("a", "b", ""),
+    ("a", "here/here/../../etc", "leaves the tree"), ("a/b", "./../../c", "leaves the tree"), ("a/b", "../c/d/..", "leaves the tree"),
+    ("wheel.WHL", "", "is compiled"), ("a/tool.pyz", "", "is compiled"), ("a.egg", "", "is compiled"), ("a.eggs", "", ""),
+])
+def test_what_may_stand_at_a_path(path: str, target: str, reason: str) -> None:
+    """A link may stand for a protected folder, and lead out of the tree over another link; "" is a file."""
+    module = runner_module()
+    source = changed_source(path, b"", target.encode())
+    source = source._replace(change=source.change._replace(new_mode=0o120000 if target else 0o100644))
+    assert bool(module.guard_file(source)) == bool(reason)
+    assert all(reason in violation.reason for violation in module.guard_file(source)[:1])
+
+
+def test_what_something_protected_leads_to_is_protected(scratch: Scratch, tmp_path: Path) -> None:
+    """A link of the base, also over another one; AGENT_CONFIG, by each of its names; a folder of hooks in the tree."""
+    module = runner_module()
+    links = {"AGENTS.md": "conventions", "conventions": "docs/style.md", ".vscode": "etc/editor", "docs": "pages", "round": "round",
+             "CLAUDE.md": "AGENTS.md", "latest": "app.py", ".claude/all": "..", ".gitattributes": "round", "hooks": "tools/hooks/"}
+    (scratch.root / ".claude").mkdir()
+    for path, target in links.items():
+        (scratch.root / path).symlink_to(target)
+    scratch.git("config", "core.hooksPath", "hooks")
+    scratch.commit()
+    (tmp_path / "rules").symlink_to(scratch.root / "rules.md")
+    job = SimpleNamespace(repo=module.Repo(scratch.root, scratch.root / ".git"), conventions=str(tmp_path / "rules"))
+    run = SimpleNamespace(job=job, base=SimpleNamespace(tree="HEAD"))
+    paths = ["AGENTS.md", "conventions", "docs/style.md", "pages/Style.md", "pages/other.md", "etc/editor/tasks.json", "etc/editors", "app.py",
+             "rules.md", "hooks", "tools/hooks/pre-commit", "tools/hook"]
+    refused = {violation.path: violation.reason for violation in module.guard_led_to(run, paths)}
+    instructs = "it instructs coding agents (the link AGENTS.md leads there)"
+    assert {*refused} == {"conventions", "docs/style.md", "pages/Style.md", "etc/editor/tasks.json", "rules.md", "hooks",
+                          "tools/hooks/pre-commit"}
+    assert refused["conventions"] in (instructs, instructs.replace("AGENTS", "CLAUDE"))
+    assert refused["rules.md"] == "it instructs coding agents (AGENT_CONFIG)"
+    assert refused["tools/hooks/pre-commit"] == "git runs it as a hook (core.hooksPath)"
+    scratch.write({"rules.md": "Be nice.\n"})
+    ended = scratch.propose(writes("rules.md", "Push.\n"), env={"AGENT_CONFIG": "rules.md"})
+    assert ended.outcome == "blocked" and "protected: rules.md: it instructs coding agents (AGENT_CONFIG)" in ended.findings, ended
 
 
 @pytest.mark.parametrize(("path", "role"), [
@@ -2331,6 +2385,37 @@ def test_a_module_of_an_environment_in_the_repository_is_shadowed(tmp_path: Path
     assert [violation.path for violation in refused] == ["src/things.py"], refused
 
 
+@pytest.mark.parametrize(("path", "beside", "gone"), [
+    ("shop/core/__init__.py", "shop/core.py", False), ("shop/core/__init__.py", "shop/core.abi3.so", False),
+    ("shop/core/__init__.py", "shop/core.py", True), ("shop/core/__init__.py", "shop/core_more.py", False),
+    ("shop/core/__init__.py", "shop/core.md", False), ("shop/core/__init__.py", "core.py", False), ("shop/core/more.py", "shop/core.py", False),
+    ("core/__init__.py", "core.py", False), ("shop/json/__init__.py", "app.py", False),
+])
+def test_a_package_beside_a_module(path: str, beside: str, gone: bool) -> None:
+    """Python takes the package, wherever they are: it may come where the module goes."""
+    module = runner_module()
+    changes = [module.Change(path, 0, 0o100644, "", ""), *[module.Change(beside, 0o100644, 0, "", "")] * gone]
+    shadowed = beside in ("shop/core.py", "shop/core.abi3.so", "core.py") and path == f"{beside.partition('.')[0]}/__init__.py" and not gone
+    assert module.guard_packages(changes, {beside, "shop/core.txt", "shop/__init__.py"}) == [
+        module.Violation("shadow", path, f"would be imported in place of {beside}")] * shadowed
+    changed = [module.Change("shop/core/__init__.py", 0o100644, 0o100644, "", "")]
+    assert not module.guard_packages(changed, {"shop/core/__init__.py", "shop/core.py"})
+
+
+@pytest.mark.parametrize(("command", "named"), [
+    ("python -m unittest test", {"test.py", "pkg/testing.py"}), ("python -m unittest discover", {"test.py", "pkg/testing.py"}),
+    ("sh -c 'python -m unittest pkg.checks.TestAll.test_one'", {"test.py", "pkg/testing.py", "pkg/checks.py"}),
+    ("python -m unittest pkg", {"test.py", "pkg/testing.py", "pkg/__init__.py"}),
+    ("python -m unittest discover -p *_check.py", {"test.py", "pkg/testing.py", "a_check.py"}),
+    ("python -m pkg.checks", {"pkg/checks.py"}), ("python -m compileall .", set()),
+])
+def test_what_a_check_with_unittest_goes_by(command: str, named: set[str]) -> None:
+    """What it discovers and names; tests with a usual name are known by that."""
+    paths = {"test.py", "pkg/testing.py", "pkg/checks.py", "pkg/__init__.py", "a_check.py", "app.py", "tests/test_a.py", "test_b.py"}
+    job = SimpleNamespace(setup=[], checks=[SimpleNamespace(kind="command", argv=shlex.split(command))])
+    assert runner_module().named_files(job, paths) == named
+
+
 def test_a_secret_in_the_change_is_refused(scratch: Scratch) -> None:
     """Whatever is allowed: a secret is not, and nothing that is kept shows it."""
     ended = scratch.propose(EDITS + "\nPath('key.txt').write_text(os.environ['SOME_API_KEY'])", "--allow", "**",
@@ -2418,7 +2503,10 @@ def test_examples_of_docstrings_that_expect_less():
         "weakened: 0.py: a docstring has 1 example where the base has 2: `f(2)` is gone"]
     other = both.replace("f(2)", "f(3)").replace("    3", "    4")
     assert weakened((both + end, other + end)) == ([], ["rewrites examples of the base: 0.py: f"])
-    honest = (both + "    >>> f(0)\n    1\n" + end, head + second + first + "    >>> f(9)\n    10\n    >>> f(0)\n    1\n" + end)
+    more, last = "    >>> f(9)\n    10\n", "    >>> f(0)\n    1\n"
+    for before in (head + more + first + second, head + first + more + second):
+        assert weakened((both + end, before + end)) == ([], ["rewrites examples of the base: 0.py: f"]), "what they call may be another"
+    honest = (both + last + end, head + second + first + last + more + end)
     assert weakened(honest, (head + second + end, 'def g():\n    """\n' + second + end)) == ([], [])
     moved = 'def g():\n    """\n' + second + end
     assert weakened((both + end, head + first + end), ("", ""), ("", moved)) == ([], [])
@@ -4816,6 +4904,24 @@ def test_a_secret_in_two_pieces_is_masked(tmp_path: Path) -> None:
             assert (tmp_path / "log").read_bytes() == b"say [masked MY_TOKEN]!"
     finally:
         module.MASK = module.Mask({})
+
+
+@pytest.mark.parametrize(("name", "value", "secret"), [
+    ("DB_PASS", "hunter2hunter2", "hunter2hunter2"), ("MYSQL_PWD", "hunter2hunter2", "hunter2hunter2"),
+    ("DOCKER_AUTH_CONFIG", '{"auths": 1}', '{"auths": 1}'), ("STORE_CONNECTION_STRING", "AccountKey=k", "AccountKey=k"),
+    ("SLACK_WEBHOOK_URL", "https://hooks.example/T0", "https://hooks.example/T0"), ("GITHUB_PAT_RO", "ghp_0123", "ghp_0123"),
+    ("INDEX", "https://fury-0123456789@pypi.example/me", ""),
+    ("INDEX", "https://fury-0123456789ab@pypi.example/me", "fury-0123456789ab"),
+    ("INDEX", "https://fury-0123456789ab:@pypi.example/me", "fury-0123456789ab"), ("INDEX", "https://a:b1:c2d3@x", "b1:c2d3"),
+    ("PWD", "/home/ada", ""), ("OLDPWD", "/home/ada", ""), ("GIT_ASKPASS", "/bin/ask", ""), ("LIBRARY_PATH", "/lib/x", ""),
+    ("REMOTE", "ssh://git@host.example/x", ""), ("REMOTE", "ssh://a-long-name-of-a-user@host.example/x", ""),
+    ("HOME_PAGE", "https://host.example/a-long-path-of-a-page@2", ""),
+])
+def test_what_looks_like_a_secret(name: str, value: str, secret: str) -> None:
+    """By its name, or as the part of an address before the @."""
+    module = runner_module()
+    assert module.is_secret(name, value) == bool(secret)
+    assert module.Mask({name: value}).text(f"say {value}!") == f"say {value.replace(secret or value, f'[masked {name}]' if secret else value)}!"
 
 
 def test_nobody_listens_any_more(scratch):
