@@ -3367,10 +3367,9 @@ def check_problems(before: CheckResult | None, after: CheckResult, strict: bool)
         return [] if before.broken == after.broken and not before.lint else everything
     breaks = after.broken and not before.broken
     exits = after.facts.get("only_exit") and not before.facts.get("only_exit")
-    # Where no test runs, and not because there is none, nothing was checked.
+    # A module that cannot be collected is no test: where none runs, nothing was checked.
     ran = any("::" in test and way in ("passed", "failed") for test, way in after.tests.items())
-    blind = not ran and (after.broken or after.tests or before.tests)
-    if breaks or exits or after.facts.get("wrong_origin") or blind:
+    if breaks or exits or after.facts.get("wrong_origin") or not ran:
         return everything
     worse = tests_worse(before.tests, after.tests)
     failures = distill_tests([failure for failure in after.failures if failure.test in worse])
