@@ -631,26 +631,27 @@ class Checkout:
         if self.place.is_symlink() or not self.place.is_dir():
             raise Stop(EXIT_MISSING, "the agent removed its workspace; there is nothing to judge")
         nested = [path for path in nested_repositories(self.place) if path not in self.submodules]
+        # Not those: `git add` fails where it is told to exclude what it ignores.
+        ignored = self.ignored([*nested, *self.carried])
         # Left out by name: git would read a nested repository's configuration, the agent's.
         # What is carried may be a secret, and ignored no longer.
         left_out = [f":(exclude,top,literal){path}"
-                    for path in (*self.submodules, *nested, *self.carried)]
+                    for path in (*self.submodules, *nested, *self.carried) if path not in ignored]
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # of tests that the agent ran
         paths = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul",
                  stdin=os.fsencode(paths))
-        ignored = self.ignored(nested)
         self.nested = [path for path in nested if path not in ignored]
         return self.git("write-tree").strip()
 
-    def ignored(self, paths: list[str]) -> list[str]:
+    def ignored(self, paths: list[str]) -> set[str]:
         """Those of some paths that git ignores."""
         if not paths:
-            return []
+            return set()
         with git_frozen(self.repo) as (repo, env):
             ran = git_ran(repo, "check-ignore", "-z", "--stdin", index=self.index,
                           work_tree=self.place, env=env, stdin=os.fsencode("\0".join(paths)))
-        return os.fsdecode(ran.out).split("\0")
+        return set(os.fsdecode(ran.out).split("\0"))
 
     def snapshot_plain(self) -> str:
         """The tree of all files, nested repositories as plain folders: their .git is put aside."""

@@ -1685,6 +1685,32 @@ def test_a_generated_module_is_carried(tmp_path):
     assert scratch.numstat(ended.summary["commit"]) == "0\t2\t.gitignore\n1\t1\tapp.py"
 
 
+def test_what_is_carried_and_still_ignored_is_no_failure(tmp_path):
+    """The usual case; where a link stands in place of its folder, nothing is copied through that."""
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "gen\n*.key\n"})
+    scratch.write({"gen/one.py": "", "gen/two.py": "", "deep/er/a.key": "k"})
+    agent = EDITS + "\nassert Path('gen/two.py').exists() and Path('deep/er/a.key').exists()\n"
+    assert_proposed(scratch, scratch.propose(agent, "--carry", "gen/*", "--carry", "**/*.key"))
+    links = "shutil.rmtree('gen')\nos.symlink(OUT, 'gen')\nPath('.gitignore').unlink()\n"
+    ended = scratch.propose(agent + links, "--carry", "gen/*", "--carry", "**/*.key")
+    assert ended.outcome == "agent_failed" and "beyond a symbolic link" in ended.findings, ended
+    assert not list(scratch.out.iterdir())
+
+
+IGNORED_NESTED = ("for folder in ('build/x', '.venv/src/pkg'):\n"
+                  "    subprocess.run(['git', 'init', '-q', folder], check=True)\n    Path(folder, 'a.py').touch()\n")
+
+
+def test_a_repository_in_an_ignored_folder_is_no_part_of_the_change(tmp_path):
+    """A build or an installation from source leaves one; beside it, one that is not ignored is refused as ever."""
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "build/\n.venv\n"})
+    assert_proposed(scratch, scratch.propose(f"{EDITS}\n{IGNORED_NESTED}"))
+    other = "subprocess.run(['git', 'init', '-q', 'sub'], check=True)\nPath('sub/b.py').write_text('b')\n"
+    ended = scratch.propose(f"{EDITS}\n{IGNORED_NESTED}{other}")
+    assert ended.outcome == "blocked" and "sub: is a repository inside the repository" in ended.findings, ended
+    assert "build/x" not in ended.findings and re.findall(r"^\+\+\+ b/(.*)", ended.text("diff.patch"), re.M) == ["app.py", "sub/b.py"]
+
+
 def test_nothing_to_carry(scratch):
     ended = scratch.propose(CALLED, "--carry", "app.py")
     assert ended.code == 64 and "--carry app.py: git ignores no such file" in ended.err and not (scratch.out / "called").exists()
