@@ -830,7 +830,7 @@ def files_keep(run: Run, workspace: Workspace) -> None:
         inside = path.relative_to(place)
         try:
             size = file_copy(path, target / inside, room, known.get(str(inside), ""))
-        except OSError:
+        except (OSError, RecursionError):  # Path.mkdir is recursive
             lost += 1
         else:
             room, copied = room - max(size, 0), copied + (size >= 0)
@@ -843,15 +843,25 @@ def files_keep(run: Run, workspace: Workspace) -> None:
 
 
 def files_left(place: Path) -> tuple[list[Path], int]:
-    """The files and links below a directory, small ones first; how many folders were unreadable."""
-    paths, errors = [], []
-    for folder, folders, names in os.walk(place, onerror=errors.append):
-        paths += [Path(folder, name) for name in names + folders]
-        folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
-    # Path's own methods raise for a path that is too long.
-    files = [(path.lstat().st_size, path) for path in paths
-             if os.path.islink(path) or os.path.isfile(path)]
-    return [path for _, path in sorted(files)], len(errors)
+    """The files and links below a directory, small ones first; how many could not be read."""
+    files, lost, queue = [], 0, [str(place)]  # no recursion: a folder may lie thousands deep
+    while queue:
+        try:
+            with os.scandir(queue.pop()) as entries:
+                found = list(entries)
+        except OSError:
+            lost += 1
+            continue
+        queue += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)
+                  and entry.name not in (".git", "__pycache__")]
+        files += [entry for entry in found if entry.is_symlink() or entry.is_file()]
+    sizes = []
+    for entry in files:
+        try:
+            sizes.append((entry.stat(follow_symlinks=False).st_size, Path(entry.path)))
+        except OSError:  # its path is too long
+            lost += 1
+    return [path for _, path in sorted(sizes)], lost
 
 
 def file_copy(path: Path, copy: Path, limit: int, known: str) -> int:
@@ -2637,10 +2647,8 @@ TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_",
 def repository_stub(place: Path) -> None:
     """Make a directory an empty repository: only in one (as in CI) ruff heeds .gitignore."""
     git_dir = place / ".git"
-    if git_dir.is_dir() and not git_dir.is_symlink():
-        shutil.rmtree(git_dir)
-    else:
-        git_dir.unlink(missing_ok=True)
+    if os.path.lexists(git_dir):
+        directory_remove(git_dir)
     for part in ("objects", "refs"):
         (git_dir / part).mkdir(parents=True)
     (git_dir / "HEAD").write_text("ref: refs/heads/gate\n")

@@ -1782,13 +1782,38 @@ def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> 
 @pytest.mark.parametrize(("left", "said"), [
     ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "git~1"),
     (f"{EDITS}\nfor _ in range(25):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\nopen('f', 'w').close()",
-     "could not open directory 'ddd")])
+     "could not open directory 'ddd"),
+    (f"{EDITS}\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')", "could not open directory 'd/d"),
+    ("Path('git~1').write_text('mine')\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\nPath('f').touch()", "git~1")])
 def test_work_that_cannot_be_copied_stays(scratch: Scratch, left: str, said: str) -> None:
     """Whatever git thinks of it: the other files are in the record, what is too large or too deep where it was."""
-    ended = scratch.propose(left, "--keep")
-    assert (ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err
-            and "; 1 could not be copied and stay in" in ended.err), ended
-    assert said in ended.findings and len(ended.findings) < 500
+    try:
+        ended = scratch.propose(left, "--keep")
+        assert (ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err
+                and "; 1 could not be copied and stay in" in ended.err), ended
+        assert said in ended.findings and len(ended.findings) < 500
+    finally:
+        subprocess.run(["rm", "-rf", *scratch.tmp.iterdir()], check=True)  # too deep for pytest
+
+
+DEEP = """import os
+from pathlib import Path
+top = Path.cwd()
+os.mkdir(".git")
+os.chdir(".git")
+for number in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+agent_runner.repository_stub(top)
+print(sorted(path.name for path in (top / ".git").iterdir()))
+"""
+
+
+def test_a_gate_that_left_the_deepest_folders_gets_an_empty_repository(tmp_path: Path) -> None:
+    try:
+        assert ran(sys.executable, "-c", IMPORT + DEEP, cwd=tmp_path).stdout == "['HEAD', 'objects', 'refs']\n"
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / ".git"], check=True)  # too deep for pytest
 
 
 NESTED = {
