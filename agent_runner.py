@@ -536,8 +536,9 @@ class Workspace:
                 where = f"{failed.reason}, {self.job.sandbox.phrase()}"
                 raise Stop(EXIT_MISSING, f"--setup failed on the base ({where}); "
                                          f"its output: {path_shown(setup_log)}; {SETUP_ADVICE}")
-            # What setup leaves is not the agent's change.
-            self.start = self.checkout.snapshot() if self.job.setup else self.base.tree
+            # What setup leaves is not the agent's change, so it may have any size.
+            setup = self.job.setup
+            self.start = self.checkout.snapshot(float("inf")) if setup else self.base.tree
             step["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
 
     def tree(self, plain: bool = False) -> str:
@@ -587,6 +588,9 @@ def workspace_lay(checkout: Checkout, base: Base) -> None:
 HISTORY_DEPTH = 50  # commits of history in a workspace
 
 
+CHANGE_SIZE = 200_000_000  # bytes that git is given to store
+
+
 class Checkout:
     """A directory laid out from a tree, with an index of its own that is kept elsewhere."""
 
@@ -626,11 +630,12 @@ class Checkout:
             index = self.index.with_name(f"{self.index.name}-{number}")
             Checkout(sub, self.place / path, index).lay(commit)
 
-    def snapshot(self) -> str:
+    def snapshot(self, limit: float = CHANGE_SIZE) -> str:
         """The tree of the files in the directory, as the user's git would add them."""
         if self.place.is_symlink() or not self.place.is_dir():
             raise Stop(EXIT_MISSING, "the agent removed its workspace; there is nothing to judge")
-        nested = [path for path in nested_repositories(self.place) if path not in self.submodules]
+        nested, size = nested_repositories(self.place)
+        nested = [path for path in nested if path not in self.submodules]
         # Not those: `git add` fails where it is told to exclude what it ignores.
         ignored = self.ignored([*nested, *self.carried])
         # Left out by name: git would read a nested repository's configuration, the agent's.
@@ -638,11 +643,29 @@ class Checkout:
         left_out = [f":(exclude,top,literal){path}"
                     for path in (*self.submodules, *nested, *self.carried) if path not in ignored]
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # of tests that the agent ran
+        if size > limit:
+            self._size_check(left_out, limit)
         paths = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul",
                  stdin=os.fsencode(paths))
         self.nested = [path for path in nested if path not in ignored]
         return self.git("write-tree").strip()
+
+    def _size_check(self, left_out: list[str], limit: float) -> None:
+        """Raise Stop where what is new or changed, and not left out, has more bytes than that."""
+        listed = self.git("ls-files", "--others", "--modified", "--exclude-standard", "-z", "--",
+                          ".", *left_out)
+        sizes = {}
+        for path in {*listed.split("\0")} - {""}:
+            with contextlib.suppress(OSError):  # deleted
+                sizes[path] = os.lstat(self.place / path).st_size
+        size = sum(sizes.values())
+        if size > limit:
+            largest = max(sizes, key=sizes.__getitem__)
+            raise Stop(EXIT_MISSING, f"new and changed files have {size / 1e6:,.0f} MB, and "
+                                     f"{limit / 1e6:,.0f} MB is the most; the largest is "
+                                     f"{one_line(largest)} ({sizes[largest] / 1e6:,.0f} MB): "
+                                     "add it to .gitignore, or keep it elsewhere")
 
     def ignored(self, paths: list[str]) -> set[str]:
         """Those of some paths that git ignores."""
@@ -686,12 +709,12 @@ def ignored_files(repo: Repo) -> list[str]:
     return [path for path in listed if path]
 
 
-def nested_repositories(place: Path) -> list[str]:
-    """The directories below one that hold a .git of their own, relative to it.
+def nested_repositories(place: Path) -> tuple[list[str], int]:
+    """The directories below one that hold a .git of their own, relative to it; the others' bytes.
 
     On the way everything is made readable, and what is no file, link or directory is removed.
     """
-    nested, queue = [], [str(place)]
+    nested, size, queue = [], 0, [str(place)]
     while queue:
         folder = queue.pop()
         entries = folder_entries(folder)
@@ -702,7 +725,9 @@ def nested_repositories(place: Path) -> list[str]:
             with contextlib.suppress(OSError):  # one that cannot be changed hides no other
                 if entry_is_folder(entry):
                     queue.append(entry.path)
-    return nested
+                else:
+                    size += entry.stat(follow_symlinks=False).st_size
+    return nested, size
 
 
 def folder_entries(folder: str) -> list[os.DirEntry[str]]:

@@ -1780,7 +1780,7 @@ def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> 
 
 
 @pytest.mark.parametrize(("left", "said"), [
-    ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "git~1"),
+    ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(150_000_000)", "git~1"),
     (f"{EDITS}\nfor _ in range(25):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\nopen('f', 'w').close()",
      "could not open directory 'ddd"),
     (f"{EDITS}\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')", "could not open directory 'd/d"),
@@ -1794,6 +1794,48 @@ def test_work_that_cannot_be_copied_stays(scratch: Scratch, left: str, said: str
         assert said in ended.findings and len(ended.findings) < 500
     finally:
         subprocess.run(["rm", "-rf", *scratch.tmp.iterdir()], check=True)  # too deep for pytest
+
+
+def large(path: str) -> str:
+    """The source of an agent that leaves a file of 300 MB, which takes no place."""
+    return f"with open({path!r}, 'ab') as file:\n    file.truncate(300_000_000)\n"
+
+
+@pytest.mark.parametrize("act", [large("core.1"), large("data.csv"), f"os.makedirs('sub/.git')\n{large('sub/core.1')}sys.exit(1)\n"])
+def test_what_is_far_too_large_is_not_given_to_git(tmp_path: Path, act: str) -> None:
+    """A new file, a known one that has grown, one in a nested repository: the user's objects do not grow."""
+    scratch = Scratch(tmp_path, FILES | {"data.csv": "1\n"})
+    path = re.findall(r"open\('(.*?)'", act)[0]
+    ended = scratch.propose(f"{EDITS}\n{act}", "--keep")
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    if "exit" not in act:
+        assert (f"new and changed files have 300 MB, and 200 MB is the most; the largest is {path} (300 MB): add it to .gitignore"
+                in ended.findings), ended
+    assert "x + x" in ended.text("files/app.py") and not ended.has("diff.patch") and not ended.has(f"files/{path}")
+    assert "; 1 could not be copied and stay in" in ended.summary["error"]
+    assert sum(blob.stat().st_size for blob in (scratch.root / ".git/objects").glob("??/*")) < 5000
+
+
+def test_what_setup_leaves_and_git_ignores_may_be_large(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "*.log\n"})
+    setup = scratch.program("with open('made', 'wb') as file:\n    file.truncate(210_000_000)\n", "setup.py")
+    assert_proposed(scratch, scratch.propose(EDITS + "\n" + large("a.log"), "--setup", setup))
+
+
+def test_what_is_large_and_unchanged_does_not_count(tmp_path: Path) -> None:
+    """A known file as it was, one that is carried, one in a repository that is refused anyway."""
+    scratch, module = Scratch(tmp_path, FILES | {"data.csv": "1\n" * 600, ".gitignore": "*.key\n"}), runner_module()
+    scratch.write({"a.key": "1\n" * 600})
+    place = tmp_path / "place"
+    checkout = module.Checkout(module.Repo(scratch.root, scratch.root / ".git"), place, tmp_path / "index", ["a.key"])
+    checkout.lay(scratch.git("rev-parse", "HEAD^{tree}"))
+    (place / "sub/.git").mkdir(parents=True)
+    for name in ("sub/b", "new", ".gitignore"):
+        (place / name).write_text("1\n" * 400)
+    assert "new" in scratch.git("ls-tree", "--name-only", checkout.snapshot(1601))
+    (place / "app.py").write_text("1\n" * 401)
+    with pytest.raises(module.Stop, match=r"the largest is app.py \(0 MB\)"):
+        checkout.snapshot(801)
 
 
 DEEP = """import os
@@ -1868,7 +1910,7 @@ for number in range(20):
     os.mkfifo(f"fifo-{number}")
     os.makedirs(f"sub-{number}/.git")
 os.unlink = unlink
-print(len(agent_runner.nested_repositories(Path.cwd())))
+print(len(agent_runner.nested_repositories(Path.cwd())[0]))
 """
 
 
