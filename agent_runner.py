@@ -5102,7 +5102,12 @@ def handoff_text(run: Run) -> str:
 
 def decision_text(run: Run) -> str:
     """The one decision that a human has to take now."""
-    return DECISIONS.get("stalled" if is_without_progress(run) else run.outcome, "")
+    key = run.outcome
+    if is_without_progress(run):
+        key = "stalled"
+    elif is_unusable(run):
+        key = "unusable" if run.attempts else "unscoped"
+    return DECISIONS.get(key, "")
 
 
 DECISIONS = {  # the one decision that a handoff asks for
@@ -5121,6 +5126,10 @@ DECISIONS = {  # the one decision that a handoff asks for
              "be trusted.",
     "agent_failed": "make the agent's command work (see its last lines and its log), then run this "
                     "again.",
+    "unusable": "remove the cause (in the issue, AGENTS.md or .gitignore), then run this again; or "
+                "go on by hand from what was kept.",
+    "unscoped": "name the scope yourself with --scope GLOB, or find out in the agent's log why it "
+                "wrote no scope.json that can be used.",
     "agent_timed_out": "give the agent more time with the option that is named above, or make the "
                        "task smaller.",
     "interrupted": "run it again, or go on by hand from diff.patch.",
@@ -5160,11 +5169,22 @@ def outcome_words(run: Run) -> str:
         if last.number > 1:
             what = f"left the same files as attempt {last.number - 1}"
         return f"the agent made no progress: attempt {last.number} {what}"
-    if last and run.outcome in ("agent_failed", "agent_timed_out") and last.agent_exit != 0:
+    if is_unusable(run):
+        return one_line(run.judgement.findings[-1])  # after what the agent did elsewhere, if anything
+    if last and run.outcome in ("agent_failed", "agent_timed_out"):
         return call_reason(run.job, last.agent_exit, last.agent_seconds)
     if run.outcome == "proposed" and run.job.dry_run:
         return "the change passes the gate"
     return OUTCOMES[run.outcome][1]
+
+
+def is_unusable(run: Run) -> bool:
+    """Whether a run failed by what the agent left: its command ended well, or was not called."""
+    if run.outcome != "agent_failed":
+        return False
+    if run.attempts:
+        return bool(run.job.recorded) or run.attempts[-1].agent_exit == 0
+    return "scope.json" in run.error
 
 
 def is_without_progress(run: Run) -> bool:
@@ -5186,7 +5206,7 @@ def call_findings(run: Run, findings: list[str]) -> list[str]:
     log = run.folder / f"agent-{last.number or 'scope'}.log"
     lines = [distill_cut(line) for line in log_read(log)[-9000:].strip().splitlines()[-10:]]
     output = "\n".join([f"its last lines (all of it: {path_shown(log)}):", *(lines or ["(none)"])])
-    if last.agent_exit == 0:  # it ended well, and left what cannot be used
+    if is_unusable(run) or not run.attempts:
         return [*findings, output]
     changed = words_first(last.changed) or "nothing"
     return [f"{outcome_words(run)}; by then it had changed {changed}\n{output}", *findings]
@@ -7175,7 +7195,9 @@ def run_text(facts: Mapping[str, Any]) -> str:
              f"base      {facts['base'][:12]}",
              f"branch    {facts['branch'] or '-'}",
              f"attempts  {'; '.join(attempts) or 'none'}"]
-    parts = {"error": [facts["error"]], "findings": facts["findings"], "next": facts["next"],
+    commands = [f"{word:<13} {command}"
+                for word, command in zip(facts["next_words"], facts["next"])]
+    parts = {"error": [facts["error"]], "findings": facts["findings"], "next": commands,
              "pages": [path_shown(folder / name) for name in RUN_PAGES if (folder / name).exists()]}
     for name, texts in parts.items():
         rows = [f"  {row}" for text in texts for row in text.splitlines()]
@@ -7296,10 +7318,12 @@ def run_close(folder: Path, place: Path | None) -> None:
         if tree != base:
             patch_write(repo, base, tree, place / "patch", folder / "diff.patch")
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
-            patch, root = folder / "diff.patch", folder.parent.parent
-            facts |= {"next_words": ["look", "use it"],
-                      "next": [shlex.join(["less", str(patch)]),
-                               shlex.join(["git", "-C", str(root), "apply", str(patch)])]}
+            patch, root = str(folder / "diff.patch"), str(folder.parent.parent)
+            runner = [Path(sys.executable).name, str(Path(__file__).resolve())]
+            again = shlex.join([*runner, "rejudge", folder.name])
+            facts |= {"next_words": ["look", "judge again", "use it"],
+                      "next": [shlex.join(["less", patch]), f"cd {shlex.quote(root)} && {again}",
+                               shlex.join(["git", "-C", root, "apply", patch])]}
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0],
               "error": "the runner was killed"}
     summary_write(folder, facts)

@@ -2113,6 +2113,7 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
     assert ended.outcome == outcome, ended
     if outcome == "agent_failed":
         assert "scope.json" in ended.findings and not ended.has("brief-1.md")
+        assert ended.out.startswith(f"agent_failed: {ended.summary['findings'][0]}\ndecide: name the scope yourself with --scope GLOB")
         return
     if "```" not in issue:
         assert ended.summary["scope"] == json.loads(ended.text("scope.json"))
@@ -3995,6 +3996,33 @@ def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
     assert_patch_applies(scratch, ended)
 
 
+UNUSABLE = {  # what the agent does, what is said of it, what to do
+    "no workspace": ("shutil.rmtree(os.getcwd())", "git cannot store the files that the agent left: the agent removed its workspace",
+                     "remove the cause (in the issue, AGENTS.md or .gitignore)"),
+    "a name that git refuses": ("Path('git~1').touch()", "git cannot store the files that the agent left: git add failed",
+                                "remove the cause (in the issue, AGENTS.md or .gitignore)"),
+    "a failure": ("sys.exit(3)", "the agent's command ended with exit 3", "make the agent's command work"),
+}
+
+
+@pytest.mark.parametrize("left", UNUSABLE)
+def test_work_that_cannot_be_used_is_no_failure_of_the_command(scratch: Scratch, left: str) -> None:
+    """On the screen, in the handoff and in the record."""
+    act, reason, decide = UNUSABLE[left]
+    ended = scratch.propose(act)
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    assert ended.out.startswith(f"agent_failed: {reason}") and f"\ndecide: {decide}" in ended.out, ended
+    assert ended.text("handoff.md").startswith(f"# agent_failed: {reason}") and f"Decide: {decide}" in ended.text("handoff.md")
+    assert ended.summary["reason"].startswith(reason) and ended.summary["decide"].startswith(decide)
+
+
+def test_a_recorded_change_that_no_longer_fits_is_no_silent_agent(scratch: Scratch) -> None:
+    red = scratch.propose(EDITS + "\n" + writes("Makefile", "a:\n"))
+    (red.folder / "diff.patch").write_text("no patch\n")
+    again = scratch.run("rejudge", red.summary["run_id"])
+    assert again.outcome == "agent_failed" and "git apply failed" in again.out and "idle-timeout" not in again.out, again
+
+
 # === The sandbox ============================================================
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
@@ -5405,6 +5433,8 @@ def test_one_run_is_shown(scratch: Scratch) -> None:
     facts = (refused.summary["base"][:12], "1 blocked (Makefile, app.py)", "protected: Makefile", "/handoff.md\n")
     for words in (*refused.summary["next"], *facts):
         assert words in shown.out, words
+    look, again, use = refused.summary["next"]
+    assert f"next\n  look          {look}\n  judge again   {again}\n  use it        {use}\n" in shown.out, shown
     assert json.loads(scratch.run("runs", run_id, "--json").out) == refused.summary
     assert f"(did you mean {run_id}?)" in scratch.run("runs", run_id[:-1]).err
     (refused.folder / "run_summary.json").write_text('{"schema": 1, "title": 7}')
@@ -5485,6 +5515,22 @@ def test_the_workspace_of_a_killed_run_is_kept_if_that_was_asked_for(scratch: Sc
         scratch.git("apply", "--check", str(folder / "diff.patch"))
         left, = scratch.tmp.iterdir()
         assert "x + x" in (left / "files/repo/app.py").read_text()
+
+
+@needs_linux
+def test_the_change_of_a_killed_run_is_judged_again_by_its_own_command(tmp_path: Path) -> None:
+    """From anywhere; whoever closes the record may stand elsewhere, too."""
+    scratch = Scratch(tmp_path / "a b")
+    folder = run_killed(scratch)
+    elsewhere = Scratch(tmp_path / "elsewhere")
+    assert elsewhere.run("runs", env={"TMPDIR": str(scratch.tmp)}).code == 0
+    facts = json.loads((folder / "run_summary.json").read_bytes())
+    assert facts["next_words"] == ["look", "judge again", "use it"]
+    command = facts["next"][1]
+    assert command.startswith(f"cd '{scratch.root}' && ") and command.endswith(f"{RUNNER.name} rejudge {folder.name}"), command
+    shown = scratch.run("runs", folder.name).out
+    assert f"  judge again   {command}\n" in shown and "  look          less '" in shown and "  use it        git -C '" in shown, shown
+    assert_proposed(scratch, scratch.run(*shlex.split(command)[5:], cwd=scratch.root / "tests"))
 
 
 def test_an_interrupted_change_is_judged_again(scratch):
