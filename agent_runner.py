@@ -536,8 +536,9 @@ class Workspace:
                 where = f"{failed.reason}, {self.job.sandbox.phrase()}"
                 raise Stop(EXIT_MISSING, f"--setup failed on the base ({where}); "
                                          f"its output: {path_shown(setup_log)}; {SETUP_ADVICE}")
-            # What setup leaves is not the agent's change.
-            self.start = self.checkout.snapshot() if self.job.setup else self.base.tree
+            # What setup leaves is not the agent's change, so it may have any size.
+            setup = self.job.setup
+            self.start = self.checkout.snapshot(float("inf")) if setup else self.base.tree
             step["result"] = f"ready, kept: {self.checkout.place}" if self.job.keep else "ready"
 
     def tree(self, plain: bool = False) -> str:
@@ -587,6 +588,9 @@ def workspace_lay(checkout: Checkout, base: Base) -> None:
 HISTORY_DEPTH = 50  # commits of history in a workspace
 
 
+CHANGE_SIZE = 200_000_000  # bytes that git is given to store
+
+
 class Checkout:
     """A directory laid out from a tree, with an index of its own that is kept elsewhere."""
 
@@ -626,31 +630,51 @@ class Checkout:
             index = self.index.with_name(f"{self.index.name}-{number}")
             Checkout(sub, self.place / path, index).lay(commit)
 
-    def snapshot(self) -> str:
+    def snapshot(self, limit: float = CHANGE_SIZE) -> str:
         """The tree of the files in the directory, as the user's git would add them."""
         if self.place.is_symlink() or not self.place.is_dir():
             raise Stop(EXIT_MISSING, "the agent removed its workspace; there is nothing to judge")
-        nested = [path for path in nested_repositories(self.place) if path not in self.submodules]
+        nested, size = nested_repositories(self.place)
+        nested = [path for path in nested if path not in self.submodules]
+        # Not those: `git add` fails where it is told to exclude what it ignores.
+        ignored = self.ignored([*nested, *self.carried])
         # Left out by name: git would read a nested repository's configuration, the agent's.
         # What is carried may be a secret, and ignored no longer.
         left_out = [f":(exclude,top,literal){path}"
-                    for path in (*self.submodules, *nested, *self.carried)]
+                    for path in (*self.submodules, *nested, *self.carried) if path not in ignored]
         left_out.append(":(exclude,top,glob)**/__pycache__/**")  # of tests that the agent ran
+        if size > limit:
+            self._size_check(left_out, limit)
         paths = "\0".join([".", *left_out])
         self.git("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul",
                  stdin=os.fsencode(paths))
-        ignored = self.ignored(nested)
         self.nested = [path for path in nested if path not in ignored]
         return self.git("write-tree").strip()
 
-    def ignored(self, paths: list[str]) -> list[str]:
+    def _size_check(self, left_out: list[str], limit: float) -> None:
+        """Raise Stop where what is new or changed, and not left out, has more bytes than that."""
+        listed = self.git("ls-files", "--others", "--modified", "--exclude-standard", "-z", "--",
+                          ".", *left_out)
+        sizes = {}
+        for path in {*listed.split("\0")} - {""}:
+            with contextlib.suppress(OSError):  # deleted
+                sizes[path] = os.lstat(self.place / path).st_size
+        size = sum(sizes.values())
+        if size > limit:
+            largest = max(sizes, key=sizes.__getitem__)
+            raise Stop(EXIT_MISSING, f"new and changed files have {size / 1e6:,.0f} MB, and "
+                                     f"{limit / 1e6:,.0f} MB is the most; the largest is "
+                                     f"{one_line(largest)} ({sizes[largest] / 1e6:,.0f} MB): "
+                                     "add it to .gitignore, or keep it elsewhere")
+
+    def ignored(self, paths: list[str]) -> set[str]:
         """Those of some paths that git ignores."""
         if not paths:
-            return []
+            return set()
         with git_frozen(self.repo) as (repo, env):
             ran = git_ran(repo, "check-ignore", "-z", "--stdin", index=self.index,
                           work_tree=self.place, env=env, stdin=os.fsencode("\0".join(paths)))
-        return os.fsdecode(ran.out).split("\0")
+        return set(os.fsdecode(ran.out).split("\0"))
 
     def snapshot_plain(self) -> str:
         """The tree of all files, nested repositories as plain folders: their .git is put aside."""
@@ -685,12 +709,12 @@ def ignored_files(repo: Repo) -> list[str]:
     return [path for path in listed if path]
 
 
-def nested_repositories(place: Path) -> list[str]:
-    """The directories below one that hold a .git of their own, relative to it.
+def nested_repositories(place: Path) -> tuple[list[str], int]:
+    """The directories below one that hold a .git of their own, relative to it; the others' bytes.
 
     On the way everything is made readable, and what is no file, link or directory is removed.
     """
-    nested, queue = [], [str(place)]
+    nested, size, queue = [], 0, [str(place)]
     while queue:
         folder = queue.pop()
         entries = folder_entries(folder)
@@ -701,7 +725,9 @@ def nested_repositories(place: Path) -> list[str]:
             with contextlib.suppress(OSError):  # one that cannot be changed hides no other
                 if entry_is_folder(entry):
                     queue.append(entry.path)
-    return nested
+                else:
+                    size += entry.stat(follow_symlinks=False).st_size
+    return nested, size
 
 
 def folder_entries(folder: str) -> list[os.DirEntry[str]]:
@@ -829,7 +855,7 @@ def files_keep(run: Run, workspace: Workspace) -> None:
         inside = path.relative_to(place)
         try:
             size = file_copy(path, target / inside, room, known.get(str(inside), ""))
-        except OSError:
+        except (OSError, RecursionError):  # Path.mkdir is recursive
             lost += 1
         else:
             room, copied = room - max(size, 0), copied + (size >= 0)
@@ -842,15 +868,25 @@ def files_keep(run: Run, workspace: Workspace) -> None:
 
 
 def files_left(place: Path) -> tuple[list[Path], int]:
-    """The files and links below a directory, small ones first; how many folders were unreadable."""
-    paths, errors = [], []
-    for folder, folders, names in os.walk(place, onerror=errors.append):
-        paths += [Path(folder, name) for name in names + folders]
-        folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
-    # Path's own methods raise for a path that is too long.
-    files = [(path.lstat().st_size, path) for path in paths
-             if os.path.islink(path) or os.path.isfile(path)]
-    return [path for _, path in sorted(files)], len(errors)
+    """The files and links below a directory, small ones first; how many could not be read."""
+    files, lost, queue = [], 0, [str(place)]  # no recursion: a folder may lie thousands deep
+    while queue:
+        try:
+            with os.scandir(queue.pop()) as entries:
+                found = list(entries)
+        except OSError:
+            lost += 1
+            continue
+        queue += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)
+                  and entry.name not in (".git", "__pycache__")]
+        files += [entry for entry in found if entry.is_symlink() or entry.is_file()]
+    sizes = []
+    for entry in files:
+        try:
+            sizes.append((entry.stat(follow_symlinks=False).st_size, Path(entry.path)))
+        except OSError:  # its path is too long
+            lost += 1
+    return [path for _, path in sorted(sizes)], lost
 
 
 def file_copy(path: Path, copy: Path, limit: int, known: str) -> int:
@@ -2636,10 +2672,8 @@ TOOL_VARIABLES = ("PYTHON", "PYTEST_", "RUFF_", "COVERAGE_", "AGENT_",
 def repository_stub(place: Path) -> None:
     """Make a directory an empty repository: only in one (as in CI) ruff heeds .gitignore."""
     git_dir = place / ".git"
-    if git_dir.is_dir() and not git_dir.is_symlink():
-        shutil.rmtree(git_dir)
-    else:
-        git_dir.unlink(missing_ok=True)
+    if os.path.lexists(git_dir):
+        directory_remove(git_dir)
     for part in ("objects", "refs"):
         (git_dir / part).mkdir(parents=True)
     (git_dir / "HEAD").write_text("ref: refs/heads/gate\n")
@@ -5067,7 +5101,12 @@ def handoff_text(run: Run) -> str:
 
 def decision_text(run: Run) -> str:
     """The one decision that a human has to take now."""
-    return DECISIONS.get("stalled" if is_without_progress(run) else run.outcome, "")
+    key = run.outcome
+    if is_without_progress(run):
+        key = "stalled"
+    elif is_unusable(run):
+        key = "unusable" if run.attempts else "unscoped"
+    return DECISIONS.get(key, "")
 
 
 DECISIONS = {  # the one decision that a handoff asks for
@@ -5086,6 +5125,10 @@ DECISIONS = {  # the one decision that a handoff asks for
              "be trusted.",
     "agent_failed": "make the agent's command work (see its last lines and its log), then run this "
                     "again.",
+    "unusable": "remove the cause (in the issue, AGENTS.md or .gitignore), then run this again; or "
+                "go on by hand from what was kept.",
+    "unscoped": "name the scope yourself with --scope GLOB, or find out in the agent's log why it "
+                "wrote no scope.json that can be used.",
     "agent_timed_out": "give the agent more time with the option that is named above, or make the "
                        "task smaller.",
     "interrupted": "run it again, or go on by hand from diff.patch.",
@@ -5125,11 +5168,22 @@ def outcome_words(run: Run) -> str:
         if last.number > 1:
             what = f"left the same files as attempt {last.number - 1}"
         return f"the agent made no progress: attempt {last.number} {what}"
-    if last and run.outcome in ("agent_failed", "agent_timed_out") and last.agent_exit != 0:
+    if is_unusable(run):
+        return one_line(run.judgement.findings[-1])  # after what the agent did elsewhere, if anything
+    if last and run.outcome in ("agent_failed", "agent_timed_out"):
         return call_reason(run.job, last.agent_exit, last.agent_seconds)
     if run.outcome == "proposed" and run.job.dry_run:
         return "the change passes the gate"
     return OUTCOMES[run.outcome][1]
+
+
+def is_unusable(run: Run) -> bool:
+    """Whether a run failed by what the agent left: its command ended well, or was not called."""
+    if run.outcome != "agent_failed":
+        return False
+    if run.attempts:
+        return bool(run.job.recorded) or run.attempts[-1].agent_exit == 0
+    return "scope.json" in run.error
 
 
 def is_without_progress(run: Run) -> bool:
@@ -5151,7 +5205,7 @@ def call_findings(run: Run, findings: list[str]) -> list[str]:
     log = run.folder / f"agent-{last.number or 'scope'}.log"
     lines = [distill_cut(line) for line in log_read(log)[-9000:].strip().splitlines()[-10:]]
     output = "\n".join([f"its last lines (all of it: {path_shown(log)}):", *(lines or ["(none)"])])
-    if last.agent_exit == 0:  # it ended well, and left what cannot be used
+    if is_unusable(run) or not run.attempts:
         return [*findings, output]
     changed = words_first(last.changed) or "nothing"
     return [f"{outcome_words(run)}; by then it had changed {changed}\n{output}", *findings]
@@ -7140,7 +7194,9 @@ def run_text(facts: Mapping[str, Any]) -> str:
              f"base      {facts['base'][:12]}",
              f"branch    {facts['branch'] or '-'}",
              f"attempts  {'; '.join(attempts) or 'none'}"]
-    parts = {"error": [facts["error"]], "findings": facts["findings"], "next": facts["next"],
+    commands = [f"{word:<13} {command}"
+                for word, command in zip(facts["next_words"], facts["next"])]
+    parts = {"error": [facts["error"]], "findings": facts["findings"], "next": commands,
              "pages": [path_shown(folder / name) for name in RUN_PAGES if (folder / name).exists()]}
     for name, texts in parts.items():
         rows = [f"  {row}" for text in texts for row in text.splitlines()]
@@ -7261,10 +7317,12 @@ def run_close(folder: Path, place: Path | None) -> None:
         if tree != base:
             patch_write(repo, base, tree, place / "patch", folder / "diff.patch")
             saved = f", its work is in {path_shown(folder / 'diff.patch')}"
-            patch, root = folder / "diff.patch", folder.parent.parent
-            facts |= {"next_words": ["look", "use it"],
-                      "next": [shlex.join(["less", str(patch)]),
-                               shlex.join(["git", "-C", str(root), "apply", str(patch)])]}
+            patch, root = str(folder / "diff.patch"), str(folder.parent.parent)
+            runner = [Path(sys.executable).name, str(Path(__file__).resolve())]
+            again = shlex.join([*runner, "rejudge", folder.name])
+            facts |= {"next_words": ["look", "judge again", "use it"],
+                      "next": [shlex.join(["less", patch]), f"cd {shlex.quote(root)} && {again}",
+                               shlex.join(["git", "-C", root, "apply", patch])]}
     facts |= {"outcome": "interrupted", "exit_code": OUTCOMES["interrupted"][0],
               "error": "the runner was killed"}
     summary_write(folder, facts)

@@ -1685,6 +1685,32 @@ def test_a_generated_module_is_carried(tmp_path):
     assert scratch.numstat(ended.summary["commit"]) == "0\t2\t.gitignore\n1\t1\tapp.py"
 
 
+def test_what_is_carried_and_still_ignored_is_no_failure(tmp_path):
+    """The usual case; where a link stands in place of its folder, nothing is copied through that."""
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "gen\n*.key\n"})
+    scratch.write({"gen/one.py": "", "gen/two.py": "", "deep/er/a.key": "k"})
+    agent = EDITS + "\nassert Path('gen/two.py').exists() and Path('deep/er/a.key').exists()\n"
+    assert_proposed(scratch, scratch.propose(agent, "--carry", "gen/*", "--carry", "**/*.key"))
+    links = "shutil.rmtree('gen')\nos.symlink(OUT, 'gen')\nPath('.gitignore').unlink()\n"
+    ended = scratch.propose(agent + links, "--carry", "gen/*", "--carry", "**/*.key")
+    assert ended.outcome == "agent_failed" and "beyond a symbolic link" in ended.findings, ended
+    assert not list(scratch.out.iterdir())
+
+
+IGNORED_NESTED = ("for folder in ('build/x', '.venv/src/pkg'):\n"
+                  "    subprocess.run(['git', 'init', '-q', folder], check=True)\n    Path(folder, 'a.py').touch()\n")
+
+
+def test_a_repository_in_an_ignored_folder_is_no_part_of_the_change(tmp_path):
+    """A build or an installation from source leaves one; beside it, one that is not ignored is refused as ever."""
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "build/\n.venv\n"})
+    assert_proposed(scratch, scratch.propose(f"{EDITS}\n{IGNORED_NESTED}"))
+    other = "subprocess.run(['git', 'init', '-q', 'sub'], check=True)\nPath('sub/b.py').write_text('b')\n"
+    ended = scratch.propose(f"{EDITS}\n{IGNORED_NESTED}{other}")
+    assert ended.outcome == "blocked" and "sub: is a repository inside the repository" in ended.findings, ended
+    assert "build/x" not in ended.findings and re.findall(r"^\+\+\+ b/(.*)", ended.text("diff.patch"), re.M) == ["app.py", "sub/b.py"]
+
+
 def test_nothing_to_carry(scratch):
     ended = scratch.propose(CALLED, "--carry", "app.py")
     assert ended.code == 64 and "--carry app.py: git ignores no such file" in ended.err and not (scratch.out / "called").exists()
@@ -1754,15 +1780,82 @@ def test_work_that_git_refuses_is_kept_as_it_is(scratch: Scratch, left: str) -> 
 
 
 @pytest.mark.parametrize(("left", "said"), [
-    ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(200_000_000)", "git~1"),
+    ("Path('git~1').write_text('mine')\nwith open('big', 'wb') as file:\n    file.truncate(150_000_000)", "git~1"),
     (f"{EDITS}\nfor _ in range(25):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\nopen('f', 'w').close()",
-     "could not open directory 'ddd")])
+     "could not open directory 'ddd"),
+    (f"{EDITS}\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')", "could not open directory 'd/d"),
+    ("Path('git~1').write_text('mine')\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\nPath('f').touch()", "git~1")])
 def test_work_that_cannot_be_copied_stays(scratch: Scratch, left: str, said: str) -> None:
     """Whatever git thinks of it: the other files are in the record, what is too large or too deep where it was."""
-    ended = scratch.propose(left, "--keep")
-    assert (ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err
-            and "; 1 could not be copied and stay in" in ended.err), ended
-    assert said in ended.findings and len(ended.findings) < 500
+    try:
+        ended = scratch.propose(left, "--keep")
+        assert (ended.outcome == "agent_failed" and "copies of its 1 files" in ended.err
+                and "; 1 could not be copied and stay in" in ended.err), ended
+        assert said in ended.findings and len(ended.findings) < 500
+    finally:
+        subprocess.run(["rm", "-rf", *scratch.tmp.iterdir()], check=True)  # too deep for pytest
+
+
+def large(path: str) -> str:
+    """The source of an agent that leaves a file of 300 MB, which takes no place."""
+    return f"with open({path!r}, 'ab') as file:\n    file.truncate(300_000_000)\n"
+
+
+@pytest.mark.parametrize("act", [large("core.1"), large("data.csv"), f"os.makedirs('sub/.git')\n{large('sub/core.1')}sys.exit(1)\n"])
+def test_what_is_far_too_large_is_not_given_to_git(tmp_path: Path, act: str) -> None:
+    """A new file, a known one that has grown, one in a nested repository: the user's objects do not grow."""
+    scratch = Scratch(tmp_path, FILES | {"data.csv": "1\n"})
+    path = re.findall(r"open\('(.*?)'", act)[0]
+    ended = scratch.propose(f"{EDITS}\n{act}", "--keep")
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    if "exit" not in act:
+        assert (f"new and changed files have 300 MB, and 200 MB is the most; the largest is {path} (300 MB): add it to .gitignore"
+                in ended.findings), ended
+    assert "x + x" in ended.text("files/app.py") and not ended.has("diff.patch") and not ended.has(f"files/{path}")
+    assert "; 1 could not be copied and stay in" in ended.summary["error"]
+    assert sum(blob.stat().st_size for blob in (scratch.root / ".git/objects").glob("??/*")) < 5000
+
+
+def test_what_setup_leaves_and_git_ignores_may_be_large(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, FILES | {".gitignore": "*.log\n"})
+    setup = scratch.program("with open('made', 'wb') as file:\n    file.truncate(210_000_000)\n", "setup.py")
+    assert_proposed(scratch, scratch.propose(EDITS + "\n" + large("a.log"), "--setup", setup))
+
+
+def test_what_is_large_and_unchanged_does_not_count(tmp_path: Path) -> None:
+    """A known file as it was, one that is carried, one in a repository that is refused anyway."""
+    scratch, module = Scratch(tmp_path, FILES | {"data.csv": "1\n" * 600, ".gitignore": "*.key\n"}), runner_module()
+    scratch.write({"a.key": "1\n" * 600})
+    place = tmp_path / "place"
+    checkout = module.Checkout(module.Repo(scratch.root, scratch.root / ".git"), place, tmp_path / "index", ["a.key"])
+    checkout.lay(scratch.git("rev-parse", "HEAD^{tree}"))
+    (place / "sub/.git").mkdir(parents=True)
+    for name in ("sub/b", "new", ".gitignore"):
+        (place / name).write_text("1\n" * 400)
+    assert "new" in scratch.git("ls-tree", "--name-only", checkout.snapshot(1601))
+    (place / "app.py").write_text("1\n" * 401)
+    with pytest.raises(module.Stop, match=r"the largest is app.py \(0 MB\)"):
+        checkout.snapshot(801)
+
+
+DEEP = """import os
+from pathlib import Path
+top = Path.cwd()
+os.mkdir(".git")
+os.chdir(".git")
+for number in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+agent_runner.repository_stub(top)
+print(sorted(path.name for path in (top / ".git").iterdir()))
+"""
+
+
+def test_a_gate_that_left_the_deepest_folders_gets_an_empty_repository(tmp_path: Path) -> None:
+    try:
+        assert ran(sys.executable, "-c", IMPORT + DEEP, cwd=tmp_path).stdout == "['HEAD', 'objects', 'refs']\n"
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / ".git"], check=True)  # too deep for pytest
 
 
 NESTED = {
@@ -1817,7 +1910,7 @@ for number in range(20):
     os.mkfifo(f"fifo-{number}")
     os.makedirs(f"sub-{number}/.git")
 os.unlink = unlink
-print(len(agent_runner.nested_repositories(Path.cwd())))
+print(len(agent_runner.nested_repositories(Path.cwd())[0]))
 """
 
 
@@ -2020,6 +2113,7 @@ def test_a_scope_is_settled_before_and_kept(scratch: Scratch, args: tuple[str, .
     assert ended.outcome == outcome, ended
     if outcome == "agent_failed":
         assert "scope.json" in ended.findings and not ended.has("brief-1.md")
+        assert ended.out.startswith(f"agent_failed: {ended.summary['findings'][0]}\ndecide: name the scope yourself with --scope GLOB")
         return
     if "```" not in issue:
         assert ended.summary["scope"] == json.loads(ended.text("scope.json"))
@@ -3903,6 +3997,33 @@ def test_dry_run_shows_the_diff_and_makes_no_branch(scratch):
     assert_patch_applies(scratch, ended)
 
 
+UNUSABLE = {  # what the agent does, what is said of it, what to do
+    "no workspace": ("shutil.rmtree(os.getcwd())", "git cannot store the files that the agent left: the agent removed its workspace",
+                     "remove the cause (in the issue, AGENTS.md or .gitignore)"),
+    "a name that git refuses": ("Path('git~1').touch()", "git cannot store the files that the agent left: git add failed",
+                                "remove the cause (in the issue, AGENTS.md or .gitignore)"),
+    "a failure": ("sys.exit(3)", "the agent's command ended with exit 3", "make the agent's command work"),
+}
+
+
+@pytest.mark.parametrize("left", UNUSABLE)
+def test_work_that_cannot_be_used_is_no_failure_of_the_command(scratch: Scratch, left: str) -> None:
+    """On the screen, in the handoff and in the record."""
+    act, reason, decide = UNUSABLE[left]
+    ended = scratch.propose(act)
+    assert (ended.code, ended.outcome) == (4, "agent_failed"), ended
+    assert ended.out.startswith(f"agent_failed: {reason}") and f"\ndecide: {decide}" in ended.out, ended
+    assert ended.text("handoff.md").startswith(f"# agent_failed: {reason}") and f"Decide: {decide}" in ended.text("handoff.md")
+    assert ended.summary["reason"].startswith(reason) and ended.summary["decide"].startswith(decide)
+
+
+def test_a_recorded_change_that_no_longer_fits_is_no_silent_agent(scratch: Scratch) -> None:
+    red = scratch.propose(EDITS + "\n" + writes("Makefile", "a:\n"))
+    (red.folder / "diff.patch").write_text("no patch\n")
+    again = scratch.run("rejudge", red.summary["run_id"])
+    assert again.outcome == "agent_failed" and "git apply failed" in again.out and "idle-timeout" not in again.out, again
+
+
 # === The sandbox ============================================================
 # What is not to be had on this machine is skipped, with the reason in its own words.
 
@@ -5313,6 +5434,8 @@ def test_one_run_is_shown(scratch: Scratch) -> None:
     facts = (refused.summary["base"][:12], "1 blocked (Makefile, app.py)", "protected: Makefile", "/handoff.md\n")
     for words in (*refused.summary["next"], *facts):
         assert words in shown.out, words
+    look, again, use = refused.summary["next"]
+    assert f"next\n  look          {look}\n  judge again   {again}\n  use it        {use}\n" in shown.out, shown
     assert json.loads(scratch.run("runs", run_id, "--json").out) == refused.summary
     assert f"(did you mean {run_id}?)" in scratch.run("runs", run_id[:-1]).err
     (refused.folder / "run_summary.json").write_text('{"schema": 1, "title": 7}')
@@ -5393,6 +5516,22 @@ def test_the_workspace_of_a_killed_run_is_kept_if_that_was_asked_for(scratch: Sc
         scratch.git("apply", "--check", str(folder / "diff.patch"))
         left, = scratch.tmp.iterdir()
         assert "x + x" in (left / "files/repo/app.py").read_text()
+
+
+@needs_linux
+def test_the_change_of_a_killed_run_is_judged_again_by_its_own_command(tmp_path: Path) -> None:
+    """From anywhere; whoever closes the record may stand elsewhere, too."""
+    scratch = Scratch(tmp_path / "a b")
+    folder = run_killed(scratch)
+    elsewhere = Scratch(tmp_path / "elsewhere")
+    assert elsewhere.run("runs", env={"TMPDIR": str(scratch.tmp)}).code == 0
+    facts = json.loads((folder / "run_summary.json").read_bytes())
+    assert facts["next_words"] == ["look", "judge again", "use it"]
+    command = facts["next"][1]
+    assert command.startswith(f"cd '{scratch.root}' && ") and command.endswith(f"{RUNNER.name} rejudge {folder.name}"), command
+    shown = scratch.run("runs", folder.name).out
+    assert f"  judge again   {command}\n" in shown and "  look          less '" in shown and "  use it        git -C '" in shown, shown
+    assert_proposed(scratch, scratch.run(*shlex.split(command)[5:], cwd=scratch.root / "tests"))
 
 
 def test_an_interrupted_change_is_judged_again(scratch):
