@@ -2568,7 +2568,8 @@ class Gate:
         try:
             return self._check(check, further)
         except (OSError, Stop):
-            if self.checkout.place.is_dir():
+            place = self.checkout.place
+            if place.is_dir() and not place.is_symlink():
                 raise
             return CheckResult(check.name, False, "the checkout is gone", 0, broken=True)
 
