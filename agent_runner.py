@@ -4856,7 +4856,8 @@ def fingerprint(path: Path) -> str:
 def run_open(job: Job, base: Base, own: Path, bench: Path) -> Run:
     """A new run with its own folder in .agent-runs; raises Stop where that cannot be written."""
     now = datetime.now(UTC)
-    run_id = f"{now:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+    # In the order of their starts, also within a second: microseconds, and a letter for luck.
+    run_id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{os.urandom(1).hex()[0]}"
     runs = job.repo.root / ".agent-runs"
     run = Run(job, run_id, runs / run_id, base, now.isoformat(timespec="seconds"),
               [str(own), str(bench)])
