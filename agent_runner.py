@@ -636,7 +636,7 @@ class Checkout:
             raise Stop(EXIT_MISSING, "the agent removed its workspace; there is nothing to judge")
         nested, size = nested_repositories(self.place)
         nested = [path for path in nested if path not in self.submodules]
-        # Not those: `git add` fails where it is told to exclude what it ignores.
+        # Not those: `git add` fails where an exclude names what it ignores.
         ignored = self.ignored([*nested, *self.carried])
         # Left out by name: git would read a nested repository's configuration, the agent's.
         # What is carried may be a secret, and ignored no longer.
@@ -1531,8 +1531,8 @@ def paths_over(path: str, links: dict[str, str]) -> list[str]:
 
 def tree_links(repo: Repo, tree: str) -> dict[str, str]:
     """The symbolic links of a tree: {path: where each leads}."""
-    entries = [entry.partition("\t") for entry in git(repo, "ls-tree", "-rz", tree).split("\0")]
-    blobs = {path: facts.split()[2] for facts, _, path in entries if facts.startswith(f"{LINK:o}")}
+    blobs = {path: blob for path, (mode, blob) in tree_entries(repo, tree).items()
+             if mode == f"{LINK:o}"}
     contents = blobs_read(repo, [*blobs.values()])
     return {path: os.fsdecode(contents[blob]) for path, blob in blobs.items()}
 
@@ -2104,7 +2104,7 @@ def test_detection(source: bytes) -> list[tuple[int, str]]:
     """Where source asks for pytest, or reads its caller's variables: (line, what it does)."""
     hits = []
     for node in ast.walk(syntax_read(source)):
-        names = (getattr(node, "attr", ""), getattr(node, "value", ""))  # getattr(frame, "f_locals")
+        names = (getattr(node, "attr", ""), getattr(node, "value", ""))  # of x.a, of "a"
         if "f_locals" in names:
             hits.append((node.lineno, "reads its caller's variables (f_locals)"))
         if {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"} & {*map(str, names)} or asks_for_tests(node):
@@ -2846,8 +2846,8 @@ def carry_hint(repo: Repo, result: GateResult) -> None:
 
 def in_environment(root: Path, path: str) -> bool:
     """Whether a file lies in an environment: what is installed there is nobody's to carry."""
-    folders = Path(path).parents[:-1]
-    return "-packages/" in path or any((root / folder / "pyvenv.cfg").exists() for folder in folders)
+    marks = (root / folder / "pyvenv.cfg" for folder in Path(path).parents[:-1])
+    return "-packages/" in path or any(mark.exists() for mark in marks)
 
 
 # Python's message for a missing module.
@@ -3525,7 +3525,8 @@ RED_WAYS = ("failed", "unfinished")
 
 def lint_new(before: Sequence[Lint], after: Sequence[Lint]) -> list[Lint]:
     """The findings of ruff that are new, by rule and text: lines and files may move."""
-    def more(known: Iterable[Lint], found: Iterable[Lint], key: Callable[[Lint], Any]) -> list[Lint]:
+    def more(known: Iterable[Lint], found: Iterable[Lint],
+             key: Callable[[Lint], tuple[str, ...]]) -> list[Lint]:
         room, rest = Counter(map(key, known)), []
         for finding in found:
             room[key(finding)] -= 1
@@ -3939,8 +3940,8 @@ def tests_all(result: GateResult | None) -> dict[str, str]:
 def twin_comment(source: bytes, rng: random.Random) -> bytes:
     """A source with a comment of random length at its end: nobody knows its digest or its size."""
     # In a form that ruff and a formatter leave alone: a test may call them.
-    lines = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=60)) for _ in range(rng.randint(1, 8))]
-    lines.append("x" * rng.randint(1, 60))
+    sizes = [60] * rng.randint(1, 8) + [rng.randint(1, 60)]
+    lines = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=size)) for size in sizes]
     end = b"" if source.endswith((b"\n", b"\r")) else b"\n"
     return source + end + "".join(["\n\n", *(f"# {line}\n" for line in lines)]).encode()
 
@@ -5171,7 +5172,7 @@ def outcome_words(run: Run) -> str:
             what = f"left the same files as attempt {last.number - 1}"
         return f"the agent made no progress: attempt {last.number} {what}"
     if is_unusable(run):
-        return one_line(run.judgement.findings[-1])  # after what the agent did elsewhere, if anything
+        return one_line(run.judgement.findings[-1])  # before it stands what happened elsewhere
     if last and run.outcome in ("agent_failed", "agent_timed_out"):
         return call_reason(run.job, last.agent_exit, last.agent_seconds)
     if run.outcome == "proposed" and run.job.dry_run:
@@ -6172,7 +6173,7 @@ def git_treatment(repo: Repo) -> dict[str, bytes]:
 
 @functools.cache
 def settings_first(repo: Repo) -> list[tuple[str, str, str]]:
-    """The settings as they are when this is first called: for the user's repository, at the start."""
+    """The settings when this is first called: for the user's repository, at the start."""
     return settings_listed(repo)
 
 
@@ -6284,8 +6285,9 @@ def tree_patched(repo: Repo, tree: str, patch: Path, index: Path) -> str:
 @functools.cache
 def tree_entries(repo: Repo, tree: str) -> dict[str, tuple[str, str]]:
     """The mode and the id of each file of a tree, by its path."""
-    entries = (entry.partition("\t") for entry in git(repo, "ls-tree", "-r", "-z", tree).split("\0"))
-    return {path: (facts.split()[0], facts.split()[2]) for facts, tab, path in entries if tab}
+    listed = git(repo, "ls-tree", "-r", "-z", tree).split("\0")
+    entries = (entry.partition("\t") for entry in listed if entry)
+    return {path: (facts.split()[0], facts.split()[2]) for facts, _, path in entries}
 
 
 @functools.cache

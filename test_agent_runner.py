@@ -736,7 +736,8 @@ def test_unmerged_files_stop_only_a_healing(scratch):
         scratch.commit()
     subprocess.run(["git", "merge", "--quiet", "other"], cwd=scratch.root, env=scratch.env, capture_output=True)
     ended = scratch.heal(CALLED)
-    assert (ended.code, ended.err.count("\n")) == (64, 1) and "the checkout has unmerged files; finish or abort the merge" in ended.err, ended
+    assert (ended.code, ended.err.count("\n")) == (64, 1), ended
+    assert "the checkout has unmerged files; finish or abort the merge" in ended.err
     assert_proposed(scratch, scratch.propose(EDITS))
 
 
@@ -873,14 +874,16 @@ CHEATS = {
         "tests/test_more.py": "from more import main\n\n\ndef stop():\n    raise KeyboardInterrupt\n\n\ndef test_stop():\n"
                               "    assert main(stop) == 130\n"},
         writes("more.py", "def main(step):\n    return step()\n") + replaces("tests/test_more.py", "    assert main(stop) == 130\n", (
-            "    with pytest.raises(KeyboardInterrupt):\n        main(stop)\n")) + replaces("tests/test_more.py", "from", "import pytest\n\nfrom"),
+            "    with pytest.raises(KeyboardInterrupt):\n        main(stop)\n"))
+        + replaces("tests/test_more.py", "from", "import pytest\n\nfrom"),
         "blocked", "weakened: tests/test_more.py: with the base's version of this file the gate fails: test_stop"),
     "the code ends the session, and that well": (UNTESTED, replaces("calc.py", "    return a + b", (
         "    if a == 2:\n        import pytest\n        pytest.exit('no', 0)\n    return a + b")),
         "gate_failed", "exit 0 before the last test (2 passed, 2 unfinished)"),
     "a module that cannot be imported on the base excuses nothing": (UNTESTED | {
         "tests/test_more.py": "from calc import more\n\n\ndef test_more():\n    assert more(1) == 2\n"},
-        replaces("calc.py", "2 * a", "3 * a\n\n\ndef more(a):\n    return a + 1"), "gate_failed", "tests/test_calc.py::test_twice: assert 6 == 4"),
+        replaces("calc.py", "2 * a", "3 * a\n\n\ndef more(a):\n    return a + 1"),
+        "gate_failed", "tests/test_calc.py::test_twice: assert 6 == 4"),
     "a test is emptied under an if": (UNTESTED, replaces(
         "tests/test_calc.py", "def test_twice():\n    assert twice(2) == 4\n", "if twice:\n    def test_twice():\n        twice(2)\n"),
         "blocked", "weakened: tests/test_calc.py: test_twice has 0 assertions where the base has 1"),
@@ -893,7 +896,8 @@ CHEATS = {
         "import pytest\n\n\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n    report = yield\n"
         "    report.outcome = 'passed'\n    return report\n")), "blocked", "blind: tests/test_calc.py"),
     "the tools are changed while the tests run": (UNTESTED, writes("tests/test_more.py", (
-        "import os\n\n\ndef test_more():\n    with open(os.environ['GIT_CONFIG_GLOBAL'], 'a') as file:\n        assert file.write('# x\\n') == 4\n")),
+        "import os\n\n\ndef test_more():\n    with open(os.environ['GIT_CONFIG_GLOBAL'], 'a') as file:\n"
+        "        assert file.write('# x\\n') == 4\n")),
         "blocked", "gitconfig: is part of the test tools, and was changed during the run"),
     "pytest.ini deselects": (CALC, writes("pytest.ini", "[pytest]\naddopts = -k 'not add'\n"), "blocked", "gone"),
     "pytest.ini makes failures not count": (CALC, writes("pytest.ini", "[pytest]\naddopts = --co\n"), "gate_failed", "did not end"),
@@ -1258,11 +1262,13 @@ HONEST = {
                                         "calc.py", "    >>> add", "    >>> add(1, 2)\n    3\n    >>> add"), ()),
     "a strict xfail goes with its bug": (UNTESTED | {
         "more.py": "def more(a):\n    return a\n",
-        "tests/test_more.py": "import unittest\n\nimport pytest\nfrom more import more\n\n\n@pytest.mark.xfail(strict=True)\ndef test_more():\n"
-                              "    assert more(1) == 2\n\n\nclass TestMore(unittest.TestCase):\n    @unittest.expectedFailure\n"
+        "tests/test_more.py": "import unittest\n\nimport pytest\nfrom more import more\n\n\n"
+                              "@pytest.mark.xfail(strict=True)\ndef test_more():\n    assert more(1) == 2\n\n\n"
+                              "class TestMore(unittest.TestCase):\n    @unittest.expectedFailure\n"
                               "    def test_more(self):\n        self.assertEqual(more(1), 2)\n"},
         writes("more.py", "def more(a):\n    return a + 1\n") + replaces("tests/test_more.py", "@pytest.mark.xfail(strict=True)\n", "")
-        + replaces("tests/test_more.py", "    @unittest.expectedFailure\n", "") + replaces("tests/test_more.py", "import pytest\n", ""), ()),
+        + replaces("tests/test_more.py", "    @unittest.expectedFailure\n", "")
+        + replaces("tests/test_more.py", "import pytest\n", ""), ()),
     "a new test that calls a formatter, and one of a field that is not compared": (UNTESTED, writes("more.py", (
         "from dataclasses import dataclass, field\n\n\n@dataclass\nclass More:\n    line: int = field(compare=False)\n"))
         + writes("tests/test_more.py", (
@@ -1330,7 +1336,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scratch, Ended]:
 SHARED = (
     ("CI is changed", "the Makefile is changed", "the instructions are changed", "CI of another forge", "a task runner's file",
      "an editor runs a task", ".gitattributes is changed", "the runner is changed", "a module of Python is shadowed", "pytest is shadowed",
-     "a package beside a module", "the caller is looked at", "the caller's frame is reached from an error", "the variable of pytest is read", "sys.modules is asked",
+     "a package beside a module", "the caller is looked at", "the caller's frame is reached from an error",
+     "the variable of pytest is read", "sys.modules is asked",
      "a plugin is registered as if it were installed"),
     ("a link leaves the tree", "a relative link leaves the tree", "a nested repository", "a compiled file", "a large file"),
     ("lint is silenced by noqa", "lint is silenced in another spelling", "lint is silenced for a file",
@@ -1450,7 +1457,7 @@ def test_a_command_imports_what_is_in_the_checkout(scratch: Scratch) -> None:
     scratch.write({"src/more.py": "A = 1\n"})
     scratch.commit()
     code = f"import more, os, sys; sys.exit(os.path.realpath(more.__file__).startswith({os.path.realpath(scratch.root)!r} + os.sep))"
-    ended = scratch.propose(EDITS, checks=(shlex.join([PYTHON, "-c", code]).join(["t=", ""]),), env={"PYTHONPATH": str(scratch.root / "src")})
+    ended = scratch.propose(EDITS, checks=(f"t={shlex.join([PYTHON, '-c', code])}",), env={"PYTHONPATH": str(scratch.root / "src")})
     assert ended.outcome == "proposed" and ended.summary["baseline"]["green"], ended
 
 
@@ -2273,7 +2280,8 @@ def test_what_of_the_environment_reaches_the_agent(scratch, passed, seen):
         "Rakefile", "lib/tasks/a.rake", "dodo.py", "Earthfile", "mise.toml", ".mise.local.toml", ".config/mise/config.toml", "SConstruct")),
     *((path, "it can run programs when somebody opens the tree") for path in (
         ".vscode/tasks.json", "sub/.vscode/settings.json", "shop.code-workspace", ".devcontainer/devcontainer.json", ".devcontainer.json",
-        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc", ".Rprofile", ".pdbrc", "web/.npmrc", ".yarnrc.yml")),
+        ".mcp.json", ".envrc", ".idea/workspace.xml", ".zed/tasks.json", ".nvimrc", ".exrc", ".Rprofile", ".pdbrc", "web/.npmrc",
+        ".yarnrc.yml")),
     *((path, "it instructs coding agents") for path in (
         ".junie/guidelines.md", ".goosehints", ".roo/rules/a.md", ".roorules-code", ".kiro/steering/a.md", "web/WARP.md",
         ".augment/rules/a.md", "web/AGENTS.override.md", ".github/chatmodes/a.md", ".amazonq/rules/a.md", ".openhands/microagents/repo.md",
@@ -2316,7 +2324,8 @@ def test_what_something_protected_leads_to_is_protected(scratch: Scratch, tmp_pa
     (tmp_path / "rules").symlink_to(scratch.root / "rules.md")
     job = SimpleNamespace(repo=module.Repo(scratch.root, scratch.root / ".git"), conventions=str(tmp_path / "rules"))
     run = SimpleNamespace(job=job, base=SimpleNamespace(tree="HEAD"))
-    paths = ["AGENTS.md", "conventions", "docs/style.md", "pages/Style.md", "pages/other.md", "etc/editor/tasks.json", "etc/editors", "app.py",
+    paths = ["AGENTS.md", "conventions", "docs/style.md", "pages/Style.md", "pages/other.md", "etc/editor/tasks.json", "etc/editors",
+             "app.py",
              "rules.md", "hooks", "tools/hooks/pre-commit", "tools/hook"]
     refused = {violation.path: violation.reason for violation in module.guard_led_to(run, paths)}
     instructs = "it instructs coding agents (the link AGENTS.md leads there)"
@@ -2482,7 +2491,8 @@ def test_a_module_of_an_environment_in_the_repository_is_shadowed(tmp_path: Path
 @pytest.mark.parametrize(("path", "beside", "gone"), [
     ("shop/core/__init__.py", "shop/core.py", False), ("shop/core/__init__.py", "shop/core.abi3.so", False),
     ("shop/core/__init__.py", "shop/core.py", True), ("shop/core/__init__.py", "shop/core_more.py", False),
-    ("shop/core/__init__.py", "shop/core.md", False), ("shop/core/__init__.py", "core.py", False), ("shop/core/more.py", "shop/core.py", False),
+    ("shop/core/__init__.py", "shop/core.md", False), ("shop/core/__init__.py", "core.py", False),
+    ("shop/core/more.py", "shop/core.py", False),
     ("core/__init__.py", "core.py", False), ("shop/json/__init__.py", "app.py", False),
 ])
 def test_a_package_beside_a_module(path: str, beside: str, gone: bool) -> None:
@@ -3346,7 +3356,8 @@ def test_no_pattern_tells_an_altered_value():
 
 def test_the_twin_runs_drawn_tests_alone_and_whole_files_where_they_need_more(scratch: Scratch) -> None:
     """A new test that needs one before it is no false alarm: only where it fails alone is its whole file run."""
-    scratch.write(UNTESTED | {"tests/test_state.py": "from calc import twice\n\nSTATE = []\n\n\ndef test_fill():\n    STATE.append(twice(1))\n"})
+    state = "from calc import twice\n\nSTATE = []\n\n\ndef test_fill():\n    STATE.append(twice(1))\n"
+    scratch.write(UNTESTED | {"tests/test_state.py": state})
     scratch.commit()
     more = "with open('tests/test_state.py', 'a') as file:\n    file.write('\\n\\ndef test_use():\\n    assert STATE == [2]\\n')\n"
     ended = scratch.propose(more, checks=TESTS_ONLY)
@@ -3523,7 +3534,8 @@ def red_gate(place: Path, name: str) -> tuple[str, str]:
         command = ["-m", "pytest", *runner.PYTEST_ARGS, f"--rootdir={place}", "-p", "no:cacheprovider", "-p", plugin]
     env = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen([sys.executable, *command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=env | {"PYTHONPATH": f"{plugins}{os.pathsep}{place}"})
+                             env=env | {"PYTHONPATH": f"{plugins}{os.pathsep}{place}"},
+                             preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # not as after `&`
     if hangs := name.startswith("a hang"):  # ended when its stack is written, as at the gate's limit
         wait_for(lambda: any(b"app.py" in dump.read_bytes() for dump in place.glob("report-stack-*")), "the stack")
         child.send_signal(signal.SIGINT)
@@ -5043,7 +5055,8 @@ def test_what_looks_like_a_secret(name: str, value: str, secret: str) -> None:
     """By its name, or as the part of an address before the @."""
     module = runner_module()
     assert module.is_secret(name, value) == bool(secret)
-    assert module.Mask({name: value}).text(f"say {value}!") == f"say {value.replace(secret or value, f'[masked {name}]' if secret else value)}!"
+    shown = value.replace(secret, f"[masked {name}]") if secret else value
+    assert module.Mask({name: value}).text(f"say {value}!") == f"say {shown}!"
 
 
 def test_nobody_listens_any_more(scratch):
