@@ -6463,6 +6463,8 @@ class Browser:
             line, _, self.rest = self.rest.partition(b"\0")
             message = json.loads(line)
             if message.get("id") == self.number:
+                if "navigated" in str(message.get("error")):  # the page loaded itself again just then
+                    return self.ask(method, **params)
                 assert "error" not in message, message
                 return message["result"]
             self.events.append(message)
